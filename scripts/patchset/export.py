@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""export: the commits of vendor/<upstream> become patches/, byte for byte the same on every run and machine.
+
+New files leave the patches and become files under overlay/. A commit remembers its file name in a `Patch-File:` line,
+so that rewording its subject does not rename the patch; the line never reaches patches/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchset import build, checkout, git, series, state, table
+from patchset.common import Drift, Refused
+from patchset.pins import Upstream
+
+# Each option shuts out one source of bytes that differ between machines or git settings.
+FORMAT = (
+    "--stdout", "-1", "-N", "-k", "--zero-commit", "--no-signature", "--no-stat", "--full-index", "--no-renames",
+    "--diff-algorithm=myers", "--indent-heuristic", "-U3", "--inter-hunk-context=0", "--src-prefix=a/",
+    "--dst-prefix=b/", "--no-ext-diff", "--no-textconv", "--no-color", "--encode-email-headers",
+)  # fmt: skip
+MARK = re.compile(rb"^Patch-File: *(.*)\n", re.MULTILINE)
+
+
+@dataclass
+class Export:
+    """What patches/ and overlay/ should hold: patches in order, new files, and the commits they were taken from."""
+
+    patches: dict[str, bytes]
+    new_files: dict[str, bytes]
+    tree: str  # of the last commit, without new files
+
+
+def series_of(repo: git.Git, up: Upstream, pristine: str, head: str) -> Export:
+    """Turn the commits pristine..head into patches; Refused for merges, foreign history, links and name clashes."""
+    if repo("merge-base", pristine, head, ok=(0, 1)).decode().strip() != pristine:
+        raise Refused(
+            f"{up.name}: HEAD of vendor/{up.name} does not descend from the pristine commit; see refs/patchset"
+        )
+    if repo("rev-list", "--merges", f"{pristine}..{head}"):
+        raise Refused(f"{up.name}: vendor/{up.name} holds a merge commit; rebase it onto refs/patchset/pristine")
+    found = Export({}, {}, repo.line("rev-parse", f"{pristine}^{{tree}}"))
+    parent, fresh = pristine, b""
+    for commit in repo.line("rev-list", "--reverse", f"{pristine}..{head}").split():
+        repo("read-tree", commit)
+        fresh = repo("diff-index", "--cached", "-z", "--name-only", "--no-renames", "--diff-filter=A", pristine)
+        repo("update-index", "--force-remove", "-z", "--stdin", stdin=fresh)
+        tree = repo.line("write-tree")
+        if tree == found.tree:
+            continue
+        raw = repo("cat-file", "commit", commit)
+        name = _file_name(up, raw, found.patches)
+        parent, found.tree = _rewrite(repo, raw, tree, parent), tree
+        found.patches[name] = repo("format-patch", *FORMAT, parent)
+    for path in (os.fsdecode(name) for name in fresh.split(b"\0") if name):
+        if repo("ls-tree", head, "--", path)[:3] != b"100":
+            raise Refused(f"{up.name}: {path} is committed as a link; new files are edited in overlay/{up.name}")
+        found.new_files[path] = repo("cat-file", "blob", f"{head}:{path}")
+    return found
+
+
+def _file_name(up: Upstream, raw: bytes, taken: dict[str, bytes]) -> str:
+    """The commit's remembered name, else one made from its subject."""
+    _, _, message = raw.partition(b"\n\n")
+    subject = message.split(b"\n", 1)[0].decode("utf-8", "replace")
+    name = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")[:60].rstrip("-") + ".patch"
+    mark = MARK.search(message)
+    if mark and mark[1].decode() not in taken and series.NAME.fullmatch(mark[1].decode()):
+        name = mark[1].decode()
+    if name in taken or not series.NAME.fullmatch(name):
+        raise Refused(f"{up.name}: the commit {subject!r} needs a subject of its own: {name} is taken or no file name")
+    return name
+
+
+def _rewrite(repo: git.Git, raw: bytes, tree: str, parent: str) -> str:
+    """The same commit (author, message) with another tree and parent, without the Patch-File line."""
+    head, _, message = raw.partition(b"\n\n")
+    author = next(line for line in head.split(b"\n") if line.startswith(b"author "))
+    lines = [f"tree {tree}".encode(), f"parent {parent}".encode(), author, author.replace(b"author", b"committer", 1)]
+    data = b"\n".join(lines) + b"\n\n" + MARK.sub(b"", message)
+    return repo("hash-object", "-t", "commit", "-w", "--stdin", stdin=data).decode().strip()
+
+
+def export(ups: list[Upstream], *, check: bool = False) -> list[str]:
+    """Write committed edits back to patches/ and overlay/ (or only compare); returns one line per upstream."""
+    lines = []
+    for up in ups:
+        folder = up.work("scratch")
+        try:
+            repo = build.scratch(folder, up.git_dir / "objects" if up.git_dir.is_dir() else None)
+            lines.append(_export(up, repo, check))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    if ups and not check:
+        lines += [f"{name}: table of patches written" for name in table.refresh(ups[0].root)]
+    return lines
+
+
+def _export(up: Upstream, repo: git.Git, check: bool) -> str:
+    view = checkout.inspect(up)
+    if view.record is None:
+        raise Refused(f"{up.name}: there is no vendor/{up.name}; run apply (make apply-patches) first")
+    head = git.Git(up.git_dir, up.checkout).line("rev-parse", "HEAD")
+    unsaved = checkout.differences(up, view.record, head)
+    if view.busy or unsaved:
+        files = "".join(f"\n  {mark} {path}" for path, mark in sorted(unsaved.items()))
+        what = f"is in the middle of a git command ({view.busy})" if view.busy else f"holds uncommitted edits:{files}"
+        stop = Drift if check else Refused
+        raise stop(f"{up.name}: vendor/{up.name} {what}\nCommit them with git in vendor/{up.name}, then export again.")
+    wanted = series_of(repo, up, view.record.pristine, head)
+    changes = compare(up, wanted)
+    if check:
+        if changes:
+            raise Drift(f"{up.name}: vendor/{up.name} and patches/ differ:\n" + "\n".join(f"  {c}" for c in changes))
+        return f"{up.name} {up.version}: patches/ equals vendor/ ({len(wanted.patches)} patches)"
+    _require_known(up, view.record, wanted)
+    built = _prove(up, repo, view.record.pristine, wanted)
+    _write(up, wanted)
+    checkout.move_refs(up.checkout, built)
+    inputs = state.current(up)
+    checkout.require_free(repo, up, built.pristine, list(inputs.overlay))
+    checkout.sync_links(up, up.checkout, view.record.inputs.overlay, inputs.overlay)
+    git.Git(up.git_dir, up.checkout)("reset", "-q", "--mixed", "HEAD")
+    state.save(up.git_dir, state.Record(inputs, built.pristine, built.patched, built.tree, applied=True))
+    head = f"{up.name} {up.version}: {len(wanted.patches)} patches, {len(changes) or 'no'} changes"
+    return "\n".join([head, *(f"  {change}" for change in changes)])
+
+
+def compare(up: Upstream, wanted: Export) -> list[str]:
+    """How patches/ and overlay/ on disk differ from what export would write, one line each."""
+    disk, lines = _on_disk(up), []
+    for name in sorted(disk.keys() | wanted.patches.keys()):
+        if disk.get(name) != wanted.patches.get(name):
+            what = "new" if name not in disk else "gone" if name not in wanted.patches else "changed"
+            lines.append(f"{what}: patches/{up.name}/{name}")
+    file = up.patches / "series"
+    listed = [line for line in file.read_text().splitlines() if line[:1] not in ("", "#")] if file.exists() else []
+    if not lines and listed != list(wanted.patches):
+        lines.append(f"another order: patches/{up.name}/series")
+    for path, data in wanted.new_files.items():
+        file = up.overlay / path
+        if not file.is_file() or file.read_bytes() != data:
+            lines.append(f"{'changed' if file.exists() else 'new'}: overlay/{up.name}/{path}")
+    return lines
+
+
+def _on_disk(up: Upstream) -> dict[str, bytes]:
+    """Every patch file, listed in the series or not (an export that was killed may have left some unlisted)."""
+    return {file.name: file.read_bytes() for file in up.patches.glob("*.patch")}
+
+
+def _require_known(up: Upstream, record: state.Record, wanted: Export) -> None:
+    """Refuse to overwrite a patch that was changed on disk since it was applied, unless it says the same already."""
+    if record.inputs.pin != state.pin(up):
+        raise Refused(f"{up.name}: overlay.toml pins another wheel than vendor/{up.name} holds; apply first")
+    disk, was = _on_disk(up), {name: digest for name, digest in record.inputs.patches}
+    for name in sorted(disk.keys() | was.keys()):
+        now = hashlib.sha256(disk[name]).hexdigest() if name in disk else None
+        if now != was.get(name) and disk.get(name) != wanted.patches.get(name):
+            raise Refused(
+                f"{up.name}: patches/{up.name}/{name} changed after it was applied, and export would overwrite that. "
+                f"Restore the file, or run apply --discard and cherry-pick your commits from the backup ref it names"
+            )
+
+
+def _prove(up: Upstream, repo: git.Git, pristine: str, wanted: Export) -> build.Built:
+    """Lint the patches to be written, lay them on again: the tree, and a second export, must be the same."""
+    patches = [series.parse(name, data) for name, data in wanted.patches.items()]
+    series.lint(up, patches)
+    built = build.apply_series(repo, up, pristine, patches)
+    again = series_of(repo, up, pristine, built.patched)
+    if built.tree != wanted.tree or again.patches != wanted.patches:
+        raise Drift(f"{up.name}: the patches do not survive a round trip; is there a line like a diff's in a message?")
+    return built
+
+
+def _write(up: Upstream, wanted: Export) -> None:
+    """Write what differs, each file in one step; delete patches that are gone; keep the series' leading comment."""
+    for path, data in wanted.new_files.items():
+        _put(up.overlay / path, data)
+    file = up.patches / "series"
+    old = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), old))
+    for name, data in wanted.patches.items():
+        _put(up.patches / name, data)
+    if wanted.patches or file.exists():
+        _put(file, (comment + "".join(f"{name}\n" for name in wanted.patches)).encode())
+    for name in _on_disk(up).keys() - wanted.patches.keys():
+        (up.patches / name).unlink()
+
+
+def _put(file: Path, data: bytes) -> None:
+    if not file.is_file() or file.read_bytes() != data:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temp = file.with_name(f".{file.name}.pyc")  # an ignored name, should it be left behind
+        temp.write_bytes(data)
+        os.replace(temp, file)

