@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who listens to whom: similarity of the paths' distributions and the weights A (M3PO paper, eq. 3-6).
+
+Departures: a path that has left the thinking phase is masked out instead of getting similarity 0, which would still
+carry weight (errata E1); a path without an active peer keeps its own vector (E1); only the current step is looked at
+(E2); groups are given by ids, in any order and of any size (E3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+GatingFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cosine_similarity(probs: torch.Tensor) -> torch.Tensor:
+    """Cosine of every pair of distributions (eq. 3): probs (G, N, V) float32 -> (G, N, N) float32 in [0, 1].
+
+    The norms are the roots of the diagonal of the product, so that the vocabulary is read once.
+    """
+    gram = probs @ probs.transpose(-1, -2)
+    norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+    return (gram / (norm[..., :, None] * norm[..., None, :])).clamp_max(1.0)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A similarity (G, N, V) -> (G, N, N) and the temperature of eq. 5 that suits its range."""
+
+    similarity: GatingFunction
+    default_temperature: float
+
+
+GATES = {"baseline": Gate(cosine_similarity, 0.1)}
+
+
+class PathGroups:
+    """Where the paths of each group stand in a batch, worked out once per rollout.
+
+    Args:
+        group_ids: (B,) integers; rows with the same number belong together, in any order, of any group size.
+
+    Attributes:
+        members: (G, N) long, the rows of each group in the order of the batch; padded with row 0.
+        present: (G, N) bool, False at the padding.
+        group, slot: (B,) long, where a row stands in `members`.
+        ring: (B, N) long, the slots of a row's group, its own first and then round the group; peers: (B, N) long, the
+        rows at these slots.
+    """
+
+    def __init__(self, group_ids: torch.Tensor):
+        if group_ids.ndim != 1 or group_ids.is_floating_point():
+            raise ValueError(f"group_ids must be whole numbers of shape (B,), got {group_ids.dtype} {group_ids.shape}.")
+        rows = torch.arange(len(group_ids), device=group_ids.device)
+        _, self.group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+        order = torch.argsort(self.group, stable=True)
+        starts = sizes.cumsum(0) - sizes
+        self.slot = torch.empty_like(rows)
+        self.slot[order] = rows - starts[self.group[order]]
+        self.num_groups, self.size = len(sizes), int(sizes.max())
+        self.members = rows.new_zeros(self.num_groups, self.size)
+        self.members[self.group, self.slot] = rows
+        self.present = torch.zeros_like(self.members, dtype=torch.bool)
+        self.present[self.group, self.slot] = True
+        steps = torch.arange(self.size, device=rows.device)
+        self.ring = (self.slot.unsqueeze(-1) + steps) % self.size
+        self.peers = self.members[self.group].gather(-1, self.ring)
+        self._in_order = self.members.numel() == len(rows) and bool((self.members.flatten() == rows).all())
+
+    def split(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, ...) -> (G, N, ...): a view when the groups lie one after the other, else a gather."""
+        if self._in_order:
+            return values.view(self.num_groups, self.size, *values.shape[1:])
+        return values[self.members]
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(G, N, ...) -> (B, ...): undoes `split`."""
+        return values[self.group, self.slot]
+
+
+def path_attention(
+    probs: torch.Tensor,
+    thinking_mask: torch.Tensor,
+    groups: PathGroups,
+    temperature: float,
+    gating_function: GatingFunction | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights A of eq. 5 inside each group, fp32 whatever comes in.
+
+    Args:
+        probs: (B, V), the distributions the current tokens were sampled from.
+        thinking_mask: (B,) bool, the paths that take part.
+        groups: the groups of the rows.
+        temperature: T, above 0.
+        gating_function: similarity (G, N, V) -> (G, N, N); None is the cosine.
+
+    Returns:
+        weights (G, N, N): zero on the diagonal, at paths that do not take part and at padding; every row of an active
+        path with an active peer sums to 1, every other row is zero. Finite forward and backward.
+        similarity (G, N, N): S of eq. 3, before any mask.
+        pairs (G, N, N) bool: the pairs that may exchange.
+    """
+    with torch.autocast(probs.device.type, enabled=False):
+        similarity = (gating_function or cosine_similarity)(groups.split(probs.float()))
+        active = groups.split(thinking_mask) & groups.present
+        pairs = active[..., :, None] & active[..., None, :]
+        pairs = pairs & ~torch.eye(groups.size, dtype=torch.bool, device=pairs.device)
+        # A finite fill and a mask behind the softmax: a row without a peer is zero, its gradient is zero and not NaN.
+        scores = (similarity / temperature).masked_fill(~pairs, torch.finfo(torch.float32).min)
+        return scores.softmax(-1) * pairs, similarity, pairs
+
+
+def cross_path_weights(
+    probs: torch.Tensor,
+    thinking_mask: torch.Tensor,
+    *,
+    group_ids: torch.Tensor,
+    temperature: float,
+    gating_function: GatingFunction | None = None,
+) -> torch.Tensor:
+    """The weights A of eq. 5 for a whole batch: (B, B) float32.
+
+    Args as `path_attention`, with `group_ids` (B,) integers instead of `groups`.
+
+    Returns:
+        Entry (i, j) is how much path i listens to path j: zero across groups, on the diagonal and where i or j is not
+        thinking; the row of an active path with an active peer sums to 1.
+    """
+    groups = PathGroups(group_ids)
+    weights, _, _ = path_attention(probs, thinking_mask, groups, temperature, gating_function)
+    batch = weights.new_zeros(len(probs), len(probs))
+    # Padding points at row 0 with weight 0: it must add nothing rather than overwrite.
+    return batch.scatter_add(1, groups.members[groups.group], groups.rows(weights))
+
+
+def apply_cross_path_interaction(
+    embeds: torch.Tensor,
+    probs: torch.Tensor,
+    thinking_mask: torch.Tensor,
+    *,
+    group_ids: torch.Tensor,
+    lambda_blend: float = 0.1,
+    temperature: float = 0.1,
+    gating_function: GatingFunction | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 2 and 6 on dense vectors (seed 1): (1 - λ) e_i + λ Σ_j A_ij e_j.
+
+    Args:
+        embeds: (B, H), any floating dtype; probs, thinking_mask, group_ids, temperature and gating_function as in
+            `cross_path_weights`.
+        lambda_blend: λ in [0, 1].
+
+    Returns:
+        blended (B, H) in the dtype of `embeds`, computed in fp32: a path that is not thinking, or has no thinking peer,
+        keeps its own vector bit for bit. weights (B, B) float32.
+    """
+    if not 0.0 <= lambda_blend <= 1.0:
+        raise ValueError(f"lambda_blend={lambda_blend} is outside [0, 1]; the paper uses 0.1.")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature={temperature} is not above 0; the paper uses 0.1.")
+    weights = cross_path_weights(
+        probs, thinking_mask, group_ids=group_ids, temperature=temperature, gating_function=gating_function
+    )
+    if lambda_blend == 0.0:
+        return embeds, weights
+    with torch.autocast(embeds.device.type, enabled=False):
+        own = embeds.float()
+        blended = (1.0 - lambda_blend) * own + lambda_blend * (weights @ own)
+    listens = (weights > 0).any(-1, keepdim=True)
+    return torch.where(listens, blended.to(embeds.dtype), embeds), weights

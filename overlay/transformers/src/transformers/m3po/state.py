@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a rollout: what `_sample` calls at each step, and what comes out of it (seed 1, section 1; E1-E7).
+
+`generate(..., m3po=state)` carries one `M3POGenerationState` in and out. `_sample` calls `begin_rollout` once, then at
+each step `before_forward` and `after_sampling`, and `end_rollout` at the end. Nothing is read back from the device
+while decoding, and nothing grows: the record is allocated once for the longest completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..utils import ModelOutput
+from .bags import mix_bags
+from .interaction import GatingFunction
+from .rollout import SUPPORTED_MODEL_TYPES, CrossPathRollout
+from .settings import CrossPathSettings
+
+if TYPE_CHECKING:
+    from ..generation import GenerationConfig, GenerationMode
+
+
+@dataclass
+class M3POGenerateOutput(ModelOutput):
+    """What `generate` returns when cross-path interaction is on and an output object is asked for.
+
+    The first four fields stand in the order of seed 1's tuple (E29); T counts completion tokens.
+
+    Args:
+        sequences: (B, L + T) long.
+        thinking_embeds: (B, T, H), the inputs the model got at the completion's positions; only with
+            `return_thinking_embeds`.
+        thinking_mask: (B, T) bool, the tokens of the thinking phase.
+        embeds_ratio: (B, T) float32, the share of the path's own embedding in its input: 1 - λ where blended, else 1.
+        bag_ids, bag_weights: (B, T, K) int32 and float32, see `transformers.m3po`.
+        rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
+            the end of a row.
+        statistics: means over the rollout, 0-dim tensors by name, see `attention_statistics`.
+        scores, logits, attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`.
+    """
+
+    sequences: torch.Tensor | None = None
+    thinking_embeds: torch.Tensor | None = None
+    thinking_mask: torch.Tensor | None = None
+    embeds_ratio: torch.Tensor | None = None
+    bag_ids: torch.Tensor | None = None
+    bag_weights: torch.Tensor | None = None
+    rollout_logps: torch.Tensor | None = None
+    statistics: dict[str, torch.Tensor] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+    hidden_states: tuple[Any, ...] | None = None
+    past_key_values: Any = None
+
+
+class M3POGenerationState:
+    """Carries a rollout's settings in and its record out.
+
+    Args:
+        group_ids: (B,) integers, the group of each row that is decoded; None when `num_return_sequences` makes the
+            groups.
+        settings: the numbers of cross-path interaction; None takes them from the generation config. A state without
+            settings, in a call that does not ask for cross-path interaction, only records `rollout_logps`.
+        tokenizer: needed to find the answer marker, unless it is given to `generate`.
+        gating_function: similarity (G, N, V) -> (G, N, N) in place of the gate named by `gating_type`.
+
+    Attributes, after `generate`:
+        rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
+            the end of a row.
+        thinking_mask: (B, T) bool, or None without cross-path interaction.
+        bag_ids, bag_weights: (B, T, K) int32 and float32, or None when nothing could be blended.
+        statistics: 0-dim tensors by name, see `attention_statistics`.
+    """
+
+    def __init__(
+        self,
+        *,
+        group_ids: torch.Tensor | None = None,
+        settings: CrossPathSettings | None = None,
+        tokenizer: Any = None,
+        gating_function: GatingFunction | None = None,
+    ):
+        self.group_ids = group_ids
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.gating_function = gating_function
+        self.rollout_logps = torch.empty(0, 0)
+        self.statistics: dict[str, torch.Tensor] = {}
+        self._cross_path: CrossPathRollout | None = None
+
+    @property
+    def thinking_mask(self) -> torch.Tensor | None:
+        return None if self._cross_path is None else self._cross_path.thinking_mask
+
+    @property
+    def bag_ids(self) -> torch.Tensor | None:
+        return self._cross_path.bag_ids if self._cross_path is not None and self._cross_path.blends else None
+
+    @property
+    def bag_weights(self) -> torch.Tensor | None:
+        return self._cross_path.bag_weights if self._cross_path is not None and self._cross_path.blends else None
+
+    def begin(self, model: Any, input_ids: torch.Tensor, generation_config: GenerationConfig) -> None:
+        """Allocates the record for `input_ids` (B, L) and checks what the rollout needs."""
+        rows, self._prompt_length = input_ids.shape
+        max_new_tokens = generation_config.max_length - self._prompt_length
+        self._step = 0
+        self._unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+        self._return_embeds = bool(generation_config.return_thinking_embeds)
+        self._return_dict = bool(generation_config.return_dict_in_generate)
+        self._embed_tokens = model.get_input_embeddings()
+        self.rollout_logps = torch.zeros(rows, max_new_tokens, device=input_ids.device)
+        self.statistics = {}
+        self._cross_path = None
+        settings = self.settings or CrossPathSettings.from_generation_config(generation_config, model)
+        if settings is not None:
+            _check_model(model)
+            group_ids = self._groups_of(rows, generation_config.num_return_sequences or 1).to(input_ids.device)
+            self._cross_path = CrossPathRollout(
+                settings, group_ids, max_new_tokens, self.tokenizer, self.gating_function
+            )
+
+    def _groups_of(self, rows: int, num_return_sequences: int) -> torch.Tensor:
+        if self.group_ids is None:
+            if num_return_sequences < 2:
+                raise ValueError(
+                    "enable_cross_path needs groups: set num_return_sequences to 2 or more, or pass "
+                    "m3po=M3POGenerationState(group_ids=...) with the group of each row."
+                )
+            return torch.arange(rows) // num_return_sequences
+        if len(self.group_ids) != rows:
+            raise ValueError(f"group_ids has {len(self.group_ids)} entries for {rows} decoded rows; give one per row.")
+        return self.group_ids
+
+    def before_forward(self, model_inputs: dict[str, Any]) -> None:
+        """Adds the bags of the completion tokens among `model_inputs["input_ids"]` (B, L), from the second pass on."""
+        if self._cross_path is not None and self._cross_path.blends:
+            recorded = slice(max(0, self._step - model_inputs["input_ids"].shape[1]), self._step)
+            model_inputs["thinking_bag_ids"] = self._cross_path.bag_ids[:, recorded]
+            model_inputs["thinking_bag_weights"] = self._cross_path.bag_weights[:, recorded]
+
+    def after_sampling(
+        self,
+        input_ids: torch.Tensor,
+        next_token_scores: torch.Tensor,
+        unfinished_sequences: torch.Tensor,
+    ) -> None:
+        """Records the token just sampled and the thinking input that goes with it.
+
+        Args:
+            input_ids: (B, L + t) long, with the new token.
+            next_token_scores: (B, V) float32, the processed logits it was chosen from.
+            unfinished_sequences: (B,) long, 1 for the rows that go on after this token.
+        """
+        probs = next_token_scores.softmax(-1)  # as upstream's when it samples; greedy decoding has none
+        chosen = probs.gather(-1, input_ids[:, -1:]).squeeze(-1).log()
+        self.rollout_logps[:, self._step] = torch.where(self._unfinished, chosen, 0.0)
+        was_unfinished, self._unfinished = self._unfinished, unfinished_sequences.bool()
+        if self._cross_path is not None:
+            completion_ids = input_ids[:, self._prompt_length :]
+            self._cross_path.record(self._step, probs, completion_ids, was_unfinished, self._unfinished)
+        self._step += 1
+
+    def end(self, steps_to_undo: int) -> None:
+        """Cuts the record to the steps that were taken and works out the statistics."""
+        steps = self._step - steps_to_undo
+        self.rollout_logps = self.rollout_logps[:, :steps]
+        if self._cross_path is not None:
+            self.statistics = self._cross_path.end(steps)
+
+    @property
+    def returns_output(self) -> bool:
+        """Whether `generate` answers with `M3POGenerateOutput` rather than with what upstream returns."""
+        return self._cross_path is not None and (self._return_dict or self._return_embeds)
+
+    def output(
+        self,
+        sequences: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        scores: tuple[torch.Tensor, ...] | None,
+        logits: tuple[torch.Tensor, ...] | None,
+        attentions: tuple[Any, ...] | None,
+        hidden_states: tuple[Any, ...] | None,
+    ) -> M3POGenerateOutput:
+        """The output object of the rollout; sequences (B, L + T), the rest as `_sample` collected it."""
+        thinking_embeds, ratio = None, torch.ones_like(self.rollout_logps)
+        if self.bag_weights is not None:
+            ratio = torch.where((self.bag_weights > 0).any(-1), self.bag_weights[..., 0], ratio)
+        if self._return_embeds:
+            completion = self._embed_tokens(sequences[:, self._prompt_length :])
+            thinking_embeds = mix_bags(self._embed_tokens, completion, self.bag_ids, self.bag_weights)
+        return M3POGenerateOutput(
+            sequences=sequences,
+            thinking_embeds=thinking_embeds,
+            thinking_mask=self.thinking_mask,
+            embeds_ratio=ratio,
+            bag_ids=self.bag_ids,
+            bag_weights=self.bag_weights,
+            rollout_logps=self.rollout_logps,
+            statistics=self.statistics,
+            scores=scores,
+            logits=logits,
+            attentions=attentions,
+            hidden_states=hidden_states,
+            past_key_values=model_kwargs.get("past_key_values") if self._return_dict else None,
+        )
+
+
+def _check_model(model: Any) -> None:
+    model_type = model.config.get_text_config().model_type
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"enable_cross_path is built into {' and '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
+            f"{model_type!r}. Set enable_cross_path=False or take another model."
+        )
+
+
+def begin_rollout(
+    model: Any,
+    state: M3POGenerationState | None,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> M3POGenerationState | None:
+    """Hook of `_sample`: the state of this rollout, or None when nothing is asked for (then nothing here runs)."""
+    if state is None:
+        if not generation_config.enable_cross_path:
+            return None
+        state = M3POGenerationState()
+    # `generate` hands its tokenizer on to the decoding method, from where it would reach the model's forward.
+    tokenizer = model_kwargs.pop("tokenizer", None)
+    state.tokenizer = state.tokenizer if tokenizer is None else tokenizer
+    state.begin(model, input_ids, generation_config)
+    return state
+
+
+def check_generation_mode(
+    generation_mode: GenerationMode | str,
+    generation_config: GenerationConfig | None,
+    state: M3POGenerationState | None = None,
+) -> None:
+    """Hook of `generate` and `generate_batch`: cross-path interaction decodes in `_sample` only.
+
+    Raises:
+        ValueError: `enable_cross_path` or `m3po=` with beam search, assisted or continuous-batching generation.
+    """
+    wanted = state is not None or getattr(generation_config, "enable_cross_path", None)
+    mode = getattr(generation_mode, "value", generation_mode)
+    if wanted and mode not in ("greedy_search", "sample"):
+        raise ValueError(
+            f"enable_cross_path does not work with {mode}: its paths must be decoded step by step. Set num_beams=1 and "
+            "leave out assistants and continuous batching, or set enable_cross_path=False."
+        )

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO with cross-path interaction: what the hooks in `grpo_config.py` and `grpo_trainer.py` call.
+
+The rollout records one bag per thinking position (`transformers.m3po`); the policy, old and reference passes get the
+same bags, each through its own model's embeddings, because eq. 8 of the M3PO paper conditions the policy gradient on
+the blended inputs (erratum E5). Mode `none` is plain GRPO on the same code path: it records log-probs and nothing else.
+
+Axes: B rows of this process, C completion positions of the padded batch, L input positions, K bag entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers.m3po import CrossPathSettings, M3POGenerationState, write_checkpoint_info
+from transformers.m3po.rollout import SUPPORTED_MODEL_TYPES
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MODES = ("none", "m3po")
+# What generate cuts off a distribution, with the value at which it cuts nothing off.
+_NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
+# Attributes of the trainer that move the rollouts out of a single call of `generate`.
+_OTHER_ROLLOUTS = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
+
+
+@dataclass
+class M3POArguments:
+    """The flags of `GRPOConfig` that this overlay adds; names from the seeds (design, the flag table)."""
+
+    mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the paths of a group think: `none` (plain GRPO, the control; the default) or `m3po` (each "
+            "thinking path's input is blended with the tokens its peers sampled, M3PO paper eq. 2-6)."
+        },
+    )
+    enable_cross_path: bool | None = field(
+        default=None,
+        metadata={"help": "The name of seed 1 for `mode`: True is `m3po`, False is `none`. Set one of the two."},
+    )
+    cross_path_lambda: float = field(
+        default=0.1,
+        metadata={"help": "Share of the peers in a thinking input, lambda of eq. 2, in [0, 1]. 0 blends nothing."},
+    )
+    cross_path_temp: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of the weights over the peers, T of eq. 5, above 0. Default: the gate's (0.1)."},
+    )
+    cross_path_phase: str = field(
+        default="thinking",
+        metadata={"help": "`thinking`: blend until the answer marker. `all`: blend to the end (ablation of seed 1)."},
+    )
+    cross_path_top_k: int | None = field(
+        default=None,
+        metadata={"help": "Keep this many peers per path, the ones with the largest weights. Default: all."},
+    )
+    answer_start: str = field(
+        default="####",
+        metadata={"help": "The answer marker: the text that ends the thinking phase of a completion."},
+    )
+    gating_type: str = field(
+        default="baseline",
+        metadata={"help": "Similarity of two paths' distributions: `baseline` is the paper's cosine (eq. 3)."},
+    )
+    gating_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug."},
+    )
+
+
+def cross_path_settings(args: Any) -> CrossPathSettings:
+    """The numbers of cross-path interaction of a `GRPOConfig`, checked."""
+    names = ("cross_path_lambda", "cross_path_temp", "cross_path_phase", "cross_path_top_k", "answer_start")
+    return CrossPathSettings(
+        **{name: getattr(args, name) for name in names},
+        gating_type=args.gating_type,
+        gating_config=args.gating_config or {},
+    )
+
+
+def check_m3po_arguments(args: Any) -> None:
+    """Hook at the end of `GRPOConfig.__post_init__`: settles `mode` and refuses what cannot work, before any work.
+
+    Raises:
+        ValueError: one line that names the flag, the rule and what to set.
+    """
+    by_flag = None if args.enable_cross_path is None else ("m3po" if args.enable_cross_path else "none")
+    args.mode = args.mode or by_flag or "none"
+    if args.mode not in MODES:
+        raise ValueError(f"mode={args.mode!r} is unknown; set one of {', '.join(MODES)}.")
+    if by_flag is not None and by_flag != args.mode:
+        raise ValueError(
+            f"mode={args.mode!r} and enable_cross_path={args.enable_cross_path} contradict each other; set mode alone."
+        )
+    args.enable_cross_path = args.mode == "m3po"
+    cross_path_settings(args)  # in mode none too, so that a control fails like its pair on a mistyped number
+    if args.mode != "none":
+        _check_rollouts(args)
+        _check_whole_groups(args)
+
+
+def _check_rollouts(args: Any) -> None:
+    if args.use_vllm:
+        raise ValueError(f"use_vllm=True cannot be combined with mode={args.mode!r}: vLLM does not let paths interact.")
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            f"use_transformers_continuous_batching=True cannot be combined with mode={args.mode!r}: set it to False."
+        )
+    given = {name: getattr(args, name) for name in _NO_TRUNCATION} | (args.generation_kwargs or {})
+    for name, allowed in _NO_TRUNCATION.items():
+        if given[name] not in allowed:
+            raise ValueError(
+                f"{name}={given[name]} changes the distribution a token is sampled from, which the policy pass does "
+                f"not see; mode={args.mode!r} needs {name}={allowed[0]}."
+            )
+    if given.get("num_beams", 1) != 1:
+        raise ValueError(f"num_beams={given['num_beams']} cannot be combined with mode={args.mode!r}; set num_beams=1.")
+
+
+def _check_whole_groups(args: Any) -> None:
+    local = args.per_device_train_batch_size * args.steps_per_generation
+    if local % args.num_generations:
+        raise ValueError(
+            f"per_device_train_batch_size * steps_per_generation = {args.per_device_train_batch_size} * "
+            f"{args.steps_per_generation} = {local} rollouts per process do not make whole groups of "
+            f"num_generations={args.num_generations}, and a group must not be split over processes in mode "
+            f"{args.mode!r}; make the product a multiple of num_generations."
+        )
+    group = args.num_generations_eval or args.num_generations
+    if args.eval_strategy != "no" and args.per_device_eval_batch_size % group:
+        raise ValueError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of {group}; "
+            "make it a multiple."
+        )
+
+
+class GRPORollouts:
+    """The trainer's side of the rollouts: hands states to `generate`, bags to the scoring passes, numbers to the log.
+
+    Args:
+        trainer: the `GRPOTrainer`, after its arguments and models are set.
+
+    Raises:
+        ValueError: the model or a feature of the trainer cannot be combined with the mode.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self.mode = trainer.args.mode
+        self.settings = None if self.mode == "none" else cross_path_settings(trainer.args)
+        # Rollouts that do not come from one call of `generate` leave no record that fits the batch.
+        elsewhere = [name for name in _OTHER_ROLLOUTS if getattr(trainer, name, None)]
+        if not elsewhere and trainer.generation_config.get_generation_mode() not in ("greedy_search", "sample"):
+            elsewhere = ["generation_kwargs"]  # beams, or an assistant
+        if self.settings is not None:
+            self._check_trainer(elsewhere)
+        self._records = not elsewhere
+        self._state = M3POGenerationState()
+        self._num_generations = trainer.num_generations
+        logger.info(f"mode={self.mode}" + ("" if self.settings is None else f": {self.settings.describe()}"))
+
+    def _check_trainer(self, elsewhere: list[str]) -> None:
+        model_type = self._trainer.model.config.get_text_config().model_type
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(
+                f"mode={self.mode!r} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
+                f"{model_type!r}. Set mode='none' or take another model."
+            )
+        if elsewhere:
+            raise ValueError(
+                f"{elsewhere[0]} cannot be combined with mode={self.mode!r}: its rollouts are not decoded in one call "
+                "of generate, where the paths interact. Leave it out, or set mode='none'."
+            )
+
+    def generate_kwargs(self, num_rows: int, num_generations: int) -> dict[str, Any]:
+        """Extra arguments of `generate` for `num_rows` prompts of this process, the copies of a prompt side by side."""
+        if not self._records:
+            return {}
+        if self.settings is not None and num_rows % num_generations:
+            raise ValueError(
+                f"{num_rows} rollouts at a time are not whole groups of {num_generations}: make "
+                "per_device_eval_batch_size a multiple of num_generations_eval (or of num_generations)."
+            )
+        first = self._trainer.accelerator.process_index * num_rows
+        self._num_generations = num_generations
+        self._state = M3POGenerationState(
+            group_ids=torch.arange(first, first + num_rows) // num_generations,
+            settings=self.settings,
+            tokenizer=self._trainer._tokenizer,
+        )
+        return {"m3po": self._state}
+
+    def scoring_kwargs(self, num_positions: int) -> dict[str, torch.Tensor]:
+        """The bags of the last rollout for its scoring passes, as long as C = `num_positions`; {} without bags."""
+        bag_ids, bag_weights = self._state.bag_ids, self._state.bag_weights
+        if bag_ids is None or bag_weights is None:
+            return {}
+        return {
+            "thinking_bag_ids": _fit(bag_ids, num_positions),
+            "thinking_bag_weights": _fit(bag_weights, num_positions),
+        }
+
+    def add_to_batch(self, batch: dict[str, Any]) -> None:
+        """Puts what the policy pass needs beside the batch (every tensor has B rows) and logs the rollout."""
+        if not self._records:
+            return
+        num_positions = batch["completion_ids"].size(1)
+        batch.update(self.scoring_kwargs(num_positions))
+        batch["rollout_per_token_logps"] = _fit(self._state.rollout_logps, num_positions)
+        # In the batch, because an evaluation may roll out between this rollout and the policy passes that read it.
+        batch["rollout_step"] = torch.tensor(self._trainer.state.global_step)
+        self._log("distinct_answers", self._distinct_answers(batch["completion_ids"], batch["completion_mask"]))
+        if self._state.thinking_mask is None:
+            return
+        tokens = batch["completion_mask"].bool()
+        thinking = _fit(self._state.thinking_mask, num_positions) & tokens
+        self._log("thinking_fraction", thinking.sum() / tokens.sum())
+        for name, value in self._state.statistics.items():
+            self._log(name, value)
+
+    def log_rollout_diff(self, inputs: dict[str, Any], per_token_logps: torch.Tensor, mask: torch.Tensor) -> None:
+        """Logs how far the policy pass is from the rollout, (B, C) log-probs each, while the weights are the same."""
+        if inputs.get("rollout_step") != self._trainer.state.global_step:
+            return  # no record, or an optimizer step lies between the two and the difference is meant
+        difference = (per_token_logps.detach() - inputs["rollout_per_token_logps"]).abs() * mask
+        gather = self._trainer.accelerator.gather
+        total = gather(torch.stack([difference.sum(), mask.sum()]).float().unsqueeze(0)).sum(0)
+        metrics = self._metrics
+        metrics["m3po/rollout_logp_diff"].append((total[0] / total[1].clamp_min(1)).item())
+        # TRL averages what is logged between two log lines; the largest value must stay the largest.
+        largest = gather(difference.max()).max().item()
+        metrics["m3po/rollout_logp_diff_max"] = [max([largest, *metrics["m3po/rollout_logp_diff_max"]])]
+
+    def save(self, folder: str | None) -> None:
+        """Writes `m3po.json` beside weights that were just saved to `folder` (None: the output directory)."""
+        args = self._trainer.args
+        write_checkpoint_info(
+            folder or args.output_dir,
+            {
+                "mode": self.mode,
+                **({"answer_start": args.answer_start} if self.settings is None else asdict(self.settings)),
+                "cross_path_temp": None if self.settings is None else self.settings.temperature,
+                "num_generations": args.num_generations,
+                "sampling_temperature": args.temperature,
+                "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+            },
+        )
+
+    @property
+    def _metrics(self) -> dict[str, list[float]]:
+        return self._trainer._metrics["train" if self._trainer.model.training else "eval"]
+
+    def _log(self, name: str, value: torch.Tensor) -> None:
+        """Mean over the processes that have the number; nothing is logged where none has it."""
+        mean = self._trainer.accelerator.gather(value.float().reshape(1)).nanmean().item()
+        if mean == mean:
+            self._metrics[f"m3po/{name}"].append(mean)
+
+    def _distinct_answers(self, completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+        """Number of different answers in a group, mean over the groups: texts behind the first marker, () float32."""
+        tokenizer, marker = self._trainer._tokenizer, self._trainer.args.answer_start
+        completions = zip(completion_ids.cpu(), completion_mask.bool().cpu(), strict=True)
+        texts = tokenizer.batch_decode([ids[kept].tolist() for ids, kept in completions], skip_special_tokens=True)
+        answers = [text.split(marker, 1)[1].strip() if marker in text else None for text in texts]
+        groups = [answers[i : i + self._num_generations] for i in range(0, len(answers), self._num_generations)]
+        counts = [len(set(group) - {None}) for group in groups]
+        return torch.tensor(counts, dtype=torch.float32, device=completion_ids.device).mean()
+
+
+def scoring_inputs(
+    bag_ids: torch.Tensor, bag_weights: torch.Tensor, attention_mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Extra inputs of a scoring pass: the bags (B, C, K), and the position ids of the rollout from the mask (B, L)."""
+    position_ids = attention_mask.long().cumsum(-1) - 1
+    return {
+        "thinking_bag_ids": bag_ids,
+        "thinking_bag_weights": bag_weights,
+        "position_ids": position_ids.clamp_min(0),
+    }
+
+
+def _fit(record: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """Cuts or zero-pads a record (B, T, ...) to (B, num_positions, ...)."""
+    fitted = record[:, :num_positions]
+    missing = num_positions - fitted.size(1)
+    if missing <= 0:
+        return fitted
+    return torch.cat([fitted, fitted.new_zeros(fitted.size(0), missing, *fitted.shape[2:])], dim=1)
