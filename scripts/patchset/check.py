@@ -42,11 +42,9 @@ def check(root: Path, ups: list[Upstream]) -> list[str]:
             _compile(up, repo, built.patched, touched, fresh)
             again = export.series_of(repo, up, built.pristine, built.patched)
             if odd := export.compare(up, again):
-                raise Drift(
-                    f"{up.name}: does not round-trip: exporting the applied series gives other bytes:\n"
-                    + "\n".join(f"  {line}" for line in odd)
-                    + "\n  apply it, then export (make apply-patches export-patches) writes the canonical form"
-                )
+                head = f"{up.name}: does not round-trip: exporting the applied series gives other bytes:"
+                way_out = "  apply it, then export (make apply-patches export-patches) writes the canonical form"
+                raise Drift("\n".join([head, *export.describe(up, odd), way_out]))
             if up.imports:
                 trees.append(_write_tree(up, repo, built, fresh, Path(temp, "trees", up.name)))
                 modules += [*up.imports, *_modules(up, [*touched, *fresh])]

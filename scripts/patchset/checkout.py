@@ -8,6 +8,7 @@ changed behind a restored mtime is still found, by its ctime. It never looks at 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -22,7 +23,6 @@ from patchset.pins import Upstream
 
 EXCLUDES = ("__pycache__/", "*.pyc", "*.egg-info/")
 BUSY = ("rebase-merge", "rebase-apply", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD")
-KEPT = ("objects", "refs", "packed-refs", "logs", "config", "HEAD")  # of the old .git: all work a developer committed
 
 
 @dataclass
@@ -102,12 +102,11 @@ def require_free(repo: git.Git, up: Upstream, pristine: str, paths: list[str]) -
 
 def sync_links(up: Upstream, tree: Path, old: dict[str, str], new: dict[str, str]) -> None:
     """Make the links in `tree` those of `new`; each link changes in one step, right ones are not touched."""
-    for path in sorted(old.keys() - new.keys()):
-        link = tree / path
+    for link in (tree / path for path in sorted(old.keys() - new.keys())):
         link.unlink(missing_ok=True)
-        for left in (link.parent / "__pycache__").glob(f"{link.stem}.*.pyc"):
-            left.unlink()
-        _prune(link.parent / "__pycache__", tree)
+        shutil.rmtree(link.parent / "__pycache__", ignore_errors=True)  # else the folder stays, as a namespace package
+        with contextlib.suppress(OSError):
+            os.removedirs(link.parent)
     for path in sorted(new):
         link, wanted = tree / path, target(up, path)
         if not (link.is_symlink() and os.readlink(link) == wanted):
@@ -118,18 +117,6 @@ def sync_links(up: Upstream, tree: Path, old: dict[str, str], new: dict[str, str
             os.replace(temp, link)
     lines = [*EXCLUDES, *("/" + re.sub(r"([\\*?\[ ])", r"\\\1", path) for path in sorted(new))]
     (tree / ".git" / "info" / "exclude").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _prune(folder: Path, top: Path) -> None:
-    """Remove `folder` and its parents below `top` while they are empty or absent."""
-    while folder != top:
-        try:
-            folder.rmdir()
-        except FileNotFoundError:
-            pass
-        except OSError:
-            return
-        folder = folder.parent
 
 
 def back_up(up: Upstream, view: View) -> str:
@@ -150,29 +137,14 @@ def back_up(up: Upstream, view: View) -> str:
 
 
 def make_git(up: Upstream) -> Path:
-    """A tree under construction: its .git is new, or keeps the old checkout's objects, refs and settings."""
+    """A tree under construction: its .git is new, or the old checkout's with all a developer committed."""
     new = up.work("new")
-    if not up.checkout.exists():
-        git.init(new)
+    if up.checkout.exists():
+        shutil.copytree(up.git_dir, new / ".git", ignore=shutil.ignore_patterns("*.lock"))
     else:
-        stale = shutil.ignore_patterns("*.lock")
-        for part in (up.git_dir / name for name in KEPT):
-            if part.is_dir():
-                how = _link if part.name == "objects" else shutil.copy2
-                shutil.copytree(part, new / ".git" / part.name, copy_function=how, ignore=stale)
-            elif part.exists():
-                shutil.copy2(part, new / ".git" / part.name)
-        git.neutralise(new / ".git")
+        git.init(new)
     reached("git-made")
     return new
-
-
-def _link(source: str, copy: str) -> None:
-    """Hard-link an object file (they never change); copy where the file system has no links."""
-    try:
-        os.link(source, copy)
-    except OSError:
-        shutil.copy2(source, copy)
 
 
 def move_refs(tree: Path, built: Built) -> None:
@@ -189,6 +161,7 @@ def fill(up: Upstream, new: Path, built: Built, record: state.Record) -> None:
     move_refs(new, built)
     reached("git-staged")
     index = new / ".git" / "index"
+    index.unlink(missing_ok=True)  # the old one: it would pass for these files being there
     git.Git(new / ".git", new, index)("read-tree", "--reset", "-u", built.patched)
     reached("tree-staged")
     sync_links(up, new, {}, record.inputs.overlay)

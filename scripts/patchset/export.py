@@ -7,7 +7,6 @@ so that rewording its subject does not rename the patch; the line never reaches 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -15,7 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchset import build, checkout, git, series, state, table
+from patchset import build, checkout, git, series, state, table, wheels
 from patchset.common import Drift, Refused
 from patchset.pins import Upstream
 
@@ -115,57 +114,56 @@ def _export(up: Upstream, repo: git.Git, check: bool) -> str:
         raise stop(f"{up.name}: vendor/{up.name} {what}\nCommit them with git in vendor/{up.name}, then export again.")
     wanted = series_of(repo, up, view.record.pristine, head)
     changes = compare(up, wanted)
+    said = describe(up, changes)
+    if check and changes:
+        raise Drift("\n".join([f"{up.name}: vendor/{up.name} and patches/ differ:", *said]))
     if check:
-        if changes:
-            raise Drift(f"{up.name}: vendor/{up.name} and patches/ differ:\n" + "\n".join(f"  {c}" for c in changes))
         return f"{up.name} {up.version}: patches/ equals vendor/ ({len(wanted.patches)} patches)"
-    _require_known(up, view.record, wanted)
+    _require_known(up, view.record, changes)
     built = _prove(up, repo, view.record.pristine, wanted)
-    _write(up, wanted)
+    for file, data in changes.items():
+        _put(file, data)
     checkout.move_refs(up.checkout, built)
     inputs = state.current(up)
     checkout.require_free(repo, up, built.pristine, list(inputs.overlay))
     checkout.sync_links(up, up.checkout, view.record.inputs.overlay, inputs.overlay)
     git.Git(up.git_dir, up.checkout)("reset", "-q", "--mixed", "HEAD")
     state.save(up.git_dir, state.Record(inputs, built.pristine, built.patched, built.tree, applied=True))
-    head = f"{up.name} {up.version}: {len(wanted.patches)} patches, {len(changes) or 'no'} changes"
-    return "\n".join([head, *(f"  {change}" for change in changes)])
+    return "\n".join([f"{up.name} {up.version}: {len(wanted.patches)} patches, {len(said) or 'no'} changes", *said])
 
 
-def compare(up: Upstream, wanted: Export) -> list[str]:
-    """How patches/ and overlay/ on disk differ from what export would write, one line each."""
-    disk, lines = _on_disk(up), []
-    for name in sorted(disk.keys() | wanted.patches.keys()):
-        if disk.get(name) != wanted.patches.get(name):
-            what = "new" if name not in disk else "gone" if name not in wanted.patches else "changed"
-            lines.append(f"{what}: patches/{up.name}/{name}")
-    file = up.patches / "series"
-    listed = [line for line in file.read_text().splitlines() if line[:1] not in ("", "#")] if file.exists() else []
-    if not lines and listed != list(wanted.patches):
-        lines.append(f"another order: patches/{up.name}/series")
-    for path, data in wanted.new_files.items():
-        file = up.overlay / path
-        if not file.is_file() or file.read_bytes() != data:
-            lines.append(f"{'changed' if file.exists() else 'new'}: overlay/{up.name}/{path}")
-    return lines
+def compare(up: Upstream, wanted: Export) -> dict[Path, bytes | None]:
+    """The files under patches/ and overlay/ that export would write (new files first, series last) or delete (None)."""
+    series_file = up.patches / "series"
+    old = series_file.read_text(encoding="utf-8").splitlines(keepends=True) if series_file.exists() else []
+    comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), old))
+    files: dict[Path, bytes | None] = {up.overlay / path: data for path, data in wanted.new_files.items()}
+    files |= {file: None for file in up.patches.glob("*.patch") if file.name not in wanted.patches}
+    files |= {up.patches / name: data for name, data in wanted.patches.items()}
+    if [line.strip() for line in old if line.strip() and not line.startswith("#")] != list(wanted.patches):
+        files[series_file] = (comment + "".join(f"{name}\n" for name in wanted.patches)).encode()
+    return {file: data for file, data in files.items() if (file.read_bytes() if file.is_file() else None) != data}
 
 
-def _on_disk(up: Upstream) -> dict[str, bytes]:
-    """Every patch file, listed in the series or not (an export that was killed may have left some unlisted)."""
-    return {file.name: file.read_bytes() for file in up.patches.glob("*.patch")}
+def describe(up: Upstream, changes: dict[Path, bytes | None]) -> list[str]:
+    """One line per change."""
+    words = [
+        ("gone" if data is None else "changed" if file.exists() else "new", file) for file, data in changes.items()
+    ]
+    return [f"  {word}: {file.relative_to(up.root)}" for word, file in words]
 
 
-def _require_known(up: Upstream, record: state.Record, wanted: Export) -> None:
-    """Refuse to overwrite a patch that was changed on disk since it was applied, unless it says the same already."""
+def _require_known(up: Upstream, record: state.Record, changes: dict[Path, bytes | None]) -> None:
+    """Refuse to overwrite a patch that was changed on disk since it was applied."""
     if record.inputs.pin != state.pin(up):
         raise Refused(f"{up.name}: overlay.toml pins another wheel than vendor/{up.name} holds; apply first")
-    disk, was = _on_disk(up), {name: digest for name, digest in record.inputs.patches}
-    for name in sorted(disk.keys() | was.keys()):
-        now = hashlib.sha256(disk[name]).hexdigest() if name in disk else None
-        if now != was.get(name) and disk.get(name) != wanted.patches.get(name):
+    applied = {name: digest for name, digest in record.inputs.patches}
+    for file in changes:
+        now = wheels.digest(file) if file.is_file() else None
+        if file.suffix == ".patch" and now != applied.get(file.name):
             raise Refused(
-                f"{up.name}: patches/{up.name}/{name} changed after it was applied, and export would overwrite that. "
-                f"Restore the file, or run apply --discard and cherry-pick your commits from the backup ref it names"
+                f"{up.name}: patches/{up.name}/{file.name} changed after it was applied, and export would overwrite "
+                "that. Restore the file, or run apply --discard and cherry-pick your commits from the backup ref it names"
             )
 
 
@@ -180,24 +178,12 @@ def _prove(up: Upstream, repo: git.Git, pristine: str, wanted: Export) -> build.
     return built
 
 
-def _write(up: Upstream, wanted: Export) -> None:
-    """Write what differs, each file in one step; delete patches that are gone; keep the series' leading comment."""
-    for path, data in wanted.new_files.items():
-        _put(up.overlay / path, data)
-    file = up.patches / "series"
-    old = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), old))
-    for name, data in wanted.patches.items():
-        _put(up.patches / name, data)
-    if wanted.patches or file.exists():
-        _put(file, (comment + "".join(f"{name}\n" for name in wanted.patches)).encode())
-    for name in _on_disk(up).keys() - wanted.patches.keys():
-        (up.patches / name).unlink()
-
-
-def _put(file: Path, data: bytes) -> None:
-    if not file.is_file() or file.read_bytes() != data:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temp = file.with_name(f".{file.name}.pyc")  # an ignored name, should it be left behind
-        temp.write_bytes(data)
-        os.replace(temp, file)
+def _put(file: Path, data: bytes | None) -> None:
+    """Write a file in one step, or delete it."""
+    if data is None:
+        file.unlink()
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temp = file.with_name(f".{file.name}.pyc")  # an ignored name, should it be left behind
+    temp.write_bytes(data)
+    os.replace(temp, file)

@@ -77,14 +77,9 @@ def init(folder: Path) -> Path:
     git = Git(git_dir, folder)
     git("init", "-q", "-b", "main", "--template=")
     git("config", "core.autocrlf", "false")
-    neutralise(git_dir)
-    return git_dir
-
-
-def neutralise(git_dir: Path) -> None:
-    """Outrank the attributes a tree ships."""
-    (git_dir / "info").mkdir(exist_ok=True)
+    (git_dir / "info").mkdir()
     (git_dir / "info" / "attributes").write_text(ATTRIBUTES)
+    return git_dir
 
 
 def require() -> None:

@@ -28,25 +28,11 @@ class Upstream:
     allow: tuple[str, ...]  # globs over checkout paths; a patch that touches anything else is refused
     imports: tuple[str, ...]  # packages that `check` imports after patching
 
-    @property
-    def checkout(self) -> Path:
-        return self.root / "vendor" / self.name
-
-    @property
-    def git_dir(self) -> Path:
-        return self.checkout / ".git"
-
-    @property
-    def patches(self) -> Path:
-        return self.root / "patches" / self.name
-
-    @property
-    def overlay(self) -> Path:
-        return self.root / "overlay" / self.name
-
-    @property
-    def wheel_file(self) -> Path:
-        return self.root / ".cache" / "wheels" / self.wheel
+    checkout: Path
+    git_dir: Path
+    patches: Path
+    overlay: Path
+    wheel_file: Path
 
     def work(self, what: str) -> Path:
         """A place beside the checkouts (same file system) for trees under construction."""
@@ -95,4 +81,7 @@ def _upstream(root: Path, name: str, pin: dict[str, object]) -> Upstream:
         raise Refused(f"{where}: wheel is the plain file name of a .whl")
     if texts["prefix"] != "." and (fault := path_fault(texts["prefix"])):
         raise Refused(f"{where}: prefix: {fault}")
-    return Upstream(root=root, name=name, **texts, **lists)  # type: ignore[arg-type]
+    places = {"checkout": root / "vendor" / name, "git_dir": root / "vendor" / name / ".git"}
+    places |= {"patches": root / "patches" / name, "overlay": root / "overlay" / name}
+    places["wheel_file"] = root / ".cache" / "wheels" / texts["wheel"]
+    return Upstream(root=root, name=name, **texts, **lists, **places)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def _why(file: Path) -> str:
 
 
 def refresh(root: Path, *, check: bool = False) -> list[str]:
-    """Rewrite the marked block of each page that has one (`check`: only raise Drift); returns the pages that changed."""
+    """Rewrite the marked block of each page that has one (`check`: raise Drift instead); returns what changed."""
     changed, text = [], ""
     for name in PAGES:
         page = (root / name).read_text(encoding="utf-8") if (root / name).is_file() else ""

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints of a run folder can be resumed, and what a run may do with a folder that has some.
+
+TRL does not checkpoint the completions it has generated and not yet trained on. A checkpoint therefore has to lie at
+the end of a generation cycle, or the resumed run would generate other ones than the uninterrupted run has used.
+
+The Trainer writes `trainer_state.json` after everything else it needs to resume, so a checkpoint that has it is whole
+as far as the process is concerned. Files cut short in it (the machine went down) are found by their own formats: a zip
+archive ends in its directory, a safetensors header says the length.
+"""
+
+import dataclasses
+import math
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
+from transformers.m3po import read_checkpoint_info
+from trl import GRPOConfig
+
+from m3po_lab.config import UserError
+from m3po_lab.files import read_json
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+NEEDED = ("m3po.json", "trainer_state.json")
+OWN_FILES = ("baseline.json", "summary.json", "reward.png", "completions.jsonl")
+
+
+def generation_cycle(training: GRPOConfig) -> int:
+    """Optimizer steps after which the buffered completions are used up and a step boundary falls on fresh ones.
+
+    Completions are generated every ``steps_per_generation * num_iterations`` micro-steps; an optimizer step takes
+    ``gradient_accumulation_steps`` of them.
+    """
+    micro_steps = training.steps_per_generation * training.num_iterations
+    return micro_steps // math.gcd(micro_steps, training.gradient_accumulation_steps)
+
+
+def check_save_steps(training: GRPOConfig) -> None:
+    """Refuse a checkpoint schedule that cannot be resumed exactly.
+
+    Raises:
+        UserError: when `save_steps`, or `max_steps` at which the last checkpoint is written, is no multiple of the
+            generation cycle.
+    """
+    if training.save_strategy == "no":
+        return
+    cycle = generation_cycle(training)
+    checked = {"max_steps": training.max_steps} if training.max_steps > 0 else {}
+    if training.save_strategy == "steps":
+        checked["save_steps"] = training.save_steps
+    for flag, steps in checked.items():
+        if steps != int(steps) or int(steps) % cycle:
+            above = max(cycle, math.ceil(steps / cycle) * cycle)
+            raise UserError(
+                f"--{flag} {steps}: it must be a multiple of the generation cycle, here {cycle} steps "
+                "(steps_per_generation * num_iterations / gradient_accumulation_steps), since the completions in "
+                f"between are not part of a checkpoint; set {above}."
+            )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders in a run folder by step, whole or not."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint folder's name."""
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    if match is None:
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: the folder's name is not checkpoint-<step>.")
+    return int(match.group(1))
+
+
+def missing_part(checkpoint: Path) -> str | None:
+    """The first file that is missing or cut short in a checkpoint, None when it is whole."""
+    for name in NEEDED:
+        content = read_json(checkpoint / name)
+        if content is None:
+            return name
+        if name == "trainer_state.json" and content.get("global_step") != step_of(checkpoint):
+            return name
+    for archive in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+        if not zipfile.is_zipfile(archive):
+            return archive.name
+    for weights in checkpoint.glob("*.safetensors"):
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return weights.name
+    return None
+
+
+def checkpoint_to_resume(training: GRPOConfig) -> Path | None:
+    """The checkpoint a run starts from, None for a new run; half-written ones in its folder are removed.
+
+    ``--resume_from_checkpoint true`` means the newest whole one; a path means that one.
+
+    Raises:
+        UserError: when there is none, when the named one is not whole or of another mode, or when later ones
+            of the same run are in the way.
+    """
+    folder = Path(training.output_dir)
+    asked = training.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("false", "no"):
+        return None
+    if str(asked).lower() in ("true", "yes", "last"):
+        whole = [path for path in checkpoints(folder) if missing_part(path) is None]
+        if not whole:
+            raise UserError(
+                f"--resume_from_checkpoint true: {folder} has no whole checkpoint; leave the flag out to start anew."
+            )
+        chosen = whole[-1]
+    else:
+        chosen = Path(str(asked))
+        part = missing_part(chosen) if chosen.is_dir() else "the folder"
+        if part is not None:
+            raise UserError(f"--resume_from_checkpoint {asked} cannot be resumed: {part} is missing or cut short.")
+    later = [path for path in checkpoints(folder) if step_of(path) > step_of(chosen)]
+    in_the_way = [path.name for path in later if missing_part(path) is None]
+    if in_the_way:
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: {folder} already has {in_the_way[-1]}, which is later; resume that one "
+            "('true'), or give another --output_dir for the new branch."
+        )
+    check_same_mode(chosen, training)
+    if training.process_index == 0:
+        for path in later:
+            shutil.rmtree(path)
+    return chosen
+
+
+def check_same_mode(checkpoint: Path, training: GRPOConfig) -> None:
+    """Refuse to resume a checkpoint with other numbers than those its `m3po.json` says it was trained with.
+
+    Raises:
+        UserError: for the first flag that contradicts it; flags that are not set (None) contradict nothing.
+    """
+    of_any_trainer = {spec.name for spec in dataclasses.fields(TrainingArguments)}
+    for name, value in read_checkpoint_info(checkpoint).items():
+        now = getattr(training, name, None)
+        if now is not None and now != value and name not in of_any_trainer:
+            raise UserError(
+                f"--{name} {now}: {checkpoint.name} was trained with {value}; set that, or start a new run "
+                f"from it with --model_name_or_path {checkpoint}."
+            )
+
+
+def claim_run_folder(training: GRPOConfig, overwrite: bool) -> None:
+    """Refuse to mix a new run with the checkpoints of an old one; with `overwrite`, delete what the old one wrote.
+
+    Raises:
+        UserError: when the folder has checkpoints and `overwrite` is not set; nothing is touched then.
+    """
+    folder = Path(training.output_dir)
+    found = checkpoints(folder)
+    if not overwrite:
+        if found:
+            raise UserError(
+                f"{folder} already has {found[-1].name}: continue it with --resume_from_checkpoint true, or start anew "
+                "with another --output_dir (or --overwrite, which deletes it)."
+            )
+        return
+    if training.process_index == 0:
+        for path in found:
+            shutil.rmtree(path)
+        for name in OWN_FILES:
+            (folder / name).unlink(missing_ok=True)

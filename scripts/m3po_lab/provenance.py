@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a result comes from: the commit of this project and the engine it ran on."""
+
+import subprocess
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+def git_state(root: Path) -> tuple[str | None, bool | None]:
+    """The commit checked out in `root` and whether files differ from it; (None, None) when it is no git checkout."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD").strip()
+        return commit, bool(_git(root, "status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """What runs the training: 'single process', or accelerate's name of the distribution, e.g. 'multi_gpu', 'fsdp'."""
+    kind = accelerator.distributed_type.value.lower()
+    return "single process" if kind == "no" else kind
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *words],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.stdout

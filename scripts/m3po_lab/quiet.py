@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages of libraries that say nothing about a run, kept off the terminal.
+
+Each one is named; anything else a library has to say is shown.
+"""
+
+import logging
+
+from transformers.utils.logging import disable_progress_bar
+
+
+def silence_known_noise() -> None:
+    """Let known chatterers report errors only, and show no bars for reading and writing weights."""
+    disable_progress_bar()  # that of the training is not one of these
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: `summary.json`, `reward.png`, `completions.jsonl`, and the last lines on the terminal.
+
+A gain is split: accuracy can rise because more answers come in the asked form, or because more of them are right. The
+second is tested alone, on the problems whose answer was well-formed both before and after.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOTrainer
+
+from m3po_lab.config import PROJECT_ROOT, Run, changed_values
+from m3po_lab.data import Problem
+from m3po_lab.evaluate import Answered
+from m3po_lab.figure import draw_rewards
+from m3po_lab.files import write_json, write_text
+from m3po_lab.provenance import engine_name, git_state
+from m3po_lab.rewards import make_rewards
+from m3po_lab.stats import Paired, compare
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "math-verify", "reasoning-gym")
+
+
+def split_gain(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Paired]:
+    """Three paired comparisons: accuracy, format, and accuracy where the form was right both times (`arithmetic`)."""
+    both = [(early, late) for early, late in zip(before, after, strict=True) if early.formatted and late.formatted]
+    return {
+        "accuracy": compare([row.correct for row in before], [row.correct for row in after]),
+        "format": compare([row.formatted for row in before], [row.formatted for row in after]),
+        "arithmetic": compare([early.correct for early, _ in both], [late.correct for _, late in both]),
+    }
+
+
+def verdict(parts: dict[str, Paired]) -> str:
+    """One sentence on what the comparison shows, at the level p < 0.05."""
+    accuracy, form, arithmetic = parts["accuracy"], parts["format"], parts["arithmetic"]
+    if not accuracy.significant():
+        return f"No significant change in accuracy (p = {accuracy.p_value:.2g})."
+    if accuracy.after < accuracy.before:
+        return f"Accuracy is significantly LOWER than before (p = {accuracy.p_value:.2g})."
+    text = f"Accuracy is significantly higher than before (p = {accuracy.p_value:.2g})"
+    if arithmetic.significant() and arithmetic.after > arithmetic.before:
+        return f"{text}, and so it is where the form was right both times (p = {arithmetic.p_value:.2g})."
+    if form.after > form.before:
+        return (
+            f"{text}, but this gain is only format: where the form was right both times, "
+            f"accuracy did not move significantly (p = {arithmetic.p_value:.2g})."
+        )
+    return f"{text}; on the {arithmetic.n} problems with the right form both times it alone is not significant."
+
+
+def summarise(
+    run: Run, command: str, trainer: GRPOTrainer, parts: dict[str, Paired], train_seconds: float
+) -> dict[str, Any]:
+    """The content of `summary.json`: results, then everything that is needed to trust and to repeat them."""
+    accuracy, form, arithmetic = parts["accuracy"], parts["format"], parts["arithmetic"]
+    history = trainer.state.log_history
+    differences = [row["m3po/rollout_logp_diff_max"] for row in history if "m3po/rollout_logp_diff_max" in row]
+    steps = trainer.state.global_step
+    commit, dirty = git_state(PROJECT_ROOT)
+    return {
+        "mode": run.training.mode,
+        "engine": engine_name(trainer.accelerator),
+        "accuracy_before": accuracy.before,
+        "accuracy_after": accuracy.after,
+        "accuracy_difference_interval_95": list(accuracy.interval),
+        "gained": accuracy.gained,
+        "lost": accuracy.lost,
+        "p_value": accuracy.p_value,
+        "num_eval_problems": accuracy.n,
+        "format_before": form.before,
+        "format_after": form.after,
+        "arithmetic_before": arithmetic.before,
+        "arithmetic_after": arithmetic.after,
+        "arithmetic_p_value": arithmetic.p_value,
+        "arithmetic_num_problems": arithmetic.n,
+        "verdict": verdict(parts),
+        "rollout_logp_diff_max": max(differences) if differences else None,
+        "steps": steps,
+        "train_seconds": train_seconds,
+        "seconds_per_step": train_seconds / steps if steps else None,
+        "seed": run.training.seed,
+        "model": trainer.model.config.name_or_path,
+        "dataset": run.script.dataset,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "command": command,
+        "config": changed_values(run),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "device": str(trainer.accelerator.device),
+    }
+
+
+def completion_lines(
+    run: Run, held_out: Sequence[Problem], before: Sequence[Answered], after: Sequence[Answered]
+) -> str:
+    """`completions.jsonl`: one held-out problem a line, with the completion before and after and its reward after."""
+    rewards = make_rewards(run.training.answer_start)
+    texts = [row.completion for row in after]
+    columns = [reward(completions=texts, reference=[problem.answer for problem in held_out]) for reward in rewards]
+    totals = [
+        sum(weight * value for weight, value in zip(run.training.reward_weights, values, strict=True))
+        for values in zip(*columns, strict=True)
+    ]
+    lines = [
+        {
+            "question": problem.question,
+            "reference": problem.answer,
+            "before": early.completion,
+            "correct_before": early.correct,
+            "after": late.completion,
+            "correct": late.correct,
+            "reward": total,
+        }
+        for problem, early, late, total in zip(held_out, before, after, totals, strict=True)
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def table(parts: dict[str, Paired]) -> str:
+    """The comparison as text, one line each for accuracy, format and arithmetic."""
+    names = {"accuracy": "accuracy", "format": "format", "arithmetic": "accuracy, form right both times"}
+    lines = [
+        f"{'greedy, held-out':34}{'n':>5}{'before':>9}{'after':>9}{'gained':>8}{'lost':>6}{'p':>10}  95 % of change"
+    ]
+    for key, name in names.items():
+        part = parts[key]
+        if part.n == 0:
+            lines.append(f"{name:34}{0:5d}")
+            continue
+        low, high = part.interval
+        lines.append(
+            f"{name:34}{part.n:5d}{part.before:9.1%}{part.after:9.1%}{part.gained:8d}{part.lost:6d}"
+            f"{part.p_value:10.2g}  {100 * low:+.1f} to {100 * high:+.1f} points"
+        )
+    return "\n".join(lines)
+
+
+def write_report(
+    run: Run,
+    command: str,
+    trainer: GRPOTrainer,
+    held_out: Sequence[Problem],
+    before: Sequence[Answered],
+    after: Sequence[Answered],
+    train_seconds: float,
+) -> None:
+    """Write the run's report files and print its last lines."""
+    parts = split_gain(before, after)
+    summary = summarise(run, command, trainer, parts, train_seconds)
+    write_text(run.folder / "completions.jsonl", completion_lines(run, held_out, before, after))
+    draw_rewards(trainer.state.log_history, summary, run.folder / "reward.png")
+    write_json(run.folder / "summary.json", summary)
+    print("\n".join(closing_lines(run, summary, parts, command)))
+
+
+def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], command: str) -> list[str]:
+    """Result, files, and what one can do next."""
+    folder = _shown(run.folder)
+    more = command if "--resume_from_checkpoint" in command else f"{command} --resume_from_checkpoint true"
+    return [
+        "",
+        f"mode {summary['mode']}, {summary['steps']} steps in {summary['train_seconds']:.0f} s "
+        f"({summary['seconds_per_step'] or 0:.1f} s each), seed {summary['seed']}",
+        table(parts),
+        summary["verdict"],
+        "",
+        f"model        {folder}/final",
+        f"report       {folder}/summary.json  reward.png  completions.jsonl",
+        f"train more   {more} --max_steps {2 * summary['steps']}",
+        f"curves       .venv/bin/tensorboard --logdir {folder}",
+    ]
+
+
+def _shown(folder: Path) -> str:
+    """A folder relative to the current one where that is shorter."""
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run from its parsed arguments to its report: problems, model, TRL's `GRPOTrainer`, evaluation.
+
+What differs from a plain use of the trainer: the order of the problems is fixed in the dataset (`data.training_rows`),
+checkpoints lie at the ends of generation cycles (`checkpoints`), and the training time survives a resume.
+"""
+
+import math
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+from trl import GRPOConfig, GRPOTrainer, get_peft_config
+
+from m3po_lab.checkpoints import check_save_steps, checkpoint_to_resume, claim_run_folder
+from m3po_lab.config import Run, UserError, one_line
+from m3po_lab.data import Problem, chat_prompt, load_problems, training_rows
+from m3po_lab.evaluate import Answered, cache_key, greedy_completions, judge, load_cached, store
+from m3po_lab.models import EMBEDDED_MODEL, load_model
+from m3po_lab.report import write_report
+from m3po_lab.rewards import make_rewards
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Seconds spent in optimizer steps, over all parts of an interrupted run: they lie in `trainer_state.json`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stored = state.stateful_callbacks.get(type(self).__name__, {})
+        self.seconds = float(stored.get("attributes", {}).get("seconds", 0.0))
+        self._last = perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = perf_counter()
+        self.seconds += now - self._last
+        self._last = now
+
+
+class RewardBar(ProgressCallback):
+    """The Trainer's progress bar with the two numbers one watches, instead of a dictionary of thirty a step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "reward" in logs:
+            shown = {"reward": logs["reward"], "correct": logs["rewards/correct_reward/mean"]}
+            self.training_bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+
+
+def rows_of_run(training: GRPOConfig, problems: int) -> int:
+    """Rows (prompts) that a run consumes: whole generation batches, from `max_steps` or from `num_train_epochs`.
+
+    Raises:
+        UserError: when there are fewer problems than one generation batch has prompts.
+    """
+    prompts = training.generation_batch_size // training.num_generations
+    if training.max_steps > 0:
+        micro_steps = training.max_steps * training.gradient_accumulation_steps
+        return math.ceil(micro_steps / (training.steps_per_generation * training.num_iterations)) * prompts
+    rows = int(problems * training.num_train_epochs)
+    if rows < prompts:
+        raise UserError(f"--num_train_problems: {rows} are fewer than the {prompts} prompts of a generation batch.")
+    return rows
+
+
+def run_session(run: Run, command: str) -> None:
+    """Train and report; `command` is how the user started it, for the report.
+
+    Raises:
+        UserError: for a wrong input, before anything is trained.
+    """
+    training = run.training
+    check_save_steps(training)
+    with training.main_process_first(local=False, desc="run folder"):
+        resume = checkpoint_to_resume(training)
+        if resume is None:
+            claim_run_folder(training, run.script.overwrite)
+    train_problems, held_out = load_problems(run.script)
+    rows = training_rows(train_problems, run.script, rows_of_run(training, len(train_problems)))
+    training.shuffle_dataset = False  # the order is in the rows
+    if training.max_steps <= 0:
+        training.num_train_epochs = 1
+    clock = TrainingClock()
+    trainer = build_trainer(run, rows, clock)
+    if trainer.accelerator.is_main_process:
+        print(start_line(run, trainer, len(train_problems), len(held_out), resume))
+    before = evaluate_before(run, trainer, held_out)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.save_model(str(run.folder / "final"))
+    if trainer.accelerator.is_main_process:
+        after = evaluate_now(run, trainer, held_out, "held-out, after")
+        write_report(run, command, trainer, held_out, before, after, clock.seconds)
+    trainer.accelerator.wait_for_everyone()
+
+
+def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
+    """TRL's trainer on the run's model, with our progress bar.
+
+    Raises:
+        UserError: when the trainer refuses its arguments.
+    """
+    model, tokenizer = load_model(run.model)
+    peft_config = None if isinstance(model, PeftModel) else get_peft_config(run.model)
+    if run.training.beta > 0 and peft_config is None and model.config.name_or_path == EMBEDDED_MODEL:
+        keep_reference(model, run.folder / "reference")
+    try:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=make_rewards(run.training.answer_start),
+            args=run.training,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[clock],
+        )
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(RewardBar())
+    return trainer
+
+
+def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume: Path | None) -> str:
+    """What runs, in one line: mode with its numbers and answer marker, model, data, steps, where from."""
+    settings = trainer.m3po.settings
+    numbers = f"answer marker {run.training.answer_start!r}" if settings is None else settings.describe()
+    return (
+        f"mode {run.training.mode} ({numbers}); {run.model.model_name_or_path or EMBEDDED_MODEL}; "
+        f"{run.script.dataset}: {train} training and {held_out} held-out problems; "
+        f"{'from the start' if resume is None else f'from {resume.name}'} into {run.folder}"
+    )
+
+
+def keep_reference(model: PreTrainedModel, folder: Path) -> None:
+    """Save the embedded model as a folder: with beta > 0, TRL loads its reference model by the model's name."""
+    model.save_pretrained(folder)
+    model.config.name_or_path = model.name_or_path = str(folder)
+
+
+def evaluate_now(run: Run, trainer: GRPOTrainer, held_out: list[Problem], label: str) -> list[Answered]:
+    """Greedy completions of the held-out problems by the trainer's model as it is now, judged."""
+    completions = greedy_completions(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        [chat_prompt(problem, run.script) for problem in held_out],
+        max_new_tokens=run.training.max_completion_length,
+        batch_size=run.training.per_device_eval_batch_size,
+        label=label,
+        autocast=trainer.accelerator.autocast(),
+    )
+    return judge(held_out, completions, run.training.answer_start)
+
+
+def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem]) -> list[Answered]:
+    """The evaluation of the start model, kept in the run folder so that a resumed run does not repeat it."""
+    answered: list[Answered] = []
+    if trainer.accelerator.is_main_process:
+        settings = [run.training.max_completion_length, run.model.dtype, run.training.bf16, run.training.answer_start]
+        prompts = [chat_prompt(problem, run.script) for problem in held_out]
+        key = cache_key(run.model.model_name_or_path or EMBEDDED_MODEL, prompts, held_out, settings)
+        answered = load_cached(run.folder / "baseline.json", key)
+        if not answered:
+            answered = evaluate_now(run, trainer, held_out, "held-out, before")
+            store(run.folder / "baseline.json", key, answered)
+    trainer.accelerator.wait_for_everyone()
+    return answered

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of a training run: ``bash scripts/train_grpo.sh [X.yaml] [--flag value ...]``.
+
+Exit codes: 0 the run ended with its report, 2 a wrong input (one line says which), 130 interrupted by Ctrl-C.
+The libraries are imported inside `main`, after the environment variables that they read at import are set.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a training from command-line words (those of the process by default); returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run sends nothing anywhere
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
+    from m3po_lab.quiet import silence_known_noise
+
+    silence_known_noise()
+    from m3po_lab.checkpoints import checkpoints, missing_part
+    from m3po_lab.config import UserError, parse_run
+    from m3po_lab.session import run_session
+
+    run = None
+    command = shlex.join(["bash", "scripts/train_grpo.sh", *words])
+    try:
+        run = parse_run(words)
+        run_session(run, command)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        whole = [path for path in checkpoints(run.folder) if missing_part(path) is None] if run else []
+        resume = "" if "--resume_from_checkpoint" in words else " --resume_from_checkpoint true"
+        way_on = f"Continue from {whole[-1].name} with: {command}{resume}" if whole else "No checkpoint yet."
+        print(f"\nStopped. {way_on}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
