@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollout and policy pass agree (design 5.3), and every scoring pass gets the bags of its own rows (E5)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+# The largest difference of log-probs, in fp32, that rounding explains (design 5.3).
+BOUND = 1e-4
+MARKER = {"mode": "m3po", "answer_start": "#"}
+KINDS = ("llama", "qwen2")
+
+
+def with_reference(tiny: Any, folder: Path, kind: str) -> dict[str, Any]:
+    """The tiny model as one that was loaded from disk, where TRL looks for the reference model."""
+    net = tiny.model(kind)
+    net.save_pretrained(folder / "start")
+    return {"model": type(net).from_pretrained(folder / "start")}
+
+
+# name: flags, and the steps whose policy pass has the weights of the rollout
+CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "one batch": ({}, [1, 2]),
+    "gradient accumulation": ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, [1, 2]),
+    "one rollout for several steps": (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 4},
+        [1, 3],
+    ),
+    "two iterations": ({"num_iterations": 2, "max_steps": 4}, [1, 3]),
+    "two iterations over several steps": (
+        {"per_device_train_batch_size": 4, "num_iterations": 2, "steps_per_generation": 2, "max_steps": 5},
+        [1, 5],
+    ),
+    "several rollouts for a step": (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2},
+        [1, 2],
+    ),
+    "padding to a multiple": ({"pad_to_multiple_of": 16}, [1, 2]),
+    "truncated completions masked": ({"mask_truncated_completions": True}, [1, 2]),
+    "another temperature": ({"temperature": 0.7}, [1, 2]),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, [1, 2]),
+    "blending to the end": ({"cross_path_phase": "all"}, [1, 2]),
+    "two peers of three": ({"cross_path_top_k": 2, "answer_start": "####"}, [1, 2]),
+    "half of the input from the peers": ({"cross_path_lambda": 0.5, "cross_path_temp": 1.0}, [1, 2]),
+}
+
+
+def check_agreement(tiny: Any, run: Any, expected_steps: list[int]) -> None:
+    """The run blended, had ragged stops, and its largest difference stays below the bound at the expected steps."""
+    logged_at = [entry["step"] for entry in run.state.log_history if "m3po/rollout_logp_diff_max" in entry]
+    assert logged_at == expected_steps
+    assert max(tiny.logged(run, "m3po/rollout_logp_diff_max")) < BOUND
+    assert max(tiny.logged(run, "m3po/attention_max")) > 0
+    assert 0 < tiny.logged(run, "completions/clipped_ratio")[0] < 1
+    assert tiny.logged(run, "completions/min_length")[0] < tiny.logged(run, "completions/max_length")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_rollout_and_policy_pass_agree_for_equal_weights(tiny: Any, tmp_path: Path, case: str, kind: str):
+    flags, expected_steps = CASES[case]
+    run = tiny.trainer(tmp_path, kind, flags={**MARKER, **flags})
+    run.train()
+    check_agreement(tiny, run, expected_steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_agree_with_a_reference_model_whose_kl_starts_at_zero(tiny: Any, tmp_path: Path, kind: str):
+    run = tiny.trainer(tmp_path, kind, flags={**MARKER, "beta": 0.1}, **with_reference(tiny, tmp_path, kind))
+    run.train()
+    check_agreement(tiny, run, [1, 2])
+    first, second = tiny.logged(run, "kl")
+    assert first < 1e-8 < 1e-6 < second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_agree_under_lora_with_the_adapter_off_in_the_reference_pass(tiny: Any, tmp_path: Path, kind: str):
+    run = tiny.trainer(
+        tmp_path,
+        kind,
+        flags={**MARKER, "beta": 0.1, "max_steps": 3},
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    run.train()
+    check_agreement(tiny, run, [1, 2, 3])
+    kl = tiny.logged(run, "kl")
+    assert kl[0] < 1e-8 < 1e-6 < kl[2]  # the adapter starts as nothing and is off in the reference pass
+
+
+@pytest.mark.parametrize("flags", [{}, {"num_iterations": 2, "max_steps": 4}])
+def test_they_agree_when_evaluations_lie_between_the_steps(tiny: Any, tmp_path: Path, flags: dict[str, Any]):
+    run = tiny.trainer(
+        tmp_path,
+        flags={
+            **MARKER,
+            **flags,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "per_device_eval_batch_size": 4,
+            "num_generations_eval": 2,
+        },
+        eval_dataset=tiny.prompts().select(range(3)),  # 6 rollouts: the second batch is short
+    )
+    run.train()
+    check_agreement(tiny, run, [1, 3] if flags else [1, 2])
+    evaluated = tiny.logged(run, "eval_m3po/rollout_logp_diff_max")
+    assert len(evaluated) == run.state.global_step and 0 < max(evaluated) < BOUND
+    assert max(tiny.logged(run, "eval_m3po/active_paths")) <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_difference_jumps_when_the_bags_are_withheld_from_the_policy_pass(tiny: Any, tmp_path: Path, kind: str):
+    run = tiny.trainer(tmp_path, kind, flags=MARKER)
+    loss = run._compute_loss
+    run._compute_loss = lambda model, inputs: loss(
+        model, {name: value for name, value in inputs.items() if not name.startswith("thinking_bag")}
+    )
+    run.train()
+    assert min(tiny.logged(run, "m3po/rollout_logp_diff_max")) > 100 * BOUND
+
+
+def spy(run: Any) -> tuple[dict[str, list[dict[str, Any]]], dict[str, set[int]]]:
+    """Per scoring pass (policy, old, reference): what reached the base model, row by row, and whose embeddings mixed."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    embeddings: dict[str, set[int]] = defaultdict(set)
+    score, running = run._get_per_token_logps_and_entropies, []
+
+    def named_pass(model: Any, *args: Any, **kwargs: Any) -> Any:
+        running.append("reference" if model is run.ref_model else "policy" if torch.is_grad_enabled() else "old")
+        try:
+            return score(model, *args, **kwargs)
+        finally:
+            running.pop()
+
+    def before_base(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        if running:
+            names = ("input_ids", "attention_mask", "position_ids", "thinking_bag_ids", "thinking_bag_weights")
+            passed = [kwargs[name].clone() for name in names]
+            rows[running[-1]] += [dict(zip(names, row, strict=True)) for row in zip(*passed, strict=True)]
+
+    def before_embedding(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if running and args[0].ndim == 3:
+            embeddings[running[-1]].add(id(module))
+
+    run._get_per_token_logps_and_entropies = named_pass
+    for net in (run.model, run.ref_model):
+        net.model.register_forward_pre_hook(before_base, with_kwargs=True)
+        net.model.embed_tokens.register_forward_pre_hook(before_embedding)
+    return rows, embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_policy_old_and_reference_pass_get_the_bags_of_their_own_rows(tiny: Any, tmp_path: Path, kind: str):
+    flags = {**MARKER, "beta": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    run = tiny.trainer(tmp_path, kind, flags={**flags, "num_iterations": 2}, **with_reference(tiny, tmp_path, kind))
+    rows, embeddings = spy(run)
+    run.train()
+    assert {name: len(seen) for name, seen in rows.items()} == {"old": 8, "reference": 8, "policy": 16}
+    by_text = {tuple(row["input_ids"].tolist()): row for row in rows["old"]}
+    assert len(by_text) == 8
+    for row in rows["policy"] + rows["reference"]:
+        twin = by_text[tuple(row["input_ids"].tolist())]
+        for name in ("position_ids", "thinking_bag_ids", "thinking_bag_weights"):
+            assert torch.equal(row[name], twin[name]), name
+    assert embeddings["policy"] == embeddings["old"] == {id(run.model.model.embed_tokens)}
+    assert embeddings["reference"] == {id(run.ref_model.model.embed_tokens)}
+
+
+def test_a_bag_starts_with_the_rows_own_token_and_the_positions_leave_out_the_padding(tiny: Any, tmp_path: Path):
+    run = tiny.trainer(
+        tmp_path, flags={**MARKER, "beta": 0.1, "pad_to_multiple_of": 8}, **with_reference(tiny, tmp_path, "llama")
+    )
+    rows, _ = spy(run)
+    run.train()
+    blended = 0
+    for row in rows["policy"]:
+        ids, weights = row["thinking_bag_ids"], row["thinking_bag_weights"]
+        assert ids.dtype == torch.int32 and weights.dtype == torch.float32 and ids.shape == weights.shape
+        assert ids.shape == (16, 4)  # 12 completion tokens at most, padded to a multiple of 8; groups of 4
+        has_bag = (weights > 0).any(-1)
+        assert torch.equal(ids[has_bag, 0].long(), row["input_ids"][-16:][has_bag])
+        torch.testing.assert_close(weights[has_bag, 0], torch.full_like(weights[has_bag, 0], 0.9))
+        torch.testing.assert_close(weights[has_bag].sum(-1), torch.ones(int(has_bag.sum())))
+        assert not (has_bag & ~row["attention_mask"][-16:].bool()).any()
+        real = row["attention_mask"].bool()
+        assert row["position_ids"][real].tolist() == list(range(int(real.sum())))
+        blended += int(has_bag.sum())
+    assert blended > 20
+    assert any(row["attention_mask"][0] == 0 for row in rows["policy"])  # left padding was there
+
+
+def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path):
+    run = tiny.trainer(tmp_path, flags={**MARKER, "num_iterations": 2})
+    loss, differences = run._compute_loss, []
+
+    def compare(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        difference = inputs["old_per_token_logps"] - inputs["rollout_per_token_logps"]
+        differences.append((difference * inputs["completion_mask"]).abs().max().item())
+        return loss(model, inputs)
+
+    run._compute_loss = compare
+    run.train()
+    assert len(differences) == 2 and 0 < max(differences) < BOUND
+
+
+def test_one_large_batch_and_four_small_ones_give_the_same_gradient(tiny: Any, tmp_path: Path):
+    runs = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        flags = {
+            **MARKER,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+        }
+        run = tiny.trainer(tmp_path, flags=flags)
+        run.train()
+        runs.append(run)
+    large, small = runs
+    assert tiny.logged(large, "completions/mean_length") == tiny.logged(small, "completions/mean_length")
+    torch.testing.assert_close(
+        torch.tensor(tiny.logged(large, "grad_norm")), torch.tensor(tiny.logged(small, "grad_norm")), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(
+        torch.tensor(tiny.logged(large, "loss")), torch.tensor(tiny.logged(small, "loss")), rtol=1e-4, atol=1e-6
+    )
+    start = tiny.model().state_dict()
+    for name, weight in large.model.state_dict().items():
+        torch.testing.assert_close(weight, small.model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
+        assert "norm" in name or not torch.equal(weight, start[name]), name

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of `GRPOConfig`: help, YAML and command line, what is derived, what is refused (design 4 and 5.8)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import GRPOConfig, TrlParser
+from trl.trainer.grpo_m3po import M3POArguments
+
+OURS = {field.name: field for field in dataclasses.fields(M3POArguments)}
+
+
+def config(**flags: Any) -> GRPOConfig:
+    return GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **flags)
+
+
+def parse(tmp_path: Path, text: str = "{}", *argv: str) -> GRPOConfig:
+    """The config that the parser of TRL makes of a YAML file and a command line."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: unused\nuse_cpu: true\nbf16: false\nreport_to: none\n{text}\n", encoding="utf-8")
+    (parsed,) = TrlParser(GRPOConfig).parse_args_and_config(["--config", str(file), *argv])
+    return parsed
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_flag_has_a_help_text_of_a_sentence(name: str):
+    help_text = OURS[name].metadata["help"]
+    assert len(help_text.split()) >= 6 and help_text.rstrip()[-1] in ".)", help_text
+
+
+def test_the_flags_are_the_ones_of_the_design_with_its_defaults():
+    assert {name: field.default for name, field in OURS.items()} == {
+        "mode": None,
+        "enable_cross_path": None,
+        "cross_path_lambda": 0.1,
+        "cross_path_temp": None,
+        "cross_path_phase": "thinking",
+        "cross_path_top_k": None,
+        "answer_start": "####",
+        "gating_type": "baseline",
+        "gating_config": None,
+    }
+    assert config().mode == "none" and config().enable_cross_path is False
+
+
+VALUES = [
+    ("mode", "none", "none"),
+    ("mode", "m3po", "m3po"),
+    ("enable_cross_path", "true", True),
+    ("enable_cross_path", "false", False),
+    ("cross_path_lambda", "0.25", 0.25),
+    ("cross_path_temp", "0.5", 0.5),
+    ("cross_path_phase", "all", "all"),
+    ("cross_path_top_k", "3", 3),
+    ("answer_start", "ANSWER", "ANSWER"),
+    ("gating_type", "baseline", "baseline"),
+    ("gating_config", '{"temperature": 0.3, "debug": true}', {"temperature": 0.3, "debug": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), VALUES)
+def test_every_flag_is_read_from_the_command_line(tmp_path: Path, name: str, text: str, value: Any):
+    assert getattr(parse(tmp_path, "seed: 3", f"--{name}", text), name) == value
+
+
+@pytest.mark.parametrize(("name", "text", "value"), VALUES)
+def test_every_flag_is_read_from_yaml_and_the_command_line_wins(tmp_path: Path, name: str, text: str, value: Any):
+    assert getattr(parse(tmp_path, f"{name}: {text}"), name) == value
+    assert parse(tmp_path, f"{name}: {text}\nseed: 3", "--seed", "4").seed == 4
+
+
+def test_every_flag_is_among_the_parsed_ones():
+    assert {name for name, _, _ in VALUES} == set(OURS)
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({}, "none"),
+        ({"mode": "none"}, "none"),
+        ({"mode": "m3po"}, "m3po"),
+        ({"enable_cross_path": True}, "m3po"),
+        ({"enable_cross_path": False}, "none"),
+        ({"mode": "m3po", "enable_cross_path": True}, "m3po"),
+        ({"mode": "none", "enable_cross_path": False}, "none"),
+    ],
+)
+def test_mode_and_enable_cross_path_are_derived_from_each_other(given: dict[str, Any], mode: str):
+    made = config(**given)
+    assert (made.mode, made.enable_cross_path) == (mode, mode == "m3po")
+
+
+@pytest.mark.parametrize(("mode", "flag"), [("none", True), ("m3po", False)])
+def test_a_contradiction_of_mode_and_enable_cross_path_is_an_error(mode: str, flag: bool):
+    with pytest.raises(ValueError, match=f"mode='{mode}' and enable_cross_path={flag} contradict.*set mode alone"):
+        config(mode=mode, enable_cross_path=flag)
+
+
+# What is given besides mode="m3po", and how the one line of the error begins and ends: the flag, and the mend.
+REFUSED = [
+    ({"mode": "mp3o"}, "mode='mp3o'", "set one of none, m3po"),
+    ({"cross_path_lambda": -0.1}, "cross_path_lambda=-0.1", "outside [0, 1]; the paper uses 0.1"),
+    ({"cross_path_lambda": 1.5}, "cross_path_lambda=1.5", "outside [0, 1]; the paper uses 0.1"),
+    ({"cross_path_lambda": float("nan")}, "cross_path_lambda=nan", "outside [0, 1]; the paper uses 0.1"),
+    ({"cross_path_temp": 0.0}, "cross_path_temp=0.0", "not above 0; the paper uses 0.1"),
+    ({"cross_path_temp": -1.0}, "cross_path_temp=-1.0", "not above 0; the paper uses 0.1"),
+    ({"gating_config": {"temperature": 0}}, "cross_path_temp=0", "not above 0; the paper uses 0.1"),
+    ({"cross_path_phase": "answer"}, "cross_path_phase='answer'", "set one of thinking, all"),
+    ({"cross_path_top_k": 0}, "cross_path_top_k=0", "set 1 or more, or leave it out"),
+    ({"gating_type": "cosine"}, "gating_type='cosine'", "set one of baseline"),
+    ({"answer_start": ""}, "answer_start is empty", "set the text that opens the answer"),
+    ({"gating_config": {"temprature": 1}}, "gating_config", "takes temperature and debug"),
+    (
+        {"cross_path_temp": 0.2, "gating_config": {"temperature": 0.3}},
+        "cross_path_temp=0.2 and gating_config temperature=0.3",
+        "set one of them",
+    ),
+    ({"use_vllm": True}, "use_vllm=True", "vLLM does not let paths interact"),
+    (
+        {"use_transformers_continuous_batching": True},
+        "use_transformers_continuous_batching=True",
+        "set it to False",
+    ),
+    ({"top_k": 50}, "top_k=50", "needs top_k=0"),
+    ({"top_p": 0.9}, "top_p=0.9", "needs top_p=1.0"),
+    ({"min_p": 0.1}, "min_p=0.1", "needs min_p=0.0"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty=1.1", "needs repetition_penalty=1.0"),
+    ({"generation_kwargs": {"top_k": 50}}, "top_k=50", "needs top_k=0"),
+    ({"generation_kwargs": {"top_p": 0.9}}, "top_p=0.9", "needs top_p=1.0"),
+    ({"generation_kwargs": {"min_p": 0.1}}, "min_p=0.1", "needs min_p=0.0"),
+    ({"generation_kwargs": {"repetition_penalty": 1.2}}, "repetition_penalty=1.2", "needs repetition_penalty=1.0"),
+    ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2", "set num_beams=1"),
+    (
+        {"per_device_train_batch_size": 4, "num_generations": 8, "generation_batch_size": 8, "world": 2},
+        "per_device_train_batch_size * steps_per_generation = 4 * 1 = 4",
+        "make the product a multiple of num_generations",
+    ),
+    (
+        {"eval_strategy": "steps", "per_device_eval_batch_size": 6, "num_generations_eval": 4, "world": 2},
+        "per_device_eval_batch_size=6",
+        "make it a multiple",
+    ),
+    (
+        {"eval_strategy": "epoch", "per_device_eval_batch_size": 4, "world": 2},
+        "per_device_eval_batch_size=4",
+        "make it a multiple",
+    ),
+]
+
+
+def refused_config(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], mode: str) -> str:
+    """The text of the error, with `world` processes."""
+    flags = dict(flags)
+    monkeypatch.setattr(GRPOConfig, "world_size", flags.pop("world", 1))
+    with pytest.raises(ValueError) as caught:
+        config(**{"mode": mode, **flags})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("flags", "start", "mend"), REFUSED, ids=[start for _, start, _ in REFUSED])
+def test_bad_input_gets_one_line_with_the_flag_and_the_mend(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], start: str, mend: str
+):
+    said = refused_config(monkeypatch, flags, "m3po")
+    assert said.startswith(start) and mend in said and "\n" not in said, said
+
+
+@pytest.mark.parametrize(("flags", "start", "mend"), REFUSED[1:13], ids=[start for _, start, _ in REFUSED[1:13]])
+def test_a_control_fails_like_its_pair_on_a_mistyped_number(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], start: str, mend: str
+):
+    said = refused_config(monkeypatch, flags, "none")
+    assert said.startswith(start) and mend in said, said
+
+
+@pytest.mark.parametrize("flags", [flags for flags, _, _ in REFUSED[15:]])
+def test_a_control_may_do_what_upstream_may(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]):
+    flags = dict(flags)
+    monkeypatch.setattr(GRPOConfig, "world_size", flags.pop("world", 1))
+    assert config(**flags).mode == "none"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0},
+        {"generation_kwargs": {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_beams": 1}},
+        {"cross_path_lambda": 0.0},
+        {"cross_path_lambda": 1.0, "cross_path_temp": 0.3, "gating_config": {"temperature": 0.3}},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_generations": 4},
+        {"eval_strategy": "steps", "per_device_eval_batch_size": 6, "num_generations_eval": 3},
+    ],
+)
+def test_what_is_legal_passes(flags: dict[str, Any]):
+    assert config(mode="m3po", **flags).mode == "m3po"

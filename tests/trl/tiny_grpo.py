@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny GRPO runs on a CPU: what the training tests share. As a program it makes some runs and saves their results.
+
+The vocabulary has 24 tokens, so that a random model often draws the end token (ragged stops) and the answer marker; the
+embeddings are scaled up, so that a blended input changes the log-probs by far more than rounding does. All is fp32.
+
+    python tiny_grpo.py RESULT.pt '[{"name": "control", "kind": "llama", "flags": {}}, ...]'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+ALPHABET = "0123456789abcdef+=?"
+FLAGS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 12,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "seed": 5,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, and `##`: the marker `####` is two tokens, three or four."""
+    words = ["<pad>", "<eos>", *ALPHABET, "#", "##", " "]
+    bpe = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[("#", "#")]))
+    bpe.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", padding_side="left", model_max_length=128
+    )
+
+
+def model(kind: str = "llama") -> LlamaForCausalLM | Qwen2ForCausalLM:
+    """A model of 2 layers, the same one every time; inputs and outputs have their own embeddings."""
+    torch.manual_seed(0)
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[kind]
+    net = model_class(
+        config_class(
+            vocab_size=24,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+    net.model.embed_tokens.weight.data.mul_(50)
+    net.lm_head.weight.data.mul_(15)
+    return net
+
+
+def prompts() -> Dataset:
+    """16 prompts of 4 to 19 tokens."""
+    return Dataset.from_dict({"prompt": ["12+" * (k % 6) + f"{k:x}+3=" for k in range(16)]})
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Different within a group, a function of the text alone."""
+    return [float(len(text) % 5 + text.count("1")) for text in completions]
+
+
+def trainer(folder: Path, kind: str = "llama", *, flags: dict[str, Any], **given: Any) -> GRPOTrainer:
+    """A GRPOTrainer on the tiny model; `flags` go to GRPOConfig, `given` to the trainer."""
+    arguments = {
+        "model": model(kind),
+        "args": GRPOConfig(output_dir=str(folder), **{**FLAGS, **flags}),
+        "reward_funcs": reward,
+        "train_dataset": prompts(),
+        "processing_class": tokenizer(),
+        **given,
+    }
+    built = GRPOTrainer(**arguments)
+    built.remove_callback(PrinterCallback)
+    return built
+
+
+def logged(run: GRPOTrainer, key: str) -> list[float]:
+    """The values of one metric, in the order they were logged."""
+    return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+class PlainLogProb(torch.autograd.Function):
+    """The arguments and outputs of TRL's Triton kernel for log-probs and entropy, in four lines of torch."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, *more: Any):
+        """hidden (N, H), weight (V, H), targets (N,), temperature -> log-probs and entropy (N,), None three times."""
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = more[0]
+        with torch.no_grad():
+            logps = torch.log_softmax(hidden @ weight.t() / more[0], -1)
+        return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1), None, None, None
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any):
+        """Gradients of hidden and weight."""
+        hidden, weight, targets = ctx.saved_tensors
+        slope = -torch.softmax(hidden @ weight.t() / ctx.temperature, -1) * grad[:, None]
+        slope[torch.arange(len(targets)), targets] += grad
+        slope = slope / ctx.temperature
+        return slope @ weight, slope.t() @ hidden, *[None] * 7
+
+
+def use_plain_scoring() -> None:
+    """Gives patched and pristine TRL the same scoring function: the pristine one cannot score without a GPU at all."""
+    import trl.trainer.utils as utils
+
+    utils._ChunkedLogProbFunction = PlainLogProb
+    fallback = getattr(sys.modules["trl.trainer"], "chunked_logprob_torch", None)
+    if fallback is not None:
+        fallback.scorer = lambda kernel, device: PlainLogProb
+
+
+def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
+    """Trains; returns every sampled token, every loss of a micro-batch, the last weights and RNG state, and the log."""
+    tokens: list[list[int]] = []
+    losses: list[float] = []
+
+    def remember(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        tokens.extend(completion_ids)
+        return reward(completions)
+
+    run = build(reward_funcs=remember)
+    plain_loss = run.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = plain_loss(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    run.compute_loss = compute_loss
+    run.train()
+    weights = {name: value.detach().clone() for name, value in run.model.state_dict().items()}
+    return {
+        "tokens": tokens,
+        "losses": losses,
+        "weights": weights,
+        "rng": torch.get_rng_state(),
+        "log": run.state.log_history,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """argv: the file for the results, the runs as JSON. Of several processes each writes its own file, FILE.RANK."""
+    use_plain_scoring()
+    results: dict[str, Any] = {
+        "patched": importlib.util.find_spec("trl.trainer.grpo_m3po") is not None,
+        "defaults": {
+            field.name: "a factory" if field.default is dataclasses.MISSING else repr(field.default)
+            for field in dataclasses.fields(GRPOConfig)
+        },
+    }
+    for run in json.loads(argv[1]):
+        folder = Path(argv[0]).with_suffix(f".{run['name']}")
+        results[run["name"]] = record(
+            lambda run=run, folder=folder, **given: trainer(folder, run["kind"], flags=run["flags"], **given)
+        )
+    torch.save(results, argv[0] + ("." + os.environ["RANK"] if "RANK" in os.environ else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
