@@ -36,9 +36,13 @@ RUNS = {
 }
 
 
-def start(result: Path, flags: dict[str, Any], path: str | None = None) -> subprocess.Popen:
-    """Starts every run of RUNS with `flags` added, in a process of its own, with `path` in front of the imports."""
-    runs = [{"name": name, "kind": kind, "flags": {**given, **flags}} for name, (kind, given) in RUNS.items()]
+def start(result: Path, variants: dict[str, dict[str, Any]], path: str | None = None) -> subprocess.Popen:
+    """Starts every run of RUNS in every variant, in a process of its own, with `path` in front of the imports."""
+    runs = [
+        {"name": f"{variant}: {name}", "kind": kind, "flags": {**given, **flags}}
+        for variant, flags in variants.items()
+        for name, (kind, given) in RUNS.items()
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **({} if path is None else {"PYTHONPATH": path})}
     command = [sys.executable, str(PROGRAM), str(result), json.dumps(runs)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -51,22 +55,17 @@ def finish(process: subprocess.Popen, result: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("training")
-
-
-@pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The runs as the control and at λ = 0, patched; and pristine, where the wheels are cached."""
-    started = {
-        "none": start(folder / "none.pt", {"mode": "none"}),
-        "zero": start(folder / "zero.pt", {"mode": "m3po", "cross_path_lambda": 0.0, "answer_start": "#"}),
-    }
-    done = {name: finish(process, folder / f"{name}.pt") for name, process in started.items()}
-    wheels = [unpack(name, folder / "pristine") for name in ("transformers", "trl")]
-    if all(wheels):
-        result = folder / "pristine.pt"
-        done["pristine"] = finish(start(result, {}, str(folder / "pristine")), result)
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The runs as the control and at λ = 0, patched; and by the pristine upstreams, where their wheels are cached."""
+    folder = tmp_path_factory.mktemp("training")
+    zero = {"mode": "m3po", "cross_path_lambda": 0.0, "answer_start": "#"}
+    patched = start(folder / "patched.pt", {"none": {"mode": "none"}, "zero": zero})
+    pristine = None
+    if all([unpack(name, folder / "pristine") for name in ("transformers", "trl")]):
+        pristine = start(folder / "pristine.pt", {"pristine": {}}, str(folder / "pristine"))
+    done = {"patched": finish(patched, folder / "patched.pt")}
+    if pristine is not None:
+        done["pristine"] = finish(pristine, folder / "pristine.pt")
     return done
 
 
@@ -88,37 +87,37 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert torch.equal(ours["rng"], theirs["rng"])
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_lambda_zero_has_the_tokens_losses_weights_and_random_state_of_the_control(results: dict[str, Any], run: str):
-    assert_same(results["zero"][run], results["none"][run])
-
-
 @pytest.fixture
 def pristine(results: dict[str, Any]) -> dict[str, Any]:
     """What upstream did. Both score with one plain class: upstream's only scoring function needs a GPU."""
     if "pristine" not in results:
         pytest.skip("the wheel cache does not hold the pinned upstreams; run 'make apply-patches'")
-    assert results["none"]["patched"] and not results["pristine"]["patched"]
+    assert results["patched"]["patched"] and not results["pristine"]["patched"]
     return results["pristine"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_lambda_zero_has_the_tokens_losses_weights_and_random_state_of_the_control(results: dict[str, Any], run: str):
+    assert_same(results["patched"][f"zero: {run}"], results["patched"][f"none: {run}"])
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_mode_none_has_the_tokens_losses_weights_and_random_state_of_upstream(
     results: dict[str, Any], pristine: dict[str, Any], run: str
 ):
-    assert_same(results["none"][run], pristine[run])
+    assert_same(results["patched"][f"none: {run}"], pristine[f"pristine: {run}"])
 
 
 def test_upstreams_flags_keep_their_names_order_and_defaults(results: dict[str, Any], pristine: dict[str, Any]):
     ours = {field.name for field in dataclasses.fields(M3POArguments)}
-    patched = [(name, default) for name, default in results["none"]["defaults"].items() if name not in ours]
+    patched = [(name, default) for name, default in results["patched"]["defaults"].items() if name not in ours]
     assert patched == list(pristine["defaults"].items())
     assert not ours & set(pristine["defaults"])
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_runs_compared_sampled_stopped_and_learned(results: dict[str, Any], run: str):
-    control = results["none"][run]
+    control = results["patched"][f"none: {run}"]
     lengths = [len(ids) for ids in control["tokens"]]
     assert min(lengths) < max(lengths) and len(set(map(tuple, control["tokens"]))) > len(lengths) // 2
     assert len(set(control["losses"])) == len(control["losses"])

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-path interaction, slowly and in float64: the formulas of arXiv 2512.01485, eq. 2-6, one pair of paths at a time.
+"""Cross-path interaction, slowly, in float64: the formulas of arXiv 2512.01485, eq. 2-6, one pair of paths at a time.
 
-Written from the paper's formulas and from nothing else, to have something to hold the vectorised code against. It departs
-from the paper in two places: a path outside the thinking phase is left out of the sums (the paper's literal similarity 0
-would still give it the weight exp(0)), and a path without an active peer keeps its own embedding (the paper's sum over
-no peers has no value). Everything stays differentiable, so that autograd gives the reference of the gradient too.
+Written from the paper's formulas and from nothing else, to have something to hold the vectorised code against. It
+departs from the paper in two places: a path outside the thinking phase is left out of the sums (the paper's literal
+similarity 0 would still give it the weight exp(0)), and a path without an active peer keeps its own embedding (the
+paper's sum over no peers has no value). Everything stays differentiable, so that autograd gives the reference of the
+gradient too.
 """
 
 import math

@@ -12,8 +12,9 @@ import pytest
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> Any:
     """The tokenizer of the embedded model, with the repair that the training script gives it."""
-    from m3po_lab.models import embedded_gguf, repair_embedded
     from transformers import AutoTokenizer
+
+    from m3po_lab.models import embedded_gguf, repair_embedded
 
     file = embedded_gguf()
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -234,9 +234,7 @@ def test_groups_of_any_size_and_order_come_from_the_state(model):
     active = output.thinking_mask & alive_after(tokens, EOS)
     for t, scores in enumerate(output.scores):
         own = model.get_input_embeddings().weight.detach()[tokens[:, t]]
-        expected, _ = cross_path.interaction(
-            own, scores.double().softmax(-1), active[:, t].tolist(), groups, 0.4, 0.2
-        )
+        expected, _ = cross_path.interaction(own, scores.double().softmax(-1), active[:, t].tolist(), groups, 0.4, 0.2)
         torch.testing.assert_close(output.thinking_embeds[:, t].double(), expected, atol=2e-5, rtol=0)
     assert torch.equal(state.bag_weights, output.bag_weights) and torch.equal(state.thinking_mask, output.thinking_mask)
     assert (output.bag_weights[5] == 0).all() and (output.bag_weights[:5] > 0).any()

@@ -85,17 +85,27 @@ def test_assisted_generation_is_refused(tiny_llama, assistant):
     assert "enable_cross_path does not work with assisted_generation" in message
 
 
-def test_continuous_batching_is_refused(tiny_llama):
-    model = tiny_llama()
+@pytest.fixture
+def no_manager(monkeypatch):
+    """A call that is not refused must not start the threads of continuous batching: it would never come back."""
+
+    def started(*args, **kwargs):
+        raise AssertionError("continuous batching was started")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "continuous_batching_context_manager", started)
+
+
+@pytest.mark.parametrize("where", ["argument", "model"])
+def test_continuous_batching_is_refused(tiny_llama, no_manager, where):
+    model, config = tiny_llama(), GenerationConfig(enable_cross_path=True, max_new_tokens=2)
+    if where == "model":
+        model.generation_config, config = config, None
     with pytest.raises(ValueError, match="enable_cross_path does not work with continuous batching") as error:
-        model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(enable_cross_path=True, max_new_tokens=2))
+        model.generate_batch([[5, 6, 7]], generation_config=config)
     assert "\n" not in str(error.value)
-    model.generation_config.enable_cross_path = True
-    with pytest.raises(ValueError, match="enable_cross_path does not work with continuous batching"):
-        model.generate_batch([[5, 6, 7]])
 
 
-def test_the_paged_cache_is_refused(tiny_llama):
+def test_the_paged_cache_is_refused(tiny_llama, no_manager):
     assert "enable_cross_path does not work with" in refusal(tiny_llama(), cache_implementation="paged")
 
 
@@ -159,7 +169,8 @@ def test_a_config_that_was_read_back_generates_as_the_arguments_do(tiny_llama, t
 
 def test_one_state_serves_one_call_after_the_other_with_the_numbers_of_each(tiny_llama):
     model, state = tiny_llama(initializer_range=0.25), M3POGenerationState()
-    common = {"num_return_sequences": 2, "max_new_tokens": 6, "do_sample": True, "pad_token_id": 0, "eos_token_id": None}
+    common = {"num_return_sequences": 2, "max_new_tokens": 6, "do_sample": True, "pad_token_id": 0}
+    common["eos_token_id"] = None
     for share in (0.5, 0.25):
         model.generate(
             PROMPT, m3po=state, enable_cross_path=True, cross_path_phase="all", cross_path_lambda=share, **common

@@ -126,7 +126,7 @@ def test_the_difference_jumps_when_the_bags_are_withheld_from_the_policy_pass(ti
 
 
 def spy(run: Any) -> tuple[dict[str, list[dict[str, Any]]], dict[str, set[int]]]:
-    """Per scoring pass (policy, old, reference): what reached the base model, row by row, and whose embeddings mixed."""
+    """Per scoring pass (policy, old, reference): the rows that reached the base model, and whose embeddings mixed."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     embeddings: dict[str, set[int]] = defaultdict(set)
     score, running = run._get_per_token_logps_and_entropies, []

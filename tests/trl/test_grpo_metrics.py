@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-import trl
 from peft import LoraConfig
 from transformers.m3po import read_checkpoint_info
 
@@ -133,11 +132,7 @@ def test_every_checkpoint_and_every_saved_model_carries_its_mode_and_numbers(
         "debug": False,
         "num_generations": 4,
         "sampling_temperature": 0.8,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
     }
     folders = [tmp_path / "run" / "checkpoint-1", tmp_path / "run" / "checkpoint-2", tmp_path / "run"]
     for folder in [*folders, tmp_path / "export"]:

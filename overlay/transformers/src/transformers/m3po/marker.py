@@ -23,8 +23,10 @@ _CRITERIA: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int], Stop
 
 
 class _MarkerCriteria(StopStringCriteria):
-    """A byte-level vocabulary read from GGUF gets a decoder that names `ByteFallback` too, and upstream believes that
-    one: its tokens that hold a part of a character would never match. The vocabulary tells: fallback tokens are `<0x..>`.
+    """Upstream's criterion, for byte-level vocabularies that were read from GGUF too.
+
+    Those get a decoder that names `ByteFallback` as well, and upstream believes that one: tokens that hold a part of a
+    character would never match. The vocabulary tells: fallback tokens are written `<0x..>`.
     """
 
     @staticmethod
