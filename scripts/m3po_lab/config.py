@@ -111,7 +111,8 @@ class RunParser(TrlParser):
 
     def flags(self) -> list[str]:
         """Every long flag, e.g. for a suggestion."""
-        return [option for option in self._option_string_actions if option.startswith("--")]
+        groups = (RunArguments, GRPOConfig, ModelConfig)
+        return [f"--{entry.name}" for group in groups for entry in dataclasses.fields(group)]
 
 
 def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folders: nothing is mixed or lost, half-written checkpoints are never resumed, the save schedule is checked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from trl import GRPOConfig
+
+from m3po_lab import checkpoints
+from m3po_lab.config import UserError
+
+
+def arguments(folder: Path, **changes: object) -> GRPOConfig:
+    settings = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "save_steps": 2, "max_steps": 6, "seed": 3}
+    return GRPOConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def run_folder(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("steps_per_generation", "num_iterations", "accumulation", "cycle"),
+    [(1, 1, 1, 1), (4, 1, 4, 1), (4, 1, 2, 2), (1, 3, 1, 3), (4, 2, 4, 2), (2, 3, 4, 3), (6, 1, 4, 3), (2, 1, 8, 1)],
+)
+def test_generation_cycle_ends_where_completions_and_gradients_do(
+    tmp_path: Path, steps_per_generation: int, num_iterations: int, accumulation: int, cycle: int
+) -> None:
+    training = arguments(
+        tmp_path,
+        steps_per_generation=steps_per_generation,
+        num_iterations=num_iterations,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert checkpoints.generation_cycle(training) == cycle
+    generate_every = steps_per_generation * num_iterations
+    fresh = [step for step in range(1, 50) if step * accumulation % generate_every == 0]
+    assert fresh[0] == cycle
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"save_steps": 3}, "--save_steps 3: it must be a multiple of the generation cycle, here 2 steps .*set 4"),
+        ({"save_steps": 0.5}, "--save_steps 0.5: it must be a multiple"),
+        ({"max_steps": 7}, "--max_steps 7: it must be a multiple .*set 8"),
+    ],
+)
+def test_checkpoint_within_a_generation_cycle_is_refused(tmp_path: Path, changes: dict[str, object], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        checkpoints.check_save_steps(arguments(tmp_path, num_iterations=2, **changes))
+
+
+def test_schedule_is_free_where_nothing_is_saved(tmp_path: Path) -> None:
+    checkpoints.check_save_steps(arguments(tmp_path, num_iterations=2, max_steps=7, save_strategy="no"))
+    checkpoints.check_save_steps(arguments(tmp_path, num_iterations=2, max_steps=6))
+
+
+def test_folder_with_checkpoints_is_refused_and_untouched(run_folder: Path) -> None:
+    before = sorted(path.relative_to(run_folder) for path in run_folder.rglob("*"))
+    with pytest.raises(UserError, match="--resume_from_checkpoint true, or start anew .*--output_dir .*--overwrite"):
+        checkpoints.claim_run_folder(arguments(run_folder), overwrite=False)
+    assert sorted(path.relative_to(run_folder) for path in run_folder.rglob("*")) == before
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(run_folder: Path) -> None:
+    (run_folder / "my notes.txt").write_text("keep")
+    checkpoints.claim_run_folder(arguments(run_folder), overwrite=True)
+    assert checkpoints.checkpoints(run_folder) == []
+    assert not (run_folder / "summary.json").exists()
+    assert (run_folder / "my notes.txt").read_text() == "keep"
+
+
+def test_newest_whole_checkpoint_is_resumed(run_folder: Path) -> None:
+    chosen = checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
+    assert chosen == run_folder / "checkpoint-6"
+    assert checkpoints.checkpoint_to_resume(arguments(run_folder)) is None
+
+
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    for step in (8, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    found = checkpoints.checkpoints(tmp_path)
+    assert [path.name for path in found] == ["checkpoint-8", "checkpoint-9", "checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "m3po.json", "optimizer.pt", "rng_state.pth", "model.safetensors"]
+)
+@pytest.mark.parametrize("share", [0, 0.9])
+def test_checkpoint_cut_short_is_not_resumed_but_removed(run_folder: Path, name: str, share: float) -> None:
+    file = run_folder / "checkpoint-6" / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    assert checkpoints.missing_part(run_folder / "checkpoint-6") == name
+    chosen = checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
+    assert chosen == run_folder / "checkpoint-4"
+    assert not (run_folder / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "m3po.json"])
+def test_checkpoint_without_its_state_is_not_resumed(run_folder: Path, name: str) -> None:
+    (run_folder / "checkpoint-6" / name).unlink()
+    with pytest.raises(UserError, match=f"cannot be resumed: {name} is missing"):
+        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint=str(run_folder / "checkpoint-6")))
+
+
+def test_resume_without_any_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no whole checkpoint"):
+        checkpoints.checkpoint_to_resume(arguments(tmp_path, resume_from_checkpoint="true"))
+
+
+def test_earlier_checkpoint_is_refused_while_later_ones_are_in_the_way(run_folder: Path, tmp_path: Path) -> None:
+    """Else the branch would overwrite checkpoint-4 file by file, and a kill would leave a mixture of two runs."""
+    earlier = str(run_folder / "checkpoint-2")
+    with pytest.raises(UserError, match="already has checkpoint-6, which is later"):
+        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint=earlier))
+    branch = arguments(tmp_path / "branch", resume_from_checkpoint=earlier)
+    assert checkpoints.checkpoint_to_resume(branch) == run_folder / "checkpoint-2"
+
+
+def test_checkpoint_of_another_mode_is_refused(run_folder: Path) -> None:
+    file = run_folder / "checkpoint-6" / "m3po.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mode": "m3po", "cross_path_lambda": 0.2}))
+    with pytest.raises(UserError, match="--mode none: checkpoint-6 was trained with m3po"):
+        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
+    with pytest.raises(UserError, match="--cross_path_lambda 0.1: checkpoint-6 was trained with 0.2"):
+        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true", mode="m3po"))

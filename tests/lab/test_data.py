@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems: repeatable, held-out ones distinct and never trained on; whatever is missing is one clear line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from m3po_lab import data
+from m3po_lab.config import RunArguments, UserError
+
+ADDITION = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def jsonl(folder: Path, count: int) -> Path:
+    file = folder / "problems.jsonl"
+    rows = [{"question": f"How many is {n}?", "answer": f"It is {n}.\n#### {n:,}"} for n in range(1000, 1000 + count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def generated(**changes: object) -> RunArguments:
+    defaults = {"dataset_config": dict(ADDITION), "num_train_problems": 300, "num_eval_problems": 40}
+    return RunArguments(**{**defaults, **changes})
+
+
+def test_held_out_problems_are_distinct_and_not_trained_on() -> None:
+    """One-digit sums repeat quickly, so without the exclusion most of the forty would be in the training set."""
+    train, held_out = data.load_problems(generated())
+    assert (len(train), len(held_out)) == (300, 40)
+    assert len({problem.question for problem in held_out}) == 40
+    assert {problem.question for problem in train}.isdisjoint({problem.question for problem in held_out})
+
+
+def test_same_seeds_give_the_same_problems_and_other_seeds_others() -> None:
+    first, again, other = (data.load_problems(generated(eval_seed=seed)) for seed in (5, 5, 6))
+    assert first == again
+    assert first[1] != other[1]
+
+
+def test_jsonl_in_the_form_of_gsm8k_is_split_without_overlap(tmp_path: Path) -> None:
+    script = RunArguments(dataset=str(jsonl(tmp_path, 30)), num_eval_problems=10, num_train_problems=100)
+    train, held_out = data.load_problems(script)
+    assert (len(train), len(held_out)) == (20, 10)
+    assert {problem.answer for problem in train + held_out} == {str(n) for n in range(1000, 1030)}
+
+
+def test_training_rows_of_a_longer_run_begin_with_those_of_a_shorter_one() -> None:
+    """A run that is continued with more steps must go on with the rows it would have seen."""
+    train, _ = data.load_problems(generated(num_train_problems=10))
+    short, long = (data.training_rows(train, generated(), count)["prompt"] for count in (15, 40))
+    assert list(long)[:15] == list(short)
+    assert list(long)[:10] != list(long)[10:20]
+    assert sorted(str(row) for row in list(long)[:10]) == sorted(str(row) for row in list(long)[10:20])
+
+
+def test_prompt_has_system_turn_worked_example_and_filled_template_in_this_order() -> None:
+    script = generated(
+        system_prompt="Be brief.", worked_example={"question": "1 + 1?", "answer": "#### 2"}, prompt_template="<{a}>"
+    )
+    turns = data.chat_prompt(data.Problem("q", "4", {"a": "3 + 1"}), script)
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
+    assert [turn["content"] for turn in turns] == ["Be brief.", "1 + 1?", "#### 2", "<3 + 1>"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"dataset": "reasoning-gym:no_such_task"}, "no_such_task.*not registered"),
+        ({"dataset_config": {"wrong": 1}}, "unexpected keyword argument 'wrong'"),
+        ({"dataset_config": {"min_terms": 0}}, "min_terms must be positive"),
+        ({"dataset": "nowhere.jsonl", "dataset_config": None}, "nowhere.jsonl does not exist"),
+        ({"dataset": "squad", "dataset_config": None}, "--dataset squad is unknown"),
+        ({"dataset": "openai/gsm8k"}, "--dataset_config only applies to reasoning-gym"),
+        ({"num_eval_problems": 500}, "yields only .* distinct questions"),
+        ({"num_eval_problems": 0}, "--num_eval_problems = 0: it must be at least 1"),
+        ({"worked_example": "{question: x}"}, "just 'question' and 'answer'"),
+        ({"dataset": "reasoning-gym:word_ladder", "dataset_config": {}}, "math-verify cannot read the answer"),
+    ],
+)
+def test_wrong_dataset_is_one_clear_line(changes: dict[str, object], text: str) -> None:
+    with pytest.raises(UserError, match=text) as raised:
+        data.load_problems(generated(**changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_every_question_held_out_is_refused() -> None:
+    """The 1-digit sums and differences number 200: holding all out leaves nothing to train on."""
+    with pytest.raises(UserError, match="nearly every question"):
+        data.load_problems(generated(num_eval_problems=200))
+
+
+def test_broken_jsonl_line_is_named(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, 3)
+    file.write_text(file.read_text() + '{"question": "x", "answer": "no marker"}\n')
+    with pytest.raises(UserError, match="problems.jsonl, line 4: .*#### <number>"):
+        data.read_jsonl(file)
+
+
+def test_template_field_that_problems_lack_is_named() -> None:
+    with pytest.raises(UserError, match="'nope'.*fields of these problems are question"):
+        data.chat_prompt(data.Problem("q", "4"), generated(prompt_template="{nope}"))

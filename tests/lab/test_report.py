@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: a gain that is only format is called that, and every file a run promises is there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from m3po_lab.evaluate import Answered, load_cached
+from m3po_lab.figure import running_mean
+from m3po_lab.report import split_gain, table, verdict
+
+RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), Answered("", False, False))
+KEYS = {
+    "mode": str,
+    "engine": str,
+    "accuracy_before": float,
+    "accuracy_after": float,
+    "p_value": float,
+    "num_eval_problems": int,
+    "format_before": float,
+    "format_after": float,
+    "rollout_logp_diff_max": float,
+    "train_seconds": float,
+    "seconds_per_step": float,
+}
+
+
+def changes(**counts: int) -> tuple[list[Answered], list[Answered]]:
+    kinds = {"r": RIGHT, "w": WRONG, "f": FORMLESS}
+    pairs = [(kinds[name[0]], kinds[name[1]]) for name, count in counts.items() for _ in range(count)]
+    return [early for early, _ in pairs], [late for _, late in pairs]
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({"ww": 100, "wr": 30, "rw": 5}, "significantly higher .*so it is where the form was right both times"),
+        ({"ff": 50, "fr": 30, "ww": 20, "rr": 20}, "this gain is only format"),
+        ({"ww": 100, "wr": 6, "rw": 5}, "No significant change"),
+        ({"ww": 100, "rw": 30}, "significantly LOWER"),
+    ],
+)
+def test_verdict_says_what_moved(counts: dict[str, int], text: str) -> None:
+    parts = split_gain(*changes(**counts))
+    assert re.search(text, verdict(parts))
+
+
+def test_arithmetic_is_measured_where_the_form_was_right_both_times() -> None:
+    parts = split_gain(*changes(ff=5, fr=3, wr=2, rr=1, rf=4))
+    assert (parts["arithmetic"].n, parts["arithmetic"].gained, parts["arithmetic"].lost) == (3, 2, 0)
+    assert parts["format"].lost == 4
+    assert len(table(parts).splitlines()) == 4
+
+
+def test_running_mean_is_that_of_the_neighbours() -> None:
+    assert running_mean([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
+
+
+def test_finished_run_leaves_every_file_of_the_report(finished_run: Path) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert {key: type(summary[key]) for key in KEYS} == KEYS
+    assert summary["num_eval_problems"] == 6
+    assert summary["rollout_logp_diff_max"] < 1e-4
+    assert summary["config"]["learning_rate"] == 0.01
+    assert {"git_commit", "git_dirty", "seed", "versions", "command"} <= summary.keys()
+    lines = [json.loads(line) for line in (finished_run / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert {"question", "before", "after", "reward", "correct"} <= lines[0].keys()
+    assert (finished_run / "reward.png").read_bytes().startswith(b"\x89PNG")
+    for folder in ("final", "checkpoint-2"):
+        assert json.loads((finished_run / folder / "m3po.json").read_text())["mode"] == "none"
+
+
+def test_evaluation_is_cached_for_its_own_settings_only(finished_run: Path) -> None:
+    stored = json.loads((finished_run / "baseline.json").read_text())
+    assert len(load_cached(finished_run / "baseline.json", stored["key"])) == 6
+    assert load_cached(finished_run / "baseline.json", "another key") == []
