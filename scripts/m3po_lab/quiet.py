@@ -5,6 +5,7 @@ Each one is named; anything else a library has to say is shown.
 """
 
 import logging
+import warnings
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -14,3 +15,5 @@ def silence_known_noise() -> None:
     disable_progress_bar()  # that of the training is not one of these
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A dependency of reasoning-gym compares with `is`; Python says so when it first compiles the file.
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*cellpylib")
