@@ -34,8 +34,11 @@ def check(root: Path, ups: list[Upstream]) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="patchset-") as temp:
         for up in ups:
             wheels.ensure(up)
-            repo = build.scratch(Path(temp, "git", up.name))
             patches, fresh = series_by_name[up.name], state.overlay_files(up)
+            if not patches and not fresh:
+                lines.append(f"{up.name} {up.version}: ok (wheel of {len(wheels.read(up))} files, nothing to lay on)")
+                continue
+            repo = build.scratch(Path(temp, "git", up.name))
             built = build.build(repo, up, patches)
             checkout.require_free(repo, up, built.pristine, fresh)
             touched = [f.path for p in patches for f in p.files() if not f.deleted]

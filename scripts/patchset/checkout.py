@@ -132,6 +132,7 @@ def back_up(up: Upstream, view: View) -> str:
     ref = f"refs/patchset/backup/{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
     repo("update-ref", ref, saved)
     index.unlink()
+    os.sync()  # git writes without it (vendor/ can be made anew), but this is somebody's work
     reached("backed-up")
     return ref
 
@@ -161,7 +162,7 @@ def fill(up: Upstream, new: Path, built: Built, record: state.Record) -> None:
     move_refs(new, built)
     reached("git-staged")
     index = new / ".git" / "index"
-    index.unlink(missing_ok=True)  # the old one: it would pass for these files being there
+    index.unlink(missing_ok=True)  # the old one may hold flags (skip-worktree) of the developer
     git.Git(new / ".git", new, index)("read-tree", "--reset", "-u", built.patched)
     reached("tree-staged")
     sync_links(up, new, {}, record.inputs.overlay)

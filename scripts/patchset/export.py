@@ -162,8 +162,8 @@ def _require_known(up: Upstream, record: state.Record, changes: dict[Path, bytes
         now = wheels.digest(file) if file.is_file() else None
         if file.suffix == ".patch" and now != applied.get(file.name):
             raise Refused(
-                f"{up.name}: patches/{up.name}/{file.name} changed after it was applied, and export would overwrite "
-                "that. Restore the file, or run apply --discard and cherry-pick your commits from the backup ref it names"
+                f"{up.name}: patches/{up.name}/{file.name} changed after it was applied; export would overwrite that. "
+                "Restore the file, or run apply --discard and cherry-pick your commits from the backup ref it names"
             )
 
 

@@ -17,7 +17,7 @@ ATTRIBUTES = "* -text !eol -ident !filter !diff !merge !working-tree-encoding\n"
 OPTIONS = (
     "core.autocrlf=false", "core.safecrlf=false", "core.hooksPath=/dev/null", "core.attributesFile=/dev/null",
     "core.excludesFile=/dev/null", "core.fsmonitor=false", "core.quotePath=true", "core.fileMode=true",
-    "core.symlinks=true", "core.compression=1", "commit.gpgSign=false", "gc.auto=0", "advice.detachedHead=false",
+    "core.symlinks=true", "core.compression=1", "commit.gpgSign=false", "gc.auto=0", "core.fsync=none",
 )  # fmt: skip
 
 

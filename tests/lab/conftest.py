@@ -54,7 +54,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
-        padding_side="left",
         model_max_length=128,
         chat_template=PLAIN_CHATML,
         clean_up_tokenization_spaces=False,

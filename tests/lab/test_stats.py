@@ -39,10 +39,9 @@ def test_comparison_of_different_lengths_is_refused() -> None:
         stats.compare([True, False], [True])
 
 
-@pytest.mark.parametrize(("p_gained", "p_lost"), [(0.175, 0.085), (0.05, 0.05), (0.35, 0.03)])
-def test_interval_covers_the_true_difference_as_often_as_it_says(p_gained: float, p_lost: float) -> None:
-    """All outcomes of 60 problems, weighted by their chance: 0.95 within two points (the counts are discrete)."""
-    n = 60
+@pytest.mark.parametrize(("n", "p_gained", "p_lost"), [(60, 0.175, 0.085), (60, 0.05, 0.01), (20, 0.1, 0.02)])
+def test_interval_covers_the_true_difference_as_often_as_it_says(n: int, p_gained: float, p_lost: float) -> None:
+    """All outcomes, weighted by their chance. Without the halves the last case is covered 0.87 of the time."""
     chances = multinomial(n, [p_gained, p_lost, 1 - p_gained - p_lost])
     covered = 0.0
     for gained in range(n + 1):
@@ -50,4 +49,4 @@ def test_interval_covers_the_true_difference_as_often_as_it_says(p_gained: float
             low, high = stats.difference_interval(gained, lost, n)
             if low <= p_gained - p_lost <= high:
                 covered += chances.pmf([gained, lost, n - gained - lost])
-    assert 0.93 <= covered <= 0.985
+    assert 0.94 <= covered <= 0.97

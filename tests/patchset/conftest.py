@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from patchset import cli
 
 SCRIPTS = Path(cli.__file__).parents[1]
@@ -37,7 +38,8 @@ ALPHA = {
     ".gitattributes": b"* text=auto eol=lf ident\n*.py diff=python\n",
 }
 BETA = {"beta/__init__.py": b"VALUE = 2\n", "beta/loop.py": TEN}
-HEADER = "{subject}\n\nWhy this is needed, and why no milder rung served.\n\nUpstream-Status: Pending\nTests: tests/test_it.py\n"
+WHY = "Why this is needed, and why no milder rung served.\n"
+HEADER = "{subject}\n\n" + WHY + "\nUpstream-Status: Pending\nTests: tests/test_it.py\n"
 
 
 @dataclass
@@ -178,7 +180,8 @@ def diff(path: str, old: bytes, new: bytes) -> bytes:
 
 def mail(body: bytes, subject: str = "core: change a line", header: str = HEADER) -> bytes:
     """A whole patch: canonical mail header, message, diff."""
-    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A B <a@b.org>\nDate: Mon, 5 Jan 2026 10:00:00 +0100\nSubject: "
+    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A B <a@b.org>\n"
+    head += "Date: Mon, 5 Jan 2026 10:00:00 +0100\nSubject: "
     return head.encode() + header.format(subject=subject).encode() + b"\n" + body
 
 
@@ -216,7 +219,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     (home / ".config" / "git").mkdir(parents=True)
     (home / ".gitconfig").write_text(
         "[core]\n\tautocrlf = true\n\tquotePath = false\n\thooksPath = /nonexistent\n\tfileMode = false\n"
-        "[diff]\n\tnoprefix = true\n\talgorithm = patience\n\trenames = copies\n\tcontext = 1\n\tmnemonicPrefix = true\n"
+        "[diff]\n\tnoprefix = true\n\talgorithm = patience\n\trenames = copies\n\tcontext = 1\n"
         "[format]\n\tsubjectPrefix = HOSTILE\n\tnumbered = true\n\tsignature = hostile\n\tsignOff = true\n"
         "[commit]\n\tgpgSign = true\n[am]\n\tthreeWay = true\n[apply]\n\twhitespace = fix\n[core]\n\teol = crlf\n"
     )

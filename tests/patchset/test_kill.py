@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+
 from patchset import common
 
 ONLY_LINKS = ("links-synced", "state-written")

@@ -29,8 +29,8 @@ HOSTILE = {
     "metadata": (change("src/alpha-1.0.dist-info/METADATA"), "outside what overlay.toml allows"),
     "other target": (change(NEW, new=b"b/src/alpha/else.py"), "not a header line"),
     "quoted": (HEAD % (b'"src/alpha/a.py"', b'"src/alpha/a.py"') + HUNK, "not plain ASCII|quoted|allows|header"),
-    "rename": (b"diff --git a/src/alpha/core.py b/src/alpha/c.py\nsimilarity index 100%\nrename from src/alpha/core.py\n"
-               b"rename to src/alpha/c.py\n", "rename"),
+    "rename": (HEAD % (NEW.encode(), b"src/alpha/c.py") + b"similarity index 100%\n", "rename"),
+    "rename, equal names": (change(NEW, b"rename from src/alpha/core.py\n"), "rename"),
     "symlink": (change(NEW, b"new file mode 120000\nindex 0000000..1111111\n", b"/dev/null"), "new file"),
     "to symlink": (change(NEW, b"old mode 100644\nnew mode 120000\n"), "mode 120000"),
     "submodule": (change(NEW, b"index 1111111..2222222 160000\n"), "mode 160000"),

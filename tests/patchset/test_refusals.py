@@ -7,6 +7,7 @@ import fcntl
 import os
 
 import pytest
+
 from patchset import common
 
 
