@@ -135,7 +135,9 @@ class Watching(M3POGenerationState):
 
     def after_sampling(self, input_ids, next_token_scores, unfinished_sequences):
         super().after_sampling(input_ids, next_token_scores, unfinished_sequences)
-        alive = [x for x in gc.get_objects() if torch.is_tensor(x) and x.numel() >= next_token_scores.numel()]
+        alive = [
+            x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.numel() >= next_token_scores.numel()
+        ]
         self.records = getattr(self, "records", set()) | {
             (self.bag_ids.data_ptr(), self.bag_weights.data_ptr(), self.rollout_logps.data_ptr())
         }

@@ -206,6 +206,7 @@ def test_a_marker_in_the_prompt_does_not_end_the_thinking_and_one_in_the_complet
 
 def test_phase_all_blends_to_the_end_of_each_row_and_needs_no_tokenizer(model):
     everywhere = rollout(model, cross_path_phase="all", tokenizer=None)
+    assert torch.equal(rollout(model, cross_path_phase="all").bag_weights, everywhere.bag_weights)
     tokens = completions_of(everywhere)
     assert torch.equal(everywhere.thinking_mask, alive_before(tokens, EOS))
     alive = alive_after(tokens, EOS)

@@ -134,6 +134,8 @@ REFUSED = [
     ({"generation_kwargs": {"min_p": 0.1}}, "min_p=0.1", "needs min_p=0.0"),
     ({"generation_kwargs": {"repetition_penalty": 1.2}}, "repetition_penalty=1.2", "needs repetition_penalty=1.0"),
     ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2", "set num_beams=1"),
+    ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs has temperature", "Leave it out"),
+    ({"generation_kwargs": {"typical_p": 0.9}}, "generation_kwargs has typical_p", "Leave it out"),
     (
         {"per_device_train_batch_size": 4, "num_generations": 8, "generation_batch_size": 8, "world": 2},
         "per_device_train_batch_size * steps_per_generation = 4 * 1 = 4",

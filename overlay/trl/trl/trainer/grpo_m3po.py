@@ -24,6 +24,8 @@ logger = logging.get_logger(__name__)
 MODES = ("none", "m3po")
 # What generate cuts off a distribution, with the value at which it cuts nothing off.
 _NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
+# What `generation_kwargs` may set besides: it changes how, or how long, tokens are sampled, but not from what.
+_HARMLESS = {"cache_implementation", "max_new_tokens", "prefill_chunk_size", "stop_strings", "use_cache"}
 # Attributes of the trainer that move the rollouts out of a single call of `generate`.
 _OTHER_ROLLOUTS = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
 
@@ -120,6 +122,11 @@ def _check_rollouts(args: Any) -> None:
             )
     if given.get("num_beams", 1) != 1:
         raise ValueError(f"num_beams={given['num_beams']} cannot be combined with mode={args.mode!r}; set num_beams=1.")
+    for name in sorted(set(given) - set(_NO_TRUNCATION) - _HARMLESS - {"num_beams"}):
+        raise ValueError(
+            f"generation_kwargs has {name}, which can change the distribution a token is sampled from; with "
+            f"mode={args.mode!r} it may hold {', '.join(sorted(_HARMLESS))} only. Leave it out."
+        )
 
 
 def _check_whole_groups(args: Any) -> None:
@@ -165,7 +172,7 @@ class GRPORollouts:
         logger.info(f"mode={self.mode}" + ("" if self.settings is None else f": {self.settings.describe()}"))
 
     def _check_trainer(self, elsewhere: list[str]) -> None:
-        model_type = self._trainer.model.config.get_text_config().model_type
+        model_type = self._trainer.model.config.model_type
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise ValueError(
                 f"mode={self.mode!r} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "

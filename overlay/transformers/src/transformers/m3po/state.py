@@ -211,7 +211,7 @@ class M3POGenerationState:
 
 
 def _check_model(model: Any) -> None:
-    model_type = model.config.get_text_config().model_type
+    model_type = model.config.model_type
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"enable_cross_path is built into {' and '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
