@@ -212,12 +212,13 @@ def parse_run(argv: list[str]) -> Run:
 
 
 def changed_values(run: Run) -> dict[str, Any]:
-    """Every argument that differs from its default, for the record in `summary.json`."""
+    """Every argument that differs from its default, for `summary.json`; the run folder is where that lies."""
     changed = {}
     for group in (run.script, run.training, run.model):
         for spec in dataclasses.fields(group):
             value = getattr(group, spec.name)
             made = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
-            if spec.init and value != made and isinstance(value, bool | int | float | str | list | dict):
+            told = spec.init and value != made and spec.name != "output_dir"
+            if told and isinstance(value, bool | int | float | str | list | dict):
                 changed[spec.name] = value
     return changed
