@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages claim about the code and the runs is what the code and the runs say."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from trl.trainer.grpo_m3po import M3POArguments
+
+from m3po_lab.compare import main as compare
+from m3po_lab.files import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = sorted((ROOT / "docs" / "results").glob("*/*.json"))
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def logged_metrics() -> set[str]:
+    """The names after `m3po/` in the trainer's glue and in the statistics it passes on."""
+    glue = page("overlay/trl/trl/trainer/grpo_m3po.py")
+    statistics = page("overlay/transformers/src/transformers/m3po/statistics.py")
+    names = re.findall(r'_log\("(\w+)"', glue) + re.findall(r'"m3po/(\w+)"', glue)
+    return set(names) | set(re.findall(r'^        "(\w+)": ', statistics, flags=re.MULTILINE))
+
+
+def test_every_logged_metric_is_defined_on_the_metrics_page() -> None:
+    text = page("docs/metrics.md").replace("`, `_min`, `_max`", "` `m3po/similarity_min` `m3po/similarity_max`")
+    defined = set(re.findall(r"`m3po/(\w+)`", text))
+    assert len(logged_metrics()) == 11
+    assert logged_metrics() == defined
+
+
+def test_every_flag_stands_in_the_table_of_flags() -> None:
+    listed = set(re.findall(r"`(\w+)`", page("docs/modes.md").split("## Flags")[1].split("## In Python")[0]))
+    flags = {entry.name for entry in dataclasses.fields(M3POArguments)}
+    assert len(flags) == 9
+    assert flags <= listed
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-14-steps"])
+def test_a_table_of_results_is_what_compare_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare([str(path) for path in RESULTS if path.parent.name == name]) == 0
+    assert capsys.readouterr().out.strip() in page("docs/results.md")
+
+
+def test_the_run_shown_in_the_readme_is_the_recorded_one() -> None:
+    run = read_json(ROOT / "docs" / "results" / "demo" / "m3po-seed0.json")
+    assert run is not None
+    readme = page("README.md")
+    assert f"{run['accuracy_before']:.1%}" in readme and f"{run['accuracy_after']:.1%}" in readme
+    assert run["verdict"] in readme
+
+
+def test_recorded_runs_come_from_commits_without_changes() -> None:
+    runs = [read_json(path) for path in RESULTS]
+    assert len(runs) >= 4
+    assert [run["git_dirty"] for run in runs if run] == [False] * len(RESULTS)
