@@ -160,7 +160,7 @@ def write_report(
 
 def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], command: str) -> list[str]:
     """Result, files, and what one can do next."""
-    folder = _shown(run.folder)
+    folder = shown_path(run.folder)
     more = command if "--resume_from_checkpoint" in command else f"{command} --resume_from_checkpoint true"
     return [
         "",
@@ -176,7 +176,7 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], c
     ]
 
 
-def _shown(folder: Path) -> str:
+def shown_path(folder: Path) -> str:
     """A folder relative to the current one where that is shorter."""
     here = Path.cwd()
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)

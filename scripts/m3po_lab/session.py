@@ -29,7 +29,7 @@ from m3po_lab.config import Run, UserError, one_line
 from m3po_lab.data import Problem, chat_prompt, load_problems, training_rows
 from m3po_lab.evaluate import Answered, cache_key, greedy_completions, judge, load_cached, store
 from m3po_lab.models import EMBEDDED_MODEL, load_model
-from m3po_lab.report import write_report
+from m3po_lab.report import shown_path, write_report
 from m3po_lab.rewards import make_rewards
 
 
@@ -162,7 +162,7 @@ def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume
     return (
         f"mode {run.training.mode} ({numbers}); {run.model.model_name_or_path or EMBEDDED_MODEL}; "
         f"{run.script.dataset}: {train} training and {held_out} held-out problems; "
-        f"{'from the start' if resume is None else f'from {resume.name}'} into {run.folder}"
+        f"{'from the start' if resume is None else f'from {resume.name}'} into {shown_path(run.folder)}"
     )
 
 

@@ -251,7 +251,7 @@ def test_greedy_decoding_records_the_log_probs_of_its_choice(model):
 
 
 def test_a_state_alone_records_log_probs_and_leaves_the_tokens_and_the_answer_as_they_are(model):
-    plain = {"enable_cross_path": None, "return_thinking_embeds": None, "output_scores": False}
+    plain = {"enable_cross_path": False, "return_thinking_embeds": None, "output_scores": False}
     state = M3POGenerationState()
     recorded = rollout(model, m3po=state, **plain)
     untouched = rollout(model, **plain)
@@ -274,6 +274,28 @@ def test_the_wrapper_of_seed_3_is_the_same_call(model):
     full = (uniform.bag_weights > 0).all(-1)
     assert full.any()
     torch.testing.assert_close(uniform.bag_weights[full][:, 1:], torch.full((int(full.sum()), 3), 0.1))
+
+
+def test_seed_3s_call_without_a_tokenizer_interacts_to_the_end_and_says_so(model):
+    call = {"max_new_tokens": 9, "num_generations": 4, "lambda_blend": 0.4, "temperature_m3po": 0.2}
+    prompts = left_padded([5, 9])
+    torch.manual_seed(1)
+    with heard("WARNING") as said:
+        output = generate_with_m3po(model, **prompts, **call, gating_function=None)
+    assert len(said) == 1 and "cross_path_phase='all'" in said[0]
+    torch.manual_seed(1)
+    expected = model.generate(
+        **prompts,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=4,
+        max_new_tokens=9,
+        enable_cross_path=True,
+        cross_path_lambda=0.4,
+        cross_path_temp=0.2,
+        cross_path_phase="all",
+    )
+    assert torch.equal(output.sequences, expected)
 
 
 def test_the_answer_marker_of_the_model_is_the_default_of_the_argument(model):

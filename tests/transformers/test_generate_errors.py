@@ -85,6 +85,47 @@ def test_assisted_generation_is_refused(tiny_llama, assistant):
     assert "enable_cross_path does not work with assisted_generation" in message
 
 
+def test_a_decoding_loop_of_somebody_else_is_refused(tiny_llama):
+    """It would run without interaction, and without a word."""
+
+    class OwnLoop(transformers.LlamaForCausalLM):
+        def _sample(self, *args, **kwargs):
+            raise AssertionError("not reached")
+
+    model = tiny_llama()
+    words = "enable_cross_path does not work with a decoding loop other than upstream's"
+    assert words in refusal(model, custom_generate=lambda model, input_ids, **kwargs: input_ids)
+    state = M3POGenerationState()
+    assert words in refusal(model, enable_cross_path=None, m3po=state, custom_generate=lambda model, input_ids: 0)
+    model.__class__ = OwnLoop
+    assert words in refusal(model)
+
+
+def test_a_callable_of_the_caller_still_gets_its_own_processing_class(tiny_llama):
+    """An argument that upstream hands to the callable must not be taken for seed 1's name of `tokenizer`."""
+
+    def loop(model, input_ids, processing_class=None, **kwargs):
+        return processing_class
+
+    assert tiny_llama().generate(PROMPT, custom_generate=loop, processing_class="mine", max_new_tokens=2) == "mine"
+
+
+@pytest.mark.parametrize(
+    "lone", [{"cross_path_lambda": 0.5}, {"return_thinking_embeds": True}, {"gating_config": {"temperature": 0.2}}]
+)
+@pytest.mark.parametrize("state", [None, M3POGenerationState()])
+def test_a_number_without_the_switch_is_refused_rather_than_ignored(tiny_llama, lone, state):
+    message = refusal(tiny_llama(), enable_cross_path=None, m3po=state, **lone)
+    assert f"{next(iter(lone))} does nothing without enable_cross_path" in message
+    common = {"max_new_tokens": 2, "pad_token_id": 0, "do_sample": False}
+    tiny_llama().generate(PROMPT, enable_cross_path=False, **lone, **common)  # off on purpose
+
+
+def test_numbers_in_two_places_are_refused(tiny_llama):
+    state = M3POGenerationState(settings=CrossPathSettings(), group_ids=torch.tensor([0, 0, 1, 1]))
+    assert "leave one of them out" in refusal(tiny_llama(), m3po=state)
+
+
 @pytest.fixture
 def no_manager(monkeypatch):
     """A call that is not refused must not start the threads of continuous batching: it would never come back."""
@@ -92,7 +133,7 @@ def no_manager(monkeypatch):
     def started(*args, **kwargs):
         raise AssertionError("continuous batching was started")
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "continuous_batching_context_manager", started)
+    monkeypatch.setattr(transformers.generation.ContinuousBatchingManager, "start", started)
 
 
 @pytest.mark.parametrize("where", ["argument", "model"])
@@ -103,6 +144,8 @@ def test_continuous_batching_is_refused(tiny_llama, no_manager, where):
     with pytest.raises(ValueError, match="enable_cross_path does not work with continuous batching") as error:
         model.generate_batch([[5, 6, 7]], generation_config=config)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="enable_cross_path does not work with continuous batching"):
+        model.init_continuous_batching(config)
 
 
 def test_the_paged_cache_is_refused(tiny_llama, no_manager):

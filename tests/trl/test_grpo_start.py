@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
+from trl import GRPOConfig, GRPOTrainer
 
 # A template that can write a call of a tool and its answer, as TRL asks of it.
 TOOL_TEMPLATE = (
@@ -98,6 +100,78 @@ def test_an_evaluation_in_batches_of_split_groups_is_refused(tiny: Any, tmp_path
     run = tiny.trainer(tmp_path, flags={"mode": "m3po", "per_device_eval_batch_size": 6}, eval_dataset=tiny.prompts())
     with pytest.raises(ValueError, match="^6 rollouts at a time are not whole groups of 4: make per_device_eval_batch"):
         run.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("flags", "of_the_model", "processor"),
+    [
+        ({"top_k": None}, {}, "TopKLogitsWarper"),  # upstream's default is 50
+        ({"top_k": None}, {"top_k": 5}, "TopKLogitsWarper"),
+        ({"top_p": None}, {"top_p": 0.8}, "TopPLogitsWarper"),
+        ({}, {"min_p": 0.2}, "MinPLogitsWarper"),
+        ({"repetition_penalty": None}, {"repetition_penalty": 1.1}, "RepetitionPenaltyLogitsProcessor"),
+        ({}, {"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({}, {"min_new_tokens": 3}, "MinNewTokensLengthLogitsProcessor"),
+        ({}, {"suppress_tokens": [3]}, "SuppressTokensLogitsProcessor"),
+    ],
+)
+def test_what_the_models_own_configuration_would_cut_off_is_refused(
+    tiny: Any, tmp_path: Path, flags: dict[str, Any], of_the_model: dict[str, Any], processor: str
+):
+    """Fields left None are filled from the model's generation_config: the policy pass would see another policy."""
+    model = tiny.model()
+    model.generation_config.update(**of_the_model)
+    with pytest.raises(ValueError, match=f"^{processor} would change the distribution.*top_k=0") as error:
+        tiny.trainer(tmp_path, flags={"mode": "m3po", **flags}, model=model)
+    assert "\n" not in str(error.value)
+    tiny.trainer(tmp_path, flags={"mode": "none", **flags}, model=model)  # the control is upstream's
+
+
+def test_a_min_p_of_zero_cuts_nothing_off_and_is_accepted(tiny: Any, tmp_path: Path):
+    model = tiny.model()
+    model.generation_config.min_p = 0.2
+    tiny.trainer(tmp_path, flags={"mode": "m3po", "min_p": 0.0}, model=model)
+
+
+def test_the_models_own_configuration_cannot_turn_a_control_into_m3po(tiny: Any, tmp_path: Path):
+    model = tiny.model()
+    model.generation_config.update(enable_cross_path=True, cross_path_lambda=0.5, return_thinking_embeds=True)
+    run = tiny.trainer(tmp_path, flags={"mode": "none"}, model=model)
+    run.train()
+    assert not tiny.logged(run, "m3po/attention_max") and len(tiny.logged(run, "m3po/rollout_logp_diff")) == 2
+
+
+def test_a_trainer_that_scores_in_its_own_way_is_refused(tiny: Any, tmp_path: Path):
+    """It would roll out with bags and score without them, and nothing would be logged."""
+
+    class Own(GRPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            return super()._compute_loss(model, inputs)
+
+    given = {"model": tiny.model(), "reward_funcs": tiny.reward, "train_dataset": tiny.prompts()}
+    given["processing_class"] = tiny.tokenizer()
+    for mode in ("none", "m3po"):
+        args = GRPOConfig(output_dir=str(tmp_path), mode=mode, **tiny.FLAGS)
+        if mode == "none":
+            Own(args=args, **given)
+        else:
+            with pytest.raises(ValueError, match="^Own has its own _compute_loss, .*take GRPOTrainer"):
+                Own(args=args, **given)
+
+
+@pytest.mark.parametrize("where", ["adapter", "model"])
+def test_dropout_is_refused(tiny: Any, tmp_path: Path, where: str):
+    """Rollout and policy pass would draw different masks: 1e-2 apart in log-prob was seen with LoRA's default."""
+    given: dict[str, Any] = {"model": tiny.model()}
+    if where == "adapter":
+        given["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.05)
+    else:
+        given["model"].config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="^dropout draws other numbers.*lora_dropout to 0"):
+        tiny.trainer(tmp_path, flags={"mode": "m3po"}, **given)
+    if where == "adapter":
+        given["model"] = tiny.model()
+        tiny.trainer(tmp_path, flags={"mode": "m3po", "disable_dropout": True}, **given)
 
 
 def test_the_start_of_a_run_says_its_mode_and_numbers_in_one_line(

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper
 from transformers.m3po import CrossPathSettings, M3POGenerationState, write_checkpoint_info
 from transformers.m3po.rollout import SUPPORTED_MODEL_TYPES
 from transformers.utils import logging
@@ -25,7 +26,9 @@ MODES = ("none", "m3po")
 # What generate cuts off a distribution, with the value at which it cuts nothing off.
 _NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
 # What `generation_kwargs` may set besides: it changes how, or how long, tokens are sampled, but not from what.
-_HARMLESS = {"cache_implementation", "max_new_tokens", "prefill_chunk_size", "stop_strings", "use_cache"}
+_HARMLESS = {"cache_implementation", "max_new_tokens", "prefill_chunk_size", "use_cache"}
+# What the trainer does with a rollout; a subclass that does it in its own way does not know of bags.
+_SCORING = ("_compute_loss", "_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 # Attributes of the trainer that move the rollouts out of a single call of `generate`.
 _OTHER_ROLLOUTS = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
 
@@ -120,6 +123,11 @@ def _check_rollouts(args: Any) -> None:
                 f"{name}={given[name]} changes the distribution a token is sampled from, which the policy pass does "
                 f"not see; mode={args.mode!r} needs {name}={allowed[0]}."
             )
+    if given.get("cache_implementation", args.cache_implementation) == "quantized":
+        raise ValueError(
+            f"cache_implementation='quantized' changes the numbers of a rollout but not those of the policy pass; "
+            f"leave it out, or set mode='none' instead of {args.mode!r}."
+        )
     if given.get("num_beams", 1) != 1:
         raise ValueError(f"num_beams={given['num_beams']} cannot be combined with mode={args.mode!r}; set num_beams=1.")
     for name in sorted(set(given) - set(_NO_TRUNCATION) - _HARMLESS - {"num_beams"}):
@@ -162,26 +170,63 @@ class GRPORollouts:
         self.settings = None if self.mode == "none" else cross_path_settings(trainer.args)
         # Rollouts that do not come from one call of `generate` leave no record that fits the batch.
         elsewhere = [name for name in _OTHER_ROLLOUTS if getattr(trainer, name, None)]
-        if not elsewhere and trainer.generation_config.get_generation_mode() not in ("greedy_search", "sample"):
-            elsewhere = ["generation_kwargs"]  # beams, or an assistant
+        if not elsewhere:
+            # The settings come with the state; what a model's own generation_config says of them does not count.
+            trainer.generation_config.update(enable_cross_path=False, return_thinking_embeds=False)
+            if trainer.generation_config.get_generation_mode() not in ("greedy_search", "sample"):
+                elsewhere = ["generation_kwargs"]  # beams, or an assistant
         if self.settings is not None:
             self._check_trainer(elsewhere)
         self._records = not elsewhere
         self._state = M3POGenerationState()
         self._num_generations = trainer.num_generations
-        logger.info(f"mode={self.mode}" + ("" if self.settings is None else f": {self.settings.describe()}"))
+        if self.settings is None:
+            logger.info(f"mode={self.mode}")
+        else:  # shown by default: a run says which numbers it uses
+            logger.warning(f"mode={self.mode}: {self.settings.describe()}")
 
     def _check_trainer(self, elsewhere: list[str]) -> None:
-        model_type = self._trainer.model.config.model_type
-        if model_type not in SUPPORTED_MODEL_TYPES:
+        from .grpo_trainer import GRPOTrainer  # it imports this module
+
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        if model.config.model_type not in SUPPORTED_MODEL_TYPES:
             raise ValueError(
                 f"mode={self.mode!r} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
-                f"{model_type!r}. Set mode='none' or take another model."
+                f"{model.config.model_type!r}. Set mode='none' or take another model."
             )
         if elsewhere:
             raise ValueError(
                 f"{elsewhere[0]} cannot be combined with mode={self.mode!r}: its rollouts are not decoded in one call "
                 "of generate, where the paths interact. Leave it out, or set mode='none'."
+            )
+        kind = type(self._trainer)
+        if own := [name for name in _SCORING if getattr(kind, name) is not getattr(GRPOTrainer, name)]:
+            raise ValueError(
+                f"{kind.__name__} has its own {own[0]}, which does not hand the bags of mode={self.mode!r} to the "
+                "policy pass; take GRPOTrainer, or set mode='none'."
+            )
+        self._check_distribution(model)
+
+    def _check_distribution(self, model: Any) -> None:
+        """Refuses what makes rollout and policy pass two distributions, wherever it was set."""
+        if any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules()) or getattr(
+            model.config, "attention_dropout", 0.0
+        ):
+            raise ValueError(
+                f"dropout draws other numbers in the policy pass than in the rollout; mode={self.mode!r} needs none of "
+                "it: set lora_dropout to 0 (or disable_dropout=True), and attention_dropout of the model config to 0."
+            )
+        # Fields that are None here are filled from the model's generation_config, then from upstream's defaults.
+        config, _ = model._prepare_generation_config(self._trainer.generation_config)
+        model._prepare_special_tokens(config, True, device="cpu")
+        processors = model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+        cut = [part for part in processors if not (isinstance(part, TemperatureLogitsWarper) or _keeps_all(part))]
+        if cut:
+            raise ValueError(
+                f"{', '.join(type(part).__name__ for part in cut)} would change the distribution that rollouts are "
+                f"sampled from, which the policy pass does not see; it comes from a flag set to null or from the "
+                f"model's generation_config. mode={self.mode!r} needs top_k=0, top_p=1.0, min_p=0.0, "
+                "repetition_penalty=1.0 and none of its kin in model.generation_config."
             )
 
     def generate_kwargs(self, num_rows: int, num_generations: int) -> dict[str, Any]:
@@ -245,18 +290,7 @@ class GRPORollouts:
 
     def save(self, folder: str | None) -> None:
         """Writes `m3po.json` beside weights that were just saved to `folder` (None: the output directory)."""
-        args = self._trainer.args
-        write_checkpoint_info(
-            folder or args.output_dir,
-            {
-                "mode": self.mode,
-                **({"answer_start": args.answer_start} if self.settings is None else asdict(self.settings)),
-                "cross_path_temp": None if self.settings is None else self.settings.temperature,
-                "num_generations": args.num_generations,
-                "sampling_temperature": args.temperature,
-                "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-            },
-        )
+        write_checkpoint_info(folder or self._trainer.args.output_dir, checkpoint_info(self._trainer.args))
 
     @property
     def _metrics(self) -> dict[str, list[float]]:
@@ -277,6 +311,23 @@ class GRPORollouts:
         groups = [answers[i : i + self._num_generations] for i in range(0, len(answers), self._num_generations)]
         counts = [len(set(group) - {None}) for group in groups]
         return torch.tensor(counts, dtype=torch.float32, device=completion_ids.device).mean()
+
+
+def _keeps_all(processor: Any) -> bool:
+    return isinstance(processor, MinPLogitsWarper) and processor.min_p == 0
+
+
+def checkpoint_info(args: Any) -> dict[str, Any]:
+    """What `m3po.json` says of a checkpoint of a run with these arguments (a `GRPOConfig`)."""
+    settings = None if args.mode == "none" else cross_path_settings(args)
+    return {
+        "mode": args.mode,
+        **({"answer_start": args.answer_start} if settings is None else asdict(settings)),
+        "cross_path_temp": None if settings is None else settings.temperature,
+        "num_generations": args.num_generations,
+        "sampling_temperature": args.temperature,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+    }
 
 
 def scoring_inputs(

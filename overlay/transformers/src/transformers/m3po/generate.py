@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from ..utils import logging
 from .interaction import GatingFunction
 from .state import M3POGenerateOutput, M3POGenerationState
+
+logger = logging.get_logger(__name__)
 
 
 def generate_with_m3po(
@@ -20,6 +23,7 @@ def generate_with_m3po(
     lambda_blend: float = 0.1,
     temperature_m3po: float = 0.1,
     gating_function: GatingFunction | None = None,
+    tokenizer: Any = None,
     **generate_kwargs: Any,
 ) -> M3POGenerateOutput:
     """Samples `num_generations` paths per prompt that interact while they think (seed 3).
@@ -30,11 +34,20 @@ def generate_with_m3po(
         max_new_tokens, num_generations: length and number of the paths of each prompt.
         lambda_blend, temperature_m3po: λ of eq. 2 and T of eq. 5 (`cross_path_lambda`, `cross_path_temp`).
         gating_function: similarity (G, N, V) -> (G, N, N); None is the cosine.
-        **generate_kwargs: passed to `generate`; `tokenizer=` is needed unless `cross_path_phase="all"`.
+        tokenizer: finds the answer marker, where the paths of a prompt part. Seed 3's call has none: without it, and
+            unless `cross_path_phase` is given, the paths interact to the end (`all`), and a warning says so.
+        **generate_kwargs: passed to `generate`. `top_k` is 0 unless given (erratum E7).
 
     Returns:
         `M3POGenerateOutput` with (B * num_generations, ...) rows, the paths of a prompt side by side.
     """
+    if tokenizer is None and "cross_path_phase" not in generate_kwargs:
+        logger.warning(
+            "generate_with_m3po has no tokenizer to find the answer marker with: cross_path_phase='all', the paths "
+            "interact to the end. Pass tokenizer=... to keep their answers apart."
+        )
+        generate_kwargs["cross_path_phase"] = "all"
+    generate_kwargs.setdefault("top_k", 0)
     return model.generate(
         input_ids,
         attention_mask=attention_mask,
@@ -45,6 +58,6 @@ def generate_with_m3po(
         cross_path_lambda=lambda_blend,
         cross_path_temp=temperature_m3po,
         return_dict_in_generate=True,
-        m3po=M3POGenerationState(gating_function=gating_function),
+        m3po=M3POGenerationState(gating_function=gating_function, tokenizer=tokenizer),
         **generate_kwargs,
     )

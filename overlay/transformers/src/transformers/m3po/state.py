@@ -2,7 +2,7 @@
 """The state of a rollout: what `_sample` calls at each step, and what comes out of it (seed 1, section 1; E1-E7).
 
 `generate(..., m3po=state)` carries one `M3POGenerationState` in and out. `_sample` calls `begin_rollout` once, then at
-each step `before_forward` and `after_sampling`, and `end_rollout` at the end. Nothing is read back from the device
+each step `before_forward` and `after_sampling`, and `end` after the last one. Nothing is read back from the device
 while decoding, and nothing grows: the record is allocated once for the longest completion.
 """
 
@@ -239,19 +239,53 @@ def begin_rollout(
 
 
 def check_generation_mode(
+    model: Any,
     generation_mode: GenerationMode | str,
     generation_config: GenerationConfig | None,
-    state: M3POGenerationState | None = None,
+    generation_mode_kwargs: dict[str, Any] | None = None,
+    custom_generate: Any = None,
 ) -> None:
-    """Hook of `generate` and `generate_batch`: cross-path interaction decodes in `_sample` only.
+    """Hook of `generate` and of continuous batching: cross-path interaction decodes in upstream's `_sample` only.
+
+    Args:
+        model: the model that generates.
+        generation_mode: upstream's name of the decoding method that was chosen.
+        generation_config: as it is used, with the model's defaults filled in.
+        generation_mode_kwargs: arguments of the decoding method; `m3po` is looked at.
+        custom_generate: the argument of `generate`.
 
     Raises:
-        ValueError: `enable_cross_path` or `m3po=` with beam search, assisted or continuous-batching generation.
+        ValueError: `enable_cross_path` or `m3po=` with beam search, assisted or continuous-batching generation or a
+            decoding loop of somebody else; a number of cross-path interaction without `enable_cross_path`.
     """
-    wanted = state is not None or getattr(generation_config, "enable_cross_path", None)
+    state = (generation_mode_kwargs or {}).get("m3po")
+    enabled = getattr(generation_config, "enable_cross_path", None)
+    if enabled is None and (state is None or state.settings is None):
+        _check_nothing_is_lost(generation_config)
+    if not enabled and state is None:
+        return
+    from ..generation import GenerationMixin
+
     mode = getattr(generation_mode, "value", generation_mode)
-    if wanted and mode not in ("greedy_search", "sample"):
+    if custom_generate is not None or type(model)._sample is not GenerationMixin._sample:
+        mode = "a decoding loop other than upstream's"
+    if mode not in ("greedy_search", "sample"):
         raise ValueError(
             f"enable_cross_path does not work with {mode}: its paths must be decoded step by step. Set num_beams=1 and "
-            "leave out assistants and continuous batching, or set enable_cross_path=False."
+            "leave out assistants, custom_generate and continuous batching, or set enable_cross_path=False."
+        )
+    if enabled and state is not None and state.settings is not None:
+        raise ValueError(
+            "enable_cross_path=True and m3po=M3POGenerationState(settings=...) both give the numbers of cross-path "
+            "interaction; leave one of them out."
+        )
+
+
+def _check_nothing_is_lost(generation_config: GenerationConfig | None) -> None:
+    names = [*CrossPathSettings.__dataclass_fields__, "return_thinking_embeds"]
+    given = [name for name in names if getattr(generation_config, name, None) is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} does nothing without enable_cross_path: set enable_cross_path=True as well (False says that "
+            "it is off on purpose), or leave it out."
         )
