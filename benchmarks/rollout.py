@@ -2,9 +2,10 @@
 """What cross-path interaction costs in a rollout: tokens/s and memory of `generate` with it over plain `generate`.
 
 Same model, prompts, number of paths and lengths; the two run in turn in one process, plain and cross-path changing
-places from pair to pair, after a warm-up of each, and the medians over the pairs are reported. Memory is the peak above
-what stood before the call; what cross-path adds is shown at several lengths beside the size of its preallocated record,
-so that growth with the step would be seen. A table goes to standard output, the figures with machine and command to
+places from pair to pair, after a warm-up of each, and the medians over the pairs are reported. Memory is the largest
+number of bytes of tensors alive at once (`live_bytes.py`; on CUDA the allocator's own peak); what cross-path adds is
+shown at several lengths beside the size of its preallocated record, so that growth with the step would be seen. A table
+goes to standard output, the figures with machine and command to
 `benchmarks/results/` (`make bench`).
 """
 
@@ -19,41 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from live_bytes import LiveBytes
 from tqdm import tqdm
 from trl import ModelConfig
 
 from m3po_lab.models import EMBEDDED_MODEL, load_model
 
 RESULTS = Path(__file__).parent / "results"
-MIB = 1 << 20
+KIB = 1 << 10
 
 
-class PeakMemory:
-    """Peak memory in bytes above the level at entry: of the device on CUDA, resident memory of the process on Linux."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self.added = 0
-
-    def __enter__(self) -> "PeakMemory":
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the resident size
-            self._before = _status_bytes("VmRSS")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        peak = torch.cuda.max_memory_allocated() if self._cuda else _status_bytes("VmHWM")
-        self.added = peak - self._before
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only.")
+def peak_bytes(function: Any, *arguments: Any, device: torch.device) -> tuple[Any, int]:
+    """What the call returns, and the peak of the tensors it made."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return function(*arguments), torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as memory:
+        result = function(*arguments)
+    return result, memory.peak
 
 
 def rollout(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace, length: int, cross_path: bool) -> Any:
@@ -102,22 +87,23 @@ def measure_speed(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namesp
 
 
 def measure_memory(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory of both at several lengths, median of three, with the size of the record."""
+    """Peak memory of both at several lengths, with the size of the record."""
     rows = []
-    for length in (args.length // 2, args.length, args.length * 2):
-        peaks: dict[bool, list[int]] = {False: [], True: []}
-        record = 0
-        for _ in tqdm(range(3), desc=f"memory at {length}", disable=None):
-            for cross_path in (False, True):
-                with PeakMemory(model.device) as memory:
-                    output = rollout(model, tokenizer, inputs, args, length, cross_path)
-                peaks[cross_path].append(memory.added)
-                if cross_path:
-                    tensors = (output.bag_ids, output.bag_weights, output.rollout_logps, output.thinking_mask)
-                    record = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-                del output
-        plain, crossed = (statistics.median(peaks[cross_path]) / MIB for cross_path in (False, True))
-        rows.append({"length": length, "plain_mib": plain, "cross_path_mib": crossed, "record_mib": record / MIB})
+    for length in tqdm((args.length // 2, args.length, args.length * 2), desc="memory", disable=None):
+        peaks = {}
+        for cross_path in (False, True):
+            output, peaks[cross_path] = peak_bytes(
+                rollout, model, tokenizer, inputs, args, length, cross_path, device=model.device
+            )
+        tensors = (output.bag_ids, output.bag_weights, output.rollout_logps, output.thinking_mask)
+        rows.append(
+            {
+                "length": length,
+                "plain_bytes": peaks[False],
+                "cross_path_bytes": peaks[True],
+                "record_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            }
+        )
     return rows
 
 
@@ -132,14 +118,15 @@ def table(result: dict[str, Any]) -> str:
         f"| ratio, median of {result['pairs']} pairs (min to max) | {speed['ratio_median']:.3f} "
         f"({speed['ratio_min']:.3f} to {speed['ratio_max']:.3f}) |",
         "",
-        "| new tokens per path | plain peak, MiB | cross-path peak, MiB | added, MiB | of it the record, MiB |",
+        "| new tokens per path | plain peak, MiB | added by cross-path, KiB | of it the record, KiB | the rest, KiB |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['length']} | {row['plain_mib']:.1f} | {row['cross_path_mib']:.1f} | "
-        f"{row['cross_path_mib'] - row['plain_mib']:.1f} | {row['record_mib']:.2f} |"
-        for row in result["memory"]
-    ]
+    for row in result["memory"]:
+        added = row["cross_path_bytes"] - row["plain_bytes"]
+        lines.append(
+            f"| {row['length']} | {row['plain_bytes'] / KIB / KIB:.1f} | {added / KIB:.1f} | "
+            f"{row['record_bytes'] / KIB:.1f} | {(added - row['record_bytes']) / KIB:.1f} |"
+        )
     return "\n".join(lines)
 
 

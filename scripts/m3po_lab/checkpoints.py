@@ -9,7 +9,6 @@ as far as the process is concerned. Files cut short in it (the machine went down
 archive ends in its directory, a safetensors header says the length.
 """
 
-import dataclasses
 import math
 import re
 import shutil
@@ -17,15 +16,17 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import TrainingArguments
 from transformers.m3po import read_checkpoint_info
 from trl import GRPOConfig
+from trl.trainer.grpo_m3po import checkpoint_info
 
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("m3po.json", "trainer_state.json")
+STATES = ("optimizer", "scheduler", "rng_state")  # files or folders whose names begin so, whatever the engine
+DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
 OWN_FILES = ("baseline.json", "summary.json", "reward.png", "completions.jsonl")
 
 
@@ -48,6 +49,8 @@ def check_save_steps(training: GRPOConfig) -> None:
     """
     if training.save_strategy == "no":
         return
+    if training.save_only_model:
+        raise UserError("--save_only_model true: such checkpoints lack the optimizer and cannot be resumed; set false.")
     cycle = generation_cycle(training)
     checked = {"max_steps": training.max_steps} if training.max_steps > 0 else {}
     if training.save_strategy == "steps":
@@ -84,6 +87,9 @@ def missing_part(checkpoint: Path) -> str | None:
             return name
         if name == "trainer_state.json" and content.get("global_step") != step_of(checkpoint):
             return name
+    for state in STATES:
+        if not any(checkpoint.glob(f"{state}*")) and not any(checkpoint.glob("global_step*")):  # DeepSpeed's folder
+            return state
     for archive in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
         if not zipfile.is_zipfile(archive):
             return archive.name
@@ -128,25 +134,25 @@ def checkpoint_to_resume(training: GRPOConfig) -> Path | None:
             f"--resume_from_checkpoint {asked}: {folder} already has {in_the_way[-1]}, which is later; resume that one "
             "('true'), or give another --output_dir for the new branch."
         )
-    check_same_mode(chosen, training)
+    check_same_run(chosen, training)
     if training.process_index == 0:
         for path in later:
             shutil.rmtree(path)
     return chosen
 
 
-def check_same_mode(checkpoint: Path, training: GRPOConfig) -> None:
+def check_same_run(checkpoint: Path, training: GRPOConfig) -> None:
     """Refuse to resume a checkpoint with other numbers than those its `m3po.json` says it was trained with.
 
     Raises:
-        UserError: for the first flag that contradicts it; flags that are not set (None) contradict nothing.
+        UserError: for the first one that differs; it names both values.
     """
-    of_any_trainer = {spec.name for spec in dataclasses.fields(TrainingArguments)}
-    for name, value in read_checkpoint_info(checkpoint).items():
-        now = getattr(training, name, None)
-        if now is not None and now != value and name not in of_any_trainer:
+    stored = read_checkpoint_info(checkpoint)
+    for name, now in checkpoint_info(training).items():
+        if name not in DESCRIPTION and stored.get(name) != now:
+            flag = {"sampling_temperature": "temperature"}.get(name, name)
             raise UserError(
-                f"--{name} {now}: {checkpoint.name} was trained with {value}; set that, or start a new run "
+                f"--{flag} {now}: {checkpoint.name} was trained with {stored.get(name)}; set that, or start a new run "
                 f"from it with --model_name_or_path {checkpoint}."
             )
 

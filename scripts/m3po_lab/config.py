@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "configs/demo.yaml"
 UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in when no output_dir is given
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_REWARD_WEIGHTS = [1.0, 0.25]  # correct, format; dyadic, so that a uniform group has a standard deviation of 0
 
 
@@ -105,6 +107,8 @@ class RunParser(TrlParser):
 
     def __init__(self) -> None:
         super().__init__([RunArguments, GRPOConfig, ModelConfig], allow_abbrev=False)
+        # TRL's default dropout makes rollout and policy pass two policies; and bf16 without a GPU needs use_cpu.
+        self.set_defaults(lora_dropout=0.0, use_cpu=not torch.accelerator.is_available())
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (all flags: --help).")
@@ -205,10 +209,24 @@ def parse_run(argv: list[str]) -> Run:
         )
     if training.trust_remote_code:
         raise UserError("--trust_remote_code true is refused: code that comes with a model is never run here.")
+    check_model_flags(model)
     if training.output_dir == UNSET_OUTPUT_DIR:
         name = f"{config_file.stem}-{training.mode}-seed{training.seed}"
         training.output_dir = str(PROJECT_ROOT / "runs" / name)
     return Run(script, training, model, config_file)
+
+
+def check_model_flags(model: ModelConfig) -> None:
+    """Refuse what `models.load_model` would not do.
+
+    Raises:
+        UserError: for quantised base weights and for a dtype that is none.
+    """
+    for flag in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model, flag):
+            raise UserError(f"--{flag} true is refused: quantised base weights are not supported here; leave it out.")
+    if model.dtype is not None and model.dtype not in DTYPES:
+        raise UserError(f"--dtype {model.dtype} is unknown; give one of {', '.join(DTYPES)}.")
 
 
 def changed_values(run: Run) -> dict[str, Any]:

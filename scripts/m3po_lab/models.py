@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -53,6 +54,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTra
         model, tokenizer = _load_gguf(Path(name), config)
     else:
         model, tokenizer = _load_pretrained(name, config)
+    forget_sampling_defaults(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -90,6 +92,18 @@ def repair_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     for config in (model.config, model.generation_config):
         config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model.config.name_or_path = model.name_or_path = EMBEDDED_MODEL  # an adapter's base must not be a path
+
+
+def forget_sampling_defaults(model: PreTrainedModel) -> None:
+    """Leave only the special tokens in the model's generation config (in place).
+
+    Many instruct models bring a repetition penalty, top-k or top-p. `generate` fills in what a call leaves open from
+    there, so rollouts would be sampled from another distribution than the policy pass scores, and "greedy" evaluation
+    would not be greedy.
+    """
+    own = model.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
 
 
 def _dtype(config: ModelConfig) -> torch.dtype | str:

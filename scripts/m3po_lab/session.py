@@ -135,8 +135,8 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
     """
     model, tokenizer = load_model(run.model)
     peft_config = None if isinstance(model, PeftModel) else get_peft_config(run.model)
-    if run.training.beta > 0 and peft_config is None and model.config.name_or_path == EMBEDDED_MODEL:
-        keep_reference(model, run.folder / "reference")
+    if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
+        settle_reference(run, model)
     try:
         trainer = GRPOTrainer(
             model=model,
@@ -166,10 +166,22 @@ def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume
     )
 
 
-def keep_reference(model: PreTrainedModel, folder: Path) -> None:
-    """Save the embedded model as a folder: with beta > 0, TRL loads its reference model by the model's name."""
-    model.save_pretrained(folder)
-    model.config.name_or_path = model.name_or_path = str(folder)
+def settle_reference(run: Run, model: PreTrainedModel) -> None:
+    """Make TRL's reference model the start model: TRL loads it anew by the model's name, in fp32 unless told.
+
+    A model from a GGUF file is saved as a folder first, which then is its name.
+    """
+    name = run.model.model_name_or_path or EMBEDDED_MODEL
+    wanted = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": run.model.attn_implementation}
+    if name == EMBEDDED_MODEL or name.endswith(".gguf"):
+        folder = run.folder / "reference"
+        if run.training.process_index == 0:
+            model.save_pretrained(folder)
+        run.training.distributed_state.wait_for_everyone()
+        model.config.name_or_path = model.name_or_path = str(folder)
+    else:
+        wanted["revision"] = run.model.model_revision
+    run.training.model_init_kwargs = {**wanted, **(run.training.model_init_kwargs or {})}
 
 
 def evaluate_now(run: Run, trainer: GRPOTrainer, held_out: list[Problem], label: str) -> list[Answered]:

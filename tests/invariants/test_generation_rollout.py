@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from reference.tiny import LIVELY, alive_after, left_padded, small_tokenizer, teacher_forced_logps
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.m3po import M3POGenerationState
@@ -155,6 +156,22 @@ def test_the_record_is_allocated_once_and_no_history_of_distributions_is_kept(ti
             cross_path_phase="all")  # fmt: skip
     assert len(state.alive) == 12 and len(state.records) == 1
     assert len(set(state.alive[1:-1])) == 1, f"tensors of size B x V per step: {state.alive}"
+
+
+def test_what_is_alive_beyond_the_record_does_not_grow_with_the_steps(tiny_llama):
+    """Design 5.7, exactly: the peak of all tensors, less that of plain generation, less the preallocated record."""
+
+    def added(steps):
+        lengths = {"max_new_tokens": steps, "min_new_tokens": steps, "eos_token_id": 2}
+        with LiveBytes() as plain:
+            rollout(model, enable_cross_path=False, cross_path_lambda=None, **lengths)
+        with LiveBytes() as crossed:
+            output = rollout(model, **lengths)
+        record = (output.bag_ids, output.bag_weights, output.rollout_logps, output.thinking_mask)
+        return crossed.peak - plain.peak - sum(tensor.nbytes for tensor in record)
+
+    model = tiny_llama()
+    assert added(24) <= added(12) < 64 * 1024
 
 
 class NoSynchronisation(TorchDispatchMode):

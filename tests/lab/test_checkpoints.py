@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from trl import GRPOConfig
+from trl.trainer.grpo_m3po import checkpoint_info
 
 from m3po_lab import checkpoints
 from m3po_lab.config import UserError
@@ -52,6 +53,12 @@ def test_generation_cycle_ends_where_completions_and_gradients_do(
 def test_checkpoint_within_a_generation_cycle_is_refused(tmp_path: Path, changes: dict[str, object], text: str) -> None:
     with pytest.raises(UserError, match=text):
         checkpoints.check_save_steps(arguments(tmp_path, num_iterations=2, **changes))
+
+
+def test_checkpoints_without_an_optimizer_are_refused(tmp_path: Path) -> None:
+    """A run resumed from one would go on from other weights than the uninterrupted one, without a word."""
+    with pytest.raises(UserError, match="--save_only_model true: .*set false"):
+        checkpoints.check_save_steps(arguments(tmp_path, save_only_model=True))
 
 
 def test_schedule_is_free_where_nothing_is_saved(tmp_path: Path) -> None:
@@ -102,10 +109,10 @@ def test_checkpoint_cut_short_is_not_resumed_but_removed(run_folder: Path, name:
     assert not (run_folder / "checkpoint-6").exists()
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "m3po.json"])
+@pytest.mark.parametrize("name", ["trainer_state.json", "m3po.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_checkpoint_without_its_state_is_not_resumed(run_folder: Path, name: str) -> None:
     (run_folder / "checkpoint-6" / name).unlink()
-    with pytest.raises(UserError, match=f"cannot be resumed: {name} is missing"):
+    with pytest.raises(UserError, match=f"cannot be resumed: {name.split('.p')[0]} ?.*missing"):
         checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint=str(run_folder / "checkpoint-6")))
 
 
@@ -130,3 +137,25 @@ def test_checkpoint_of_another_mode_is_refused(run_folder: Path) -> None:
         checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
     with pytest.raises(UserError, match="--cross_path_lambda 0.1: checkpoint-6 was trained with 0.2"):
         checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true", mode="m3po"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "text"),
+    [
+        ({"sampling_temperature": 0.7}, "--temperature 1.0: checkpoint-6 was trained with 0.7"),
+        ({"cross_path_temp": 0.5}, "--cross_path_temp 0.1: checkpoint-6 was trained with 0.5"),
+        ({"cross_path_top_k": 2}, "--cross_path_top_k None: checkpoint-6 was trained with 2"),
+        ({"answer_start": "A:"}, "--answer_start ####: checkpoint-6 was trained with A:"),
+        ({"debug": True, "versions": {}}, None),
+    ],
+)
+def test_a_number_left_to_its_default_contradicts_the_checkpoint_too(
+    run_folder: Path, stored: dict[str, object], text: str | None
+) -> None:
+    training = arguments(run_folder, resume_from_checkpoint="true", mode="m3po")
+    (run_folder / "checkpoint-6" / "m3po.json").write_text(json.dumps({**checkpoint_info(training), **stored}))
+    if text is None:
+        assert checkpoints.checkpoint_to_resume(training) == run_folder / "checkpoint-6"
+        return
+    with pytest.raises(UserError, match=text):
+        checkpoints.checkpoint_to_resume(training)

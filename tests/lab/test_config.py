@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 import yaml
 
 from m3po_lab import config
@@ -109,3 +110,25 @@ def test_missing_yaml_is_one_line_that_names_those_there_are(capsys: pytest.Capt
 def test_yaml_without_keys_is_refused(tmp_path: Path) -> None:
     with pytest.raises(config.UserError, match="must contain a YAML mapping"):
         config.parse_run([write(tmp_path, "just text\n")])
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--load_in_4bit", "true"], "--load_in_4bit true is refused"),
+        (["--load_in_8bit", "true"], "--load_in_8bit true is refused"),
+        (["--dtype", "float99"], "--dtype.*float99.*auto.*bfloat16"),
+    ],
+)
+def test_what_loading_a_model_would_ignore_is_refused(tmp_path: Path, words: list[str], text: str) -> None:
+    with pytest.raises(config.UserError, match=text):
+        config.parse_run([write(tmp_path, "bf16: false\n"), *words])
+    with pytest.raises(config.UserError, match=text):  # from YAML too, where choices are not checked
+        config.parse_run([write(tmp_path, f"bf16: false\n{words[0][2:]}: {words[1]}\n")])
+
+
+def test_defaults_fit_the_machine_and_keep_rollout_and_policy_pass_one_policy(tmp_path: Path) -> None:
+    run = config.parse_run([write(tmp_path, "use_peft: true\n")])
+    assert run.model.lora_dropout == 0.0 and run.training.use_cpu is not torch.accelerator.is_available()
+    run = config.parse_run([write(tmp_path, "use_peft: true\nlora_dropout: 0.1\nuse_cpu: true\n")])
+    assert run.model.lora_dropout == 0.1 and run.training.use_cpu

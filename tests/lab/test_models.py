@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models: the embedded one is repaired, a saved one loads again, what is missing is one clear line."""
 
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -80,3 +81,14 @@ def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors and GGUF only"):
         models.load_model(ModelConfig(model_name_or_path=str(tmp_path)))
+
+
+def test_sampling_defaults_of_a_models_author_are_left_behind(tiny_model: Path, tmp_path: Path) -> None:
+    """Qwen2.5's instruct models bring a repetition penalty, which "greedy" decoding would obey."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    GenerationConfig(do_sample=True, top_k=20, top_p=0.8, repetition_penalty=1.1, eos_token_id=[1, 2]).save_pretrained(
+        folder
+    )
+    model, _ = models.load_model(ModelConfig(model_name_or_path=str(folder)))
+    assert model.generation_config.to_diff_dict().keys() <= {"eos_token_id", "transformers_version"}
+    assert model.generation_config.eos_token_id == [1, 2]

@@ -209,9 +209,8 @@ class GRPORollouts:
 
     def _check_distribution(self, model: Any) -> None:
         """Refuses what makes rollout and policy pass two distributions, wherever it was set."""
-        if any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules()) or getattr(
-            model.config, "attention_dropout", 0.0
-        ):
+        rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
+        if any([*rates, getattr(model.config, "attention_dropout", 0.0)]):
             raise ValueError(
                 f"dropout draws other numbers in the policy pass than in the rollout; mode={self.mode!r} needs none of "
                 "it: set lora_dropout to 0 (or disable_dropout=True), and attention_dropout of the model config to 0."
