@@ -5,7 +5,7 @@ ENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env apply-patches status export-patches check-patches lint format test bench clean
+.PHONY: help env apply-patches status export-patches check-patches upgrade bundle compatibility lint format test bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,8 +23,17 @@ status: ## per upstream: pristine, patched, edited or stale
 export-patches: ## write the edits committed in vendor/ back to patches/
 	@PYTHONPATH=scripts $(PYTHON) -m patchset export
 
-check-patches: env ## lint the patches, apply them to pristine trees, compare, import
-	@$(ENV) -m patchset check
+check-patches: env ## lint, apply to pristine trees, compare, import [UPSTREAM=x AGAINST=version: try another release]
+	@$(ENV) -m patchset check $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(AGAINST),--against $(AGAINST))
+
+upgrade: env ## UPSTREAM=x VERSION=y: move a pin, by a rebase in vendor/
+	@$(ENV) -m patchset upgrade $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(VERSION),--version $(VERSION))
+
+bundle: env ## dist/: complete diffs and patched wheels, usable without this repository
+	@$(ENV) -m patchset bundle
+
+compatibility: env ## write docs/compatibility.md: the series against the newest releases
+	@$(ENV) -m patchset compatibility
 
 lint: env ## ruff and mypy on our own code
 	@$(ENV) -m ruff check

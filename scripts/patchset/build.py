@@ -33,18 +33,18 @@ def scratch(folder: Path, objects: Path | None = None) -> git.Git:
     return git.Git(git.init(folder), folder, objects=objects)
 
 
-def import_wheel(repo: git.Git, up: Upstream) -> str:
-    """Commit the verified wheel's files (bytes as shipped, whatever .gitignore they bring); returns the commit id."""
+def import_wheel(repo: git.Git, up: Upstream, ref: str = "refs/patchset/pristine") -> str:
+    """Commit the verified wheel's files (bytes as shipped, whatever .gitignore they bring) as `ref`; its commit id."""
     entries = wheels.read(up)
     progress(f"{up.name} {up.version}: importing {len(entries)} files")
     text = f"{up.name} {up.version}\n\nWheel: {up.wheel}\nSHA-256: {up.sha256}\n".encode()
     who = f"{git.IDENTITY} {git.EPOCH}"
-    parts = [f"commit refs/patchset/pristine\nauthor {who}\ncommitter {who}\ndata {len(text)}\n".encode(), text, b"\n"]
+    parts = [f"commit {ref}\nauthor {who}\ncommitter {who}\ndata {len(text)}\n".encode(), text, b"\n"]
     for entry in entries:
         name = entry.path.replace('"', '\\"')
         parts += [f'M {entry.mode} inline "{name}"\ndata {len(entry.data)}\n'.encode(), entry.data, b"\n"]
-    repo("fast-import", "--quiet", "--date-format=raw", stdin=b"".join(parts))
-    return repo.line("rev-parse", "refs/patchset/pristine")
+    repo("fast-import", "--quiet", "--force", "--date-format=raw", stdin=b"".join(parts))
+    return repo.line("rev-parse", ref)
 
 
 def apply_series(repo: git.Git, up: Upstream, pristine: str, patches: list[Patch]) -> Built:

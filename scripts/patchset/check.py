@@ -49,12 +49,12 @@ def check(root: Path, ups: list[Upstream]) -> list[str]:
                 way_out = "  apply it, then export (make apply-patches export-patches) writes the canonical form"
                 raise Drift("\n".join([head, *export.describe(up, odd), way_out]))
             if up.imports:
-                trees.append(_write_tree(up, repo, built, fresh, Path(temp, "trees", up.name)))
-                modules += [*up.imports, *_modules(up, [*touched, *fresh])]
+                trees.append(write_tree(up, repo, built.patched, fresh, Path(temp, "trees", up.name)))
+                modules += [*up.imports, *module_names(up, [*touched, *fresh])]
             lines.append(f"{up.name} {up.version}: ok ({len(patches)} patches, {len(fresh)} new files)")
         table.refresh(root, check=True)
         if modules:
-            lines.append(_import(root, trees, list(dict.fromkeys(modules)), temp))
+            lines.append(import_modules(root, trees, list(dict.fromkeys(modules)), temp))
     return lines
 
 
@@ -69,17 +69,17 @@ def _compile(up: Upstream, repo: git.Git, commit: str, touched: list[str], fresh
             raise Drift(f"{up.name}: {path} does not compile: {error}") from None
 
 
-def _write_tree(up: Upstream, repo: git.Git, built: build.Built, fresh: list[str], folder: Path) -> Path:
+def write_tree(up: Upstream, repo: git.Git, tree: str, fresh: list[str], folder: Path) -> Path:
     """The patched tree with copies of the new files; returns the folder for the module search path."""
     folder.mkdir(parents=True)
-    git.Git(repo.git_dir, folder, repo.git_dir / "tree.index")("read-tree", "--reset", "-u", built.patched)
+    git.Git(repo.git_dir, folder, repo.git_dir / "tree.index")("read-tree", "--reset", "-u", tree)
     for path in fresh:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes((up.overlay / path).read_bytes())
     return folder if up.prefix == "." else folder / up.prefix
 
 
-def _modules(up: Upstream, paths: list[str]) -> list[str]:
+def module_names(up: Upstream, paths: list[str]) -> list[str]:
     """The module names of those paths that lie in the packages to import."""
     inside = [
         path if up.prefix == "." else path.removeprefix(f"{up.prefix}/") for path in paths if path.endswith(".py")
@@ -88,7 +88,8 @@ def _modules(up: Upstream, paths: list[str]) -> list[str]:
     return [".".join(names) for names in parts if names[0] in up.imports and all(name.isidentifier() for name in names)]
 
 
-def _import(root: Path, trees: list[Path], modules: list[str], temp: str) -> str:
+def import_modules(root: Path, trees: list[Path], modules: list[str], temp: str) -> str:
+    """Import `modules` from `trees` in the project's environment; Drift with the last line of what went wrong."""
     python = root / ".venv" / "bin" / "python"
     if not python.exists():
         python = Path(sys.executable)

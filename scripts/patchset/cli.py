@@ -9,8 +9,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from patchset import apply, check, checkout, export, git, pins, status, table
-from patchset.common import Stop, lock
+from patchset import apply, bundle, check, checkout, drift, export, git, pins, status, table, upgrade
+from patchset.common import Refused, Stop, lock
 
 COMMANDS = {
     "fetch": "download and verify the pinned wheels, commit the pristine trees in vendor/",
@@ -18,6 +18,9 @@ COMMANDS = {
     "status": "say per upstream: missing, pristine, patched, edited, stale",
     "export": "write commits made in vendor/ back to patches/ and overlay/",
     "check": "prove patches/ and overlay/ from the wheels alone, in a temporary folder",
+    "upgrade": "move the pin of one upstream to another release, by a rebase in vendor/",
+    "bundle": "write dist/: complete diffs, and patched wheels with local versions",
+    "compatibility": "write docs/compatibility.md: the series against the newest releases",
     "table": "print the whole difference to the upstreams as Markdown",
 }
 
@@ -34,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--discard", action="store_true", help="drop edits in vendor/; a backup ref keeps them")
         if name == "export":
             one.add_argument("--check", action="store_true", help="compare only, write nothing")
+        if name == "check":
+            one.add_argument("--against", metavar="VERSION", help="try the series on another release instead")
+        if name == "upgrade":
+            one.add_argument("--version", required=True, help="the release to move to")
         if name == "status":
             one.add_argument("--json", action="store_true", help="print one JSON object")
     return top
@@ -70,11 +77,17 @@ def _run(options: argparse.Namespace, root: Path, ups: list[pins.Upstream]) -> i
     if options.command == "table":
         print(table.render(ups), end="")
         return 0
+    version = getattr(options, "against", None) or getattr(options, "version", None)
+    if version and len(ups) != 1:
+        raise Refused(f"{options.command}: {version} is a release of one upstream; name it with --upstream")
     lines = {
         "fetch": lambda: apply.fetch(ups),
         "apply": lambda: apply.apply(ups, discard=options.discard),
         "export": lambda: export.export(ups, check=options.check),
-        "check": lambda: check.check(root, ups),
+        "check": lambda: drift.against(ups[0], version) if version else check.check(root, ups),
+        "upgrade": lambda: upgrade.upgrade(ups[0], version),
+        "bundle": lambda: bundle.bundle(root, ups),
+        "compatibility": lambda: drift.compatibility(root, ups),
     }[options.command]()
     print("\n".join(lines))
     return 0

@@ -54,12 +54,21 @@ class Git:
         self, *args: str, stdin: bytes = b"", ok: tuple[int, ...] = (0,), env: dict[str, str] | None = None
     ) -> bytes:
         """Run one command and return its stdout; GitError when the exit status is not in `ok`."""
+        return self._run(args, stdin, ok, env).stdout
+
+    def talk(self, *args: str, stdin: bytes = b"") -> str:
+        """Run one command and return what it said on stderr."""
+        return self._run(args, stdin, (0,), None).stderr.decode(errors="replace")
+
+    def _run(
+        self, args: tuple[str, ...], stdin: bytes, ok: tuple[int, ...], env: dict[str, str] | None
+    ) -> subprocess.CompletedProcess[bytes]:
         command = ["git", *(part for option in OPTIONS for part in ("-c", option)), *args]
         whole = environment() | self.env | (env or {})
         done = subprocess.run(command, input=stdin, capture_output=True, cwd=self.work_tree, env=whole, close_fds=False)
         if done.returncode not in ok:
             raise GitError(args[0], done.stderr.decode(errors="replace"))
-        return done.stdout
+        return done
 
     def line(self, *args: str) -> str:
         """A command's output as text, without the newline."""

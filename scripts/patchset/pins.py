@@ -51,6 +51,14 @@ def find_root(start: Path) -> Path:
     raise Refused(f"no overlay.toml in {start} or above it; call from the project's folder or give --root")
 
 
+def release_number(root: Path) -> int:
+    """The N of the local versions that `bundle` gives (`5.17.0+m3po.N`): `release` in overlay.toml."""
+    number = tomllib.loads((root / "overlay.toml").read_text(encoding="utf-8")).get("release")
+    if not isinstance(number, int) or number < 1:
+        raise Refused("overlay.toml: `release` is the number of the bundle, 1 or more")
+    return number
+
+
 def load(root: Path, wanted: list[str] | None = None) -> list[Upstream]:
     """All pinned upstreams in file order, or those named; Refused with one line for anything malformed."""
     try:

@@ -7,16 +7,19 @@ import base64
 import csv
 import hashlib
 import os
+import re
 import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchset.common import Refused, path_fault, progress
 from patchset.pins import Upstream
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,52 @@ def ensure(up: Upstream) -> None:
     folder = up.wheel_file.parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="tmp-") as temp:
-        wants = Path(temp, "requirements.txt")
-        wants.write_text(f"{up.name}=={up.version} --hash=sha256:{up.sha256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--require-hashes", "-d", temp, "-r", str(wants)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", close_fds=False)
-        got = Path(temp, up.wheel)
-        if done.returncode or not got.exists():
-            said = (done.stderr.strip().splitlines() or ["no such file was offered"])[-1]
-            raise Refused(
-                f"{up.name}: could not download {up.wheel}: {said} "
-                "(without a network, put the wheel into .cache/wheels by hand)"
-            )
+        got = _download(f"{up.name}=={up.version} --hash=sha256:{up.sha256}", Path(temp), "--require-hashes")
+        if got.name != up.wheel:
+            raise Refused(f"{up.name}: the index offers {got.name} instead of {up.wheel}")
         os.replace(got, up.wheel_file)
     verify(up)
+
+
+def release(up: Upstream, version: str, folder: Path) -> Upstream:
+    """The same upstream in another version, its wheel taken from the cache or downloaded into `folder`."""
+    if not re.fullmatch(r"[A-Za-z0-9.!_-]+", version):
+        raise Refused(f"{up.name}: {version!r} is not a version")
+    file = next(iter(up.wheel_file.parent.glob(f"{up.name}-{version}-*.whl")), None)
+    if file is None:
+        progress(f"{up.name}: downloading {version}")
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _download(f"{up.name}=={version}", folder)
+    return replace(up, version=version, wheel=file.name, sha256=digest(file), wheel_file=file)
+
+
+def newest(up: Upstream, count: int) -> list[str]:
+    """The newest `count` versions that the index offers for this Python, newest first, without pre-releases."""
+    command = [*PIP, "index", "versions", up.name]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", close_fds=False)
+    found = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
+    if done.returncode or not found:
+        said = (done.stderr.strip().splitlines() or ["it named no versions"])[-1]
+        raise Refused(f"{up.name}: could not ask the package index for its versions: {said}")
+    return found[1].split(", ")[:count]
+
+
+def _download(requirement: str, folder: Path, *options: str) -> Path:
+    """The one wheel that pip finds for a requirement, in `folder`, which holds nothing else of that kind."""
+    wants = folder / "requirements.txt"
+    wants.write_text(f"{requirement}\n", encoding="utf-8")
+    before = set(folder.glob("*.whl"))
+    command = [*PIP, "download", "-q", "--no-deps", "--only-binary", ":all:", *options]
+    command += ["-d", str(folder), "-r", str(wants)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", close_fds=False)
+    got = set(folder.glob("*.whl")) - before
+    if done.returncode or len(got) != 1:
+        said = (done.stderr.strip().splitlines() or ["no such file was offered"])[-1]
+        raise Refused(
+            f"could not download {requirement.split(' ')[0]}: {said} "
+            "(without a network, put the wheel into .cache/wheels by hand)"
+        )
+    return got.pop()
 
 
 def read(up: Upstream) -> list[Entry]:
