@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace, root: Path, ups: list[pins.Upstream]) -> i
     if options.command == "table":
         print(table.render(ups), end="")
         return 0
-    version = getattr(options, "against", None) or getattr(options, "version", None)
+    version: str = getattr(options, "against", None) or getattr(options, "version", None) or ""
     if version and len(ups) != 1:
         raise Refused(f"{options.command}: {version} is a release of one upstream; name it with --upstream")
     lines = {

@@ -112,10 +112,10 @@ def _lay_on(repo: git.Git, patch: series.Patch) -> Verdict:
         return Verdict(patch.name, "upstream")
     said = _applies(repo, patch, "--verbose")
     if said is not None:
-        offsets = re.findall(r"\(offset (-?\d+) lines?\)", said)
+        offsets = sorted(map(int, re.findall(r"\(offset (-?\d+) lines?\)", said)))
         if not offsets:
             return Verdict(patch.name, "clean")
-        return Verdict(patch.name, "moved", f"by {', '.join(offsets)} lines")
+        return Verdict(patch.name, "moved", f"by {' to '.join(map(str, sorted({offsets[0], offsets[-1]})))} lines")
     if _applies(repo, patch, "--3way") is not None:
         return Verdict(patch.name, "moved", "three-way merge")
     unmerged = {line.split("\t")[1] for line in repo.line("ls-files", "-u").splitlines()}
