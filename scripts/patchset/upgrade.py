@@ -23,7 +23,7 @@ STEPS = """{name}: {patch} does not fit {version}; vendor/{name} is in the middl
   3. cd ../.. && make export-patches                 # writes patches/{name}
   4. make check-patches && make env && make test
 To give up: git -C vendor/{name} rebase --abort; git checkout -- overlay.toml;
-            PYTHONPATH=scripts python3 -m patchset apply --discard"""
+            PYTHONPATH=scripts python3 -m patchset apply --upstream {name} --discard"""
 
 
 def upgrade(up: Upstream, version: str) -> list[str]:
@@ -34,6 +34,7 @@ def upgrade(up: Upstream, version: str) -> list[str]:
         raise Refused(f"{up.name}: vendor/{up.name} is not what patches/ says; run make apply-patches first")
     if version == up.version:
         raise Refused(f"{up.name}: {version} is the pinned release")
+    _require_committed(up)
     with tempfile.TemporaryDirectory(dir=up.wheel_file.parent, prefix="tmp-") as temp:
         target = wheels.release(up, version, Path(temp))
         commit, tree = _import(up, target, record)
@@ -53,6 +54,16 @@ def upgrade(up: Upstream, version: str) -> list[str]:
         raise Drift(STEPS.format(name=up.name, version=version, patch=f"the patch {stopped!r}")) from None
     moved = Upstream(**(vars(target) | {"wheel_file": kept}))
     return [f"{up.name}: {up.version} -> {version}", *export.export([moved]), "Next: make check-patches, env, test"]
+
+
+def _require_committed(up: Upstream) -> None:
+    """Refused while the pin is not committed: an upgrade is given up by checking out the pin that git knows."""
+    if not (up.root / ".git").exists():
+        return
+    if git.Git(up.root / ".git", up.root)("status", "--porcelain", "--", "overlay.toml", f"patches/{up.name}"):
+        raise Refused(
+            f"{up.name}: overlay.toml or patches/{up.name} is not committed; commit first, so that there is a way back"
+        )
 
 
 def _import(up: Upstream, target: Upstream, record: state.Record) -> tuple[str, str]:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
+
+from patchset import git
 
 FIRST = b"line_1 = 1\n"
 
@@ -170,6 +173,20 @@ def test_an_upgrade_is_refused_while_the_checkout_has_edits(project, tools, one)
     assert project.run("upgrade", "--upstream", "alpha", "--version", "2.0").code == 2
     assert before[1] == (project.root / "overlay.toml").read_text()
     assert project.run("upgrade", "--upstream", "alpha", "--version", "1.0").code == 2
+
+
+def test_an_upgrade_is_refused_while_the_pin_is_not_committed(project, tools, one):
+    project.series(("one.patch", one))
+    project.ok("apply")
+    release(project, tools, {})
+    subprocess.run(["git", "init", "-q", str(project.root)], check=True, env=git.environment())
+    repo = git.Git(project.root / ".git", project.root)
+    repo("add", "patches")
+    result = project.run("upgrade", "--upstream", "alpha", "--version", "2.0")
+    assert result.code == 2 and "overlay.toml or patches/alpha is not committed" in result.err
+    repo("add", "overlay.toml")
+    repo("commit", "-q", "-m", "pin")
+    project.ok("upgrade", "--upstream", "alpha", "--version", "2.0")
 
 
 def test_an_upgrade_to_a_release_that_has_one_of_our_paths_is_refused(project, tools, one):
