@@ -68,22 +68,28 @@ def read_jsonl(path: Path) -> list[Problem]:
     Raises:
         UserError: when the file is missing or a line does not have this form; the line is named.
     """
+    return [gsm8k_problem(row["question"], row["answer"]) for row in jsonl_rows(path)]
+
+
+def jsonl_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of such a file, each checked; the same errors."""
     if not path.is_file():
         raise UserError(f"--dataset {path} does not exist: give the path of a .jsonl file in GSM8K's format.")
-    problems = []
+    rows = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                problems.append(gsm8k_problem(row["question"], row["answer"]))
+                gsm8k_problem(row["question"], row["answer"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path}, line {number}: each line must be a JSON object with the texts 'question' and 'answer', "
                     "the answer ending in '#### <number>'."
                 ) from error
-    return problems
+            rows.append(row)
+    return rows
 
 
 def gsm8k_problem(question: str, answer: str) -> Problem:
@@ -111,15 +117,20 @@ def chat_prompt(problem: Problem, script: RunArguments) -> list[Message]:
     if isinstance(script.worked_example, dict):
         turns.append({"role": "user", "content": script.worked_example["question"]})
         turns.append({"role": "assistant", "content": script.worked_example["answer"]})
+    turns.append({"role": "user", "content": user_turn(problem, script)})
+    return turns
+
+
+def user_turn(problem: Problem, script: RunArguments) -> str:
+    """The template of the run filled in with a problem; the same error."""
     fields = {**problem.fields, "question": problem.question}
     try:
-        turns.append({"role": "user", "content": script.prompt_template.format(**fields)})
+        return script.prompt_template.format(**fields)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"--prompt_template {script.prompt_template!r} cannot be filled in ({one_line(error)}); "
             f"the fields of these problems are {', '.join(sorted(fields))}."
         ) from error
-    return turns
 
 
 def training_rows(problems: list[Problem], script: RunArguments, count: int) -> Dataset:

@@ -1,24 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy accuracy on the held-out problems, for the report of a run.
+"""Evaluation by lm-eval: the tasks of `configs/eval`, run by its `evaluate` on its `HFLM` with a model in memory.
 
-Plain decoding in every mode: what a mode does at training time is not on here. Greedy decoding draws nothing from a
-random generator, so an evaluation before training changes nothing about the run.
+The report of a training run and `scripts/eval_gsm8k.sh` both go through `run_tasks`, so they build prompts, decode and
+score alike. Decoding is plain, single-path and greedy in every mode (M3PO paper, section 6) unless `Paths` asks for N
+sampled completions of each problem.
+
+`evaluate` rather than `simple_evaluate`, its wrapper: that one seeds the global random generators, which would change
+a training that goes on afterwards, and spends seconds on a description of the machine (torch's collect_env).
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import jinja2
+import numpy as np
 import torch
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.m3po import CrossPathSettings, M3POGenerationState
 
+from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data import Message, Problem
+from m3po_lab.eval_settings import AUTOCAST, EvalSettings
 from m3po_lab.files import read_json, write_json
-from m3po_lab.rewards import is_correct, is_formatted
+
+TASK_FOLDER = PROJECT_ROOT / "configs" / "eval"
 
 
 @dataclass(frozen=True)
@@ -30,70 +47,222 @@ class Answered:
     formatted: bool
 
 
-@torch.no_grad()
-def greedy_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[Message]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    label: str,
-    autocast: AbstractContextManager[object] | None = None,
-) -> list[str]:
-    """Complete chat prompts greedily, in batches of similar length, with a progress bar.
+@dataclass(frozen=True)
+class Paths:
+    """N completions of each problem: independent samples, or with `cross_path` a group that interacts.
+
+    Nothing is cut off the distribution (top_k 0, top_p 1), as in training.
+    """
+
+    number: int
+    temperature: float
+    cross_path: CrossPathSettings | None
+
+    def configure(self, task: Task) -> None:
+        """Make a task ask for N samples of each problem."""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        task.set_config("generation_kwargs", sampling, update=True)
+        task.set_config("repeats", self.number)
+
+    def state(self, rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> M3POGenerationState | None:
+        """The state of a rollout of the prompts `rows` (B, L); None for independent samples.
+
+        Raises:
+            ValueError: when the rows are not whole groups of one prompt each, side by side.
+        """
+        if self.cross_path is None:
+            return None
+        whole = len(rows) % self.number == 0
+        if not whole or not torch.equal(rows[:: self.number].repeat_interleave(self.number, 0), rows):
+            raise ValueError(f"a batch of {len(rows)} rows is not made of whole groups of {self.number} paths.")
+        return M3POGenerationState(
+            group_ids=torch.arange(len(rows)) // self.number, settings=self.cross_path, tokenizer=tokenizer
+        )
+
+
+class EvaluatedModel(HFLM):
+    """lm-eval's `HFLM` on a model in memory, with our progress bar; `Paths` makes it sample groups.
 
     Args:
-        prompts: chat turns, completed by an assistant turn.
-        max_new_tokens: tokens after which a completion is cut.
+        batch_size: rows decoded together, of similar length; with `paths`, rounded to whole groups.
+        precision: `no` or the autocast of the training.
         label: text of the progress bar.
-        autocast: the precision context of the training, so that both see the same numbers.
-
-    Returns:
-        one text per prompt, in their order, without special tokens.
     """
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    decoding = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({tokenizer.eos_token_id, *ends}),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    completions = [""] * len(texts)
-    was_training = model.training
-    model.eval()
-    with tqdm(total=len(texts), desc=label, unit="problem", dynamic_ncols=True) as bar, autocast or nullcontext():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = tokenizer(
-                [texts[row] for row in rows], return_tensors="pt", padding=True, add_special_tokens=False
-            ).to(model.device)
-            ids = model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=decoding
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        precision: str,
+        label: str,
+        paths: Paths | None = None,
+    ) -> None:
+        if paths is not None:
+            batch_size = max(1, batch_size // paths.number) * paths.number
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            mixed_precision_dtype=AUTOCAST[precision],
+            add_bos_token=False,  # the chat template has put in what belongs there
+        )
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.ends = sorted({tokenizer.eos_token_id, *ends})
+        self.label = label
+        self.paths = paths
+
+    def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+        """The prompt as text. lm-eval's own drops a system turn that the template does not take; this one says so."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-            decoded = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text in zip(rows, decoded, strict=True):
-                completions[row] = text
-            bar.update(len(rows))
+        except jinja2.exceptions.TemplateError as error:
+            raise UserError(f"the model's chat template refuses this prompt: {one_line(error)}") from error
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (B, L). lm-eval's own cuts a long prompt from the left; this one refuses it."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, **kwargs)
+        if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
+            raise UserError(
+                f"a prompt has {ids.shape[1]} tokens, and the model reads {self.max_length} with the completion; "
+                "take a model with a longer context, or fewer examples."
+            )
+        return ids, mask
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """lm-eval's generation, a batch of rising prompt length a call; the paths of a problem stay side by side."""
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].args[0]))
+        completions = [""] * len(requests)
+        with tqdm(total=len(requests), desc=self.label, unit="completion", dynamic_ncols=True) as bar:
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                texts = super().generate_until([requests[row] for row in rows], disable_tqdm=True)
+                for row, text in zip(rows, texts, strict=True):
+                    completions[row] = text
+                bar.update(len(rows))
+        return completions
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        """One batch: what a model's own generation config would add to plain decoding is switched off."""
+        state = None if self.paths is None else self.paths.state(context, self.tokenizer)
+        if state is not None:
+            generation_kwargs["m3po"] = state
+        words = [word for word in stop if word != self.tokenizer.eos_token]  # that one ends a row by its id
+        return super()._model_generate(
+            context, max_length, words, eos_token_id=self.ends, repetition_penalty=1.0, **generation_kwargs
+        )
+
+
+def load_task(name: str, **metadata: Any) -> Task:
+    """A task of `configs/eval` by name, with values for the function that makes its documents.
+
+    Raises:
+        UserError: from that function, for a dataset that is missing or wrong.
+    """
+    return TaskManager(include_path=TASK_FOLDER, include_defaults=False, metadata=metadata).load([name])["tasks"][name]
+
+
+def problems_task(settings: EvalSettings) -> Task:
+    """The task of a run's held-out problems, asked as the run asks them."""
+    task = load_task("problems", settings=asdict(settings))
+    task.set_config("num_fewshot", 0 if settings.worked_example is None else 1)
+    task.set_config("generation_kwargs", {"max_gen_toks": settings.max_completion_length}, update=True)
+    return task
+
+
+def run_tasks(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    *,
+    batch_size: int,
+    precision: str,
+    label: str,
+    paths: Paths | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """lm-eval's results of the tasks, with samples; the model's mode is left as it was.
+
+    Args:
+        limit: evaluate only the first problems of each task.
+        the others: see `EvaluatedModel`.
+    """
+    was_training = model.training
+    for task in tasks:
+        if paths is not None:
+            paths.configure(task)
+    lm = EvaluatedModel(model, tokenizer, batch_size=batch_size, precision=precision, label=label, paths=paths)
+    for task in tasks:
+        check_length(task, lm)
+    results = evaluate(
+        lm=lm,
+        task_dict={"tasks": {task.task_name: task for task in tasks}},
+        limit=limit,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
     model.train(was_training)
-    return completions
+    return results
 
 
-def judge(problems: Sequence[Problem], completions: Sequence[str], marker: str) -> list[Answered]:
-    """Verdicts on completions, by the rules of the rewards."""
+def check_length(task: Task, lm: EvaluatedModel) -> None:
+    """Refuse a model that cannot hold the completions of a task.
+
+    Raises:
+        UserError: with both lengths.
+    """
+    wanted = task.get_config("generation_kwargs")["max_gen_toks"]
+    if wanted >= lm.max_length:
+        raise UserError(
+            f"{task.task_name} asks for completions of up to {wanted} tokens, and the model reads {lm.max_length} in "
+            "all; take a model with a longer context."
+        )
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Put the generators of Python, numpy and torch back as they were: lm-eval draws task ids from Python's."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(arrays)
+
+
+def answer_problems(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings, label: str
+) -> list[Answered]:
+    """Greedy completions of a run's held-out problems and their verdicts, in the order of the problems.
+
+    The random generators are left as they were: a training goes on after this, and a resumed one skips it.
+    """
+    with unchanged_random_state():
+        results = run_tasks(
+            model,
+            tokenizer,
+            [problems_task(settings)],
+            batch_size=settings.batch_size,
+            precision=settings.precision,
+            label=label,
+        )
     return [
-        Answered(text, is_correct(text, problem.answer, marker), is_formatted(text, marker))
-        for problem, text in zip(problems, completions, strict=True)
+        Answered(sample["resps"][0][0], sample["strict_match"] == 1.0, sample["well_formed"] == 1.0)
+        for sample in results["samples"]["problems"]
     ]
 
 
 def cache_key(model_name: str, prompts: Sequence[list[Message]], problems: Sequence[Problem], settings: object) -> str:
-    """A digest of everything that an evaluation's result depends on."""
-    content = [model_name, list(prompts), [problem.answer for problem in problems], settings]
+    """A digest of everything that an evaluation's result depends on, the task files included."""
+    files = {file.name: file.read_text(encoding="utf-8") for file in sorted(TASK_FOLDER.glob("*.yaml"))}
+    content = [model_name, list(prompts), [problem.answer for problem in problems], settings, files]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -13,8 +13,12 @@ from transformers.utils.logging import disable_progress_bar
 def silence_known_noise() -> None:
     """Let known chatterers report errors only, and show no bars for reading and writing weights."""
     disable_progress_bar()  # that of the training is not one of these
-    # The last one says the mode and its numbers, which the start line of a run says too.
-    for name in ("torchao", "torch.utils._pytree", "trl.trainer.grpo_m3po"):
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+        "trl.trainer.grpo_m3po",  # says the mode and its numbers, which the start line of a run says too
+        "lm_eval",  # what it would change is refused in evaluate.py
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A dependency of reasoning-gym compares with `is`; Python says so when it first compiles the file.
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*cellpylib")

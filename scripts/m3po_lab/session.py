@@ -6,6 +6,7 @@ checkpoints lie at the ends of generation cycles (`checkpoints`), and the traini
 """
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,7 +28,8 @@ from trl import GRPOConfig, GRPOTrainer, get_peft_config
 from m3po_lab.checkpoints import check_save_steps, checkpoint_to_resume, claim_run_folder
 from m3po_lab.config import Run, UserError, one_line
 from m3po_lab.data import Problem, chat_prompt, load_problems, training_rows
-from m3po_lab.evaluate import Answered, cache_key, greedy_completions, judge, load_cached, store
+from m3po_lab.eval_settings import EvalSettings, KeepSettings
+from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.models import EMBEDDED_MODEL, load_model
 from m3po_lab.report import shown_path, write_report
 from m3po_lab.rewards import make_rewards
@@ -118,11 +120,14 @@ def run_session(run: Run, command: str) -> None:
     trainer = build_trainer(run, rows, clock)
     if trainer.accelerator.is_main_process:
         print(start_line(run, trainer, len(train_problems), len(held_out), resume))
-    before = evaluate_before(run, trainer, held_out)
+    settings = EvalSettings.of_run(run, trainer.accelerator.mixed_precision)
+    trainer.add_callback(KeepSettings(settings))
+    before = evaluate_before(run, trainer, held_out, settings)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_model(str(run.folder / "final"))
     if trainer.accelerator.is_main_process:
-        after = evaluate_now(run, trainer, held_out, "held-out, after")
+        settings.write(run.folder / "final")
+        after = evaluate_now(trainer, settings, "held-out, after")
         write_report(run, command, trainer, held_out, before, after, clock.seconds)
     trainer.accelerator.wait_for_everyone()
 
@@ -184,30 +189,22 @@ def settle_reference(run: Run, model: PreTrainedModel) -> None:
     run.training.model_init_kwargs = {**wanted, **(run.training.model_init_kwargs or {})}
 
 
-def evaluate_now(run: Run, trainer: GRPOTrainer, held_out: list[Problem], label: str) -> list[Answered]:
+def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> list[Answered]:
     """Greedy completions of the held-out problems by the trainer's model as it is now, judged."""
-    completions = greedy_completions(
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.processing_class,
-        [chat_prompt(problem, run.script) for problem in held_out],
-        max_new_tokens=run.training.max_completion_length,
-        batch_size=run.training.per_device_eval_batch_size,
-        label=label,
-        autocast=trainer.accelerator.autocast(),
-    )
-    return judge(held_out, completions, run.training.answer_start)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return answer_problems(model, trainer.processing_class, settings, label)
 
 
-def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem]) -> list[Answered]:
+def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], settings: EvalSettings) -> list[Answered]:
     """The evaluation of the start model, kept in the run folder so that a resumed run does not repeat it."""
     answered: list[Answered] = []
     if trainer.accelerator.is_main_process:
-        settings = [run.training.max_completion_length, run.model.dtype, run.training.bf16, run.training.answer_start]
         prompts = [chat_prompt(problem, run.script) for problem in held_out]
-        key = cache_key(run.model.model_name_or_path or EMBEDDED_MODEL, prompts, held_out, settings)
+        name = run.model.model_name_or_path or EMBEDDED_MODEL
+        key = cache_key(name, prompts, held_out, [run.model.dtype, asdict(settings)])
         answered = load_cached(run.folder / "baseline.json", key)
         if not answered:
-            answered = evaluate_now(run, trainer, held_out, "held-out, before")
+            answered = evaluate_now(trainer, settings, "held-out, before")
             store(run.folder / "baseline.json", key, answered)
     trainer.accelerator.wait_for_everyone()
     return answered
