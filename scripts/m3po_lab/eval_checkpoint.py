@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `m3po.json` says of a checkpoint to evaluate, and whether the flags agree with it."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers.m3po import CrossPathSettings, read_checkpoint_info
+from transformers.m3po.checkpoint import CHECKPOINT_FILE
+
+from m3po_lab.config import UserError, one_line
+from m3po_lab.evaluate import Paths
+
+# How each mode decodes when it is evaluated (design, section 4).
+INFERENCE = {
+    "none": "plain, one path",
+    "m3po": "plain, one path: the mode acts in training only (M3PO paper, section 6)",
+}
+
+
+def checkpoint_numbers(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The mode and numbers of a checkpoint; of a model without `m3po.json`, mode `none` or what the flags say.
+
+    Args:
+        given: the flags that name such numbers, None where one is not set.
+
+    Raises:
+        UserError: for the first flag that contradicts the checkpoint, and for a mode that is not known here.
+    """
+    flags = {name: value for name, value in given.items() if value is not None}
+    if (Path(model) / CHECKPOINT_FILE).is_file():
+        try:
+            numbers = read_checkpoint_info(model)
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
+        for name, value in flags.items():
+            if value != numbers.get(name):
+                raise UserError(
+                    f"--{name} {value}: {Path(model) / CHECKPOINT_FILE} says mode {numbers['mode']} with {name} "
+                    f"{numbers.get(name)}; a checkpoint is evaluated as what it is, so leave the flag out."
+                )
+    else:
+        numbers = {"mode": "none", **flags}
+        interacting = [name for name in flags if name.startswith(("cross_path", "gating"))]
+        if numbers["mode"] == "none" and interacting:
+            raise UserError(f"--{interacting[0]} goes with --mode m3po; {model} is evaluated in mode none.")
+    if numbers["mode"] not in INFERENCE:
+        raise UserError(f"mode {numbers['mode']} is unknown here; the modes are {', '.join(INFERENCE)}.")
+    return numbers
+
+
+def paths_of(numbers: dict[str, Any], num_paths: int) -> Paths | None:
+    """How N paths of each problem are sampled; None for one path.
+
+    Raises:
+        UserError: for numbers that break a rule of cross-path interaction.
+    """
+    if num_paths == 1:
+        return None
+    return Paths(num_paths, float(numbers.get("sampling_temperature", 1.0)), cross_path_settings(numbers))
+
+
+def cross_path_settings(numbers: dict[str, Any]) -> CrossPathSettings | None:
+    """The interaction of a checkpoint's paths; None in mode `none`.
+
+    Raises:
+        UserError: for numbers that break one of its rules.
+    """
+    if numbers["mode"] == "none":
+        return None
+    known = {entry.name for entry in fields(CrossPathSettings)}
+    try:
+        return CrossPathSettings(**{name: value for name, value in numbers.items() if name in known})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--{one_line(error)}") from error
+
+
+def mode_line(numbers: dict[str, Any], paths: Paths | None) -> str:
+    """The mode, its numbers and how it decodes here, in one line."""
+    settings = cross_path_settings(numbers)
+    said = f"mode {numbers['mode']}" + (f" ({settings.describe()})" if settings else "")
+    if paths is None:
+        return f"{said}; evaluated {INFERENCE[numbers['mode']]}, greedy"
+    kind = "a cross-path group" if paths.cross_path else "independent samples"
+    return f"{said}; {paths.number} paths of each problem as {kind}, sampling temperature {paths.temperature:g}"

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of an evaluation: ``bash scripts/eval_gsm8k.sh [checkpoint or model] [--flag value ...]``.
+
+Exit codes: 0 done, 2 a wrong input (one line says which), 130 interrupted by Ctrl-C.
+The libraries are imported inside `main`, after the environment variables that they read at import are set.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+NUMBERS = {
+    "mode": (str, "mode of a model without m3po.json: none or m3po"),
+    "cross_path_lambda": (float, "λ of a model without m3po.json, with --mode m3po"),
+    "cross_path_temp": (float, "T, likewise"),
+    "cross_path_phase": (str, "thinking or all, likewise"),
+    "cross_path_top_k": (int, "peers kept, likewise"),
+    "gating_type": (str, "the gate, likewise"),
+    "answer_start": (str, "answer marker of a model without m3po.json (default: ####)"),
+    "sampling_temperature": (float, "of --num_paths, for a model without m3po.json (default: 1.0)"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        from m3po_lab.config import UserError
+
+        raise UserError(f"{message} (all flags: --help).")
+
+
+def parser() -> Parser:
+    """The flags of an evaluation."""
+    flags = Parser(
+        prog="bash scripts/eval_gsm8k.sh",
+        description="Evaluate a checkpoint or model with lm-eval.",
+        epilog="Flags that name a number of the checkpoint must agree with its m3po.json.",
+        allow_abbrev=False,
+    )
+    flags.add_argument(
+        "model",
+        nargs="?",
+        default="smollm2-135m",
+        help="folder of a checkpoint or adapter, .gguf file or Hub id (default: the embedded model, smollm2-135m)",
+    )
+    flags.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        help="openai/gsm8k (from the Hub), a .jsonl in its format, gsm_symbolic (generated), problems (the held-out "
+        "ones of the checkpoint's run, else those of configs/demo.yaml), math500, mmlu_stem or arc_challenge; may be "
+        "given several times. Default: openai/gsm8k, or gsm_symbolic and problems where the Hub cannot be reached",
+    )
+    flags.add_argument(
+        "--problems_of", help="checkpoint whose problems and prompt are meant (default: the model itself)"
+    )
+    flags.add_argument("--num_fewshot", type=int, default=0, choices=(0, 8), help="solved problems shown before each")
+    flags.add_argument("--limit", type=int, help="evaluate the first so many problems of each dataset")
+    flags.add_argument("--num_paths", type=int, default=1, help="paths sampled for each problem (default: 1, greedy)")
+    flags.add_argument("--batch_size", type=int, help="rows decoded together (default: the run's, else the demo's)")
+    flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    flags.add_argument("--seed", type=int, default=0, help="seed of sampled paths")
+    flags.add_argument("--output_dir", help="folder of the results (default: evals/<model and options>)")
+    for name, (kind, text) in NUMBERS.items():
+        flags.add_argument(f"--{name}", type=kind, help=text)
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as command-line words say (those of the process by default); returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # an evaluation sends nothing anywhere
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
+    from m3po_lab.quiet import silence_known_noise
+
+    silence_known_noise()
+    from m3po_lab.config import UserError
+    from m3po_lab.eval_session import run_evaluation
+
+    try:
+        given = parser().parse_args(words)
+        run_evaluation(given, {name: getattr(given, name) for name in NUMBERS}, shlex.join(["bash", EVAL, *words]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped; nothing is written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+EVAL = "scripts/eval_gsm8k.sh"
+
+if __name__ == "__main__":
+    sys.exit(main())

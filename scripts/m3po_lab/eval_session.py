@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One evaluation from its parsed flags to its report: checkpoint, datasets, model, lm-eval, files."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from huggingface_hub import HfApi
+from lm_eval.api.task import Task
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from m3po_lab.config import PROJECT_ROOT, UserError, one_line
+from m3po_lab.data import GSM8K
+from m3po_lab.eval_checkpoint import checkpoint_numbers, mode_line, paths_of
+from m3po_lab.eval_report import write_report
+from m3po_lab.eval_settings import SETTINGS_FILE, EvalSettings
+from m3po_lab.eval_tasks import MARKER, demo_settings
+from m3po_lab.evaluate import load_task, problems_task, run_tasks
+from m3po_lab.models import load_model
+
+DATASETS = {GSM8K: "gsm8k", "gsm8k": "gsm8k"} | {
+    name: name for name in ("gsm_symbolic", "problems", "math500", "mmlu_stem", "arc_challenge")
+}
+WITH_EXAMPLES = ("gsm8k", "gsm_symbolic")
+HUB_SECONDS = 10
+
+
+def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], command: str) -> None:
+    """Evaluate and report; `command` is how the user started it.
+
+    Raises:
+        UserError: for a wrong input, before anything is generated.
+    """
+    check(given)
+    numbers = checkpoint_numbers(given.model, numbers_given)
+    paths = paths_of(numbers, given.num_paths)
+    known = EvalSettings.read(Path(given.problems_of or given.model))
+    if known is None and given.problems_of:
+        raise UserError(f"--problems_of {given.problems_of} has no {SETTINGS_FILE}: give a checkpoint of a run.")
+    settings = known or demo_settings()
+    names, reason = choose(given.dataset, given.num_fewshot)
+    tasks = [make_task(name, given.num_fewshot, settings, numbers.get("answer_start", MARKER)) for name in names]
+    model, tokenizer = load(given.model, given.dtype)
+    whose = f"those of the run, {settings.dataset}" if known else "those of configs/demo.yaml, since the model has none"
+    print(f"{given.model}: {mode_line(numbers, paths)}")
+    print(f"{reason}{f'; problems: {whose}' if 'problems' in names else ''}")
+    torch.manual_seed(given.seed)
+    try:
+        results = run_tasks(
+            model,
+            tokenizer,
+            tasks,
+            batch_size=given.batch_size or settings.batch_size,
+            precision=settings.precision,
+            label="evaluation",
+            paths=paths,
+            limit=given.limit,
+        )
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    about = {
+        "model": given.model,
+        "checkpoint": numbers,
+        "num_paths": given.num_paths,
+        "seed": given.seed,
+        "precision": settings.precision,
+        "dtype": given.dtype,
+        "command": command,
+    }
+    write_report(results, about, Path(given.output_dir) if given.output_dir else default_folder(given))
+
+
+def check(given: argparse.Namespace) -> None:
+    """Refuse counts below one."""
+    for name in ("limit", "num_paths", "batch_size"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: it must be at least 1.")
+
+
+def choose(asked: list[str], num_fewshot: int) -> tuple[list[str], str]:
+    """The datasets to evaluate and why these, in one line.
+
+    Raises:
+        UserError: for a dataset that is unknown, or has no solved examples where eight are asked for.
+    """
+    for name in asked:
+        if name not in DATASETS and not name.endswith(".jsonl"):
+            raise UserError(f"--dataset {name} is unknown: give {', '.join(DATASETS)} or the path of a .jsonl.")
+        if num_fewshot and DATASETS.get(name, "gsm8k") not in WITH_EXAMPLES:
+            raise UserError(
+                f"--num_fewshot {num_fewshot}: {name} has no solved examples; leave it out, or give --dataset "
+                f"{' or '.join(WITH_EXAMPLES)}."
+            )
+    if asked:
+        return list(dict.fromkeys(asked)), f"datasets as asked for: {', '.join(asked)}"
+    missing = hub_error()
+    if missing is None:
+        return [GSM8K], f"no --dataset is given: {GSM8K} from the Hub"
+    names = ["gsm_symbolic"] if num_fewshot else ["gsm_symbolic", "problems"]
+    return names, f"no --dataset is given and the Hub cannot be reached ({missing}): generated {' and '.join(names)}"
+
+
+def hub_error() -> str | None:
+    """Why GSM8K cannot be had from the Hub now; None when it can."""
+    try:
+        HfApi().dataset_info(GSM8K, timeout=HUB_SECONDS)
+    except (OSError, httpx.HTTPError) as error:
+        return one_line(error)[:100]
+    return None
+
+
+def make_task(name: str, num_fewshot: int, settings: EvalSettings, marker: str) -> Task:
+    """The task of a dataset."""
+    if name == "problems":
+        return problems_task(settings)
+    task = DATASETS.get(name, "gsm8k") + (f"_{num_fewshot}shot" if num_fewshot else "")
+    return load_task(task, marker=marker, **({} if name in DATASETS else {"data": name}))
+
+
+def load(name: str, dtype: str) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model on the GPU if there is one, and its tokenizer."""
+    if (Path(name) / "final").is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is the folder of a run: give one of its checkpoints, e.g. {Path(name) / 'final'}.")
+    try:
+        model, tokenizer = load_model(ModelConfig(model_name_or_path=name, dtype=dtype))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--model_name_or_path ")) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def default_folder(given: argparse.Namespace) -> Path:
+    """`evals/<the last two parts of the model's name>` and the options that change the numbers."""
+    parts = [part for part in Path(given.model).parts if part not in ("/", ".", "..")][-2:]
+    options = {"shot": given.num_fewshot, "paths": given.num_paths - 1 and given.num_paths, "limit": given.limit}
+    return PROJECT_ROOT / "evals" / "-".join([*parts, *(f"{name}{value}" for name, value in options.items() if value)])
