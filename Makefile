@@ -5,7 +5,8 @@ ENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env apply-patches status export-patches check-patches upgrade bundle compatibility lint format test bench clean
+.PHONY: help env apply-patches status export-patches check-patches upgrade bundle compatibility lint format test bench \
+	export-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +50,10 @@ test: env ## the whole test suite
 
 bench: env ## tokens/s and peak memory with cross-path over plain generation
 	@$(ENV) benchmarks/rollout.py
+
+export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16]: merge LoRA, write a standalone model
+	@$(if $(and $(CHECKPOINT),$(OUT)),,echo "error: give both, e.g. make export-model CHECKPOINT=runs/x/final OUT=dir" >&2; exit 2;) \
+		$(ENV) -m m3po_lab.export_model "$(CHECKPOINT)" "$(OUT)" --dtype "$(or $(DTYPE),float32)"
 
 clean: ## remove caches (scripts/rebuild_env.sh renews .venv and vendor/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

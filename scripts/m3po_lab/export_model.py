@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a checkpoint as a model that stands alone: ``make export-model CHECKPOINT=runs/x/final OUT=dir``.
+
+A LoRA adapter is merged into its base model, in float32 whatever dtype is written. `OUT` gets the weights as
+safetensors, the tokenizer, the generation config, and `m3po.json` and `evaluation.json` of the checkpoint.
+Exit codes: 0 written, 2 a wrong input (one line says which; nothing is written).
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Why stock vLLM can serve a mode: it decodes token embeddings, one path, on the plain architecture.
+SERVABLE = {
+    "none": "plain GRPO changes the weights only",
+    "m3po": "its paths interact in training only; at inference it is plain, one path (M3PO paper, section 6)",
+}
+NOT_SERVABLE = (
+    "hrpo, h3po and ASLR, were they here, could not be: they feed or refine hidden states at inference, and stock vLLM "
+    "decodes token embeddings only"
+)
+
+
+def export(checkpoint: Path, out: Path, dtype: str) -> str:
+    """Write `checkpoint` to `out`, whole or not at all; returns the checkpoint's mode.
+
+    Raises:
+        UserError: the checkpoint is none of ours or of a mode that cannot stand alone, or `out` is in use.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers.m3po import read_checkpoint_info, write_checkpoint_info
+    from trl import ModelConfig
+
+    from m3po_lab.config import UserError, one_line
+    from m3po_lab.eval_settings import EvalSettings
+    from m3po_lab.models import load_model
+
+    try:
+        numbers = read_checkpoint_info(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"CHECKPOINT={checkpoint}: {one_line(error)}") from error
+    if numbers["mode"] not in SERVABLE:
+        raise UserError(f"CHECKPOINT={checkpoint}: mode {numbers['mode']} is unknown; known: {', '.join(SERVABLE)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"OUT={out} exists already: name a new folder.")
+    settings = EvalSettings.read(checkpoint)
+    model, tokenizer = load_model(ModelConfig(model_name_or_path=str(checkpoint), dtype="float32"))
+    plain = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        plain.to(getattr(torch, dtype)).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        write_checkpoint_info(part, numbers)
+        if settings is not None:
+            settings.write(part)
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return str(numbers["mode"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export as command-line words say (those of the process by default); returns the exit code."""
+    parser = argparse.ArgumentParser(prog="m3po_lab.export_model", description="Write a standalone model.")
+    parser.add_argument("checkpoint", type=Path, help="folder of full weights or of a LoRA adapter, with m3po.json")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    given = parser.parse_args(argv)
+    from m3po_lab.config import UserError
+    from m3po_lab.quiet import silence_known_noise
+
+    silence_known_noise()
+    try:
+        mode = export(given.checkpoint, given.out, given.dtype)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written to {given.out}: an ordinary checkpoint, {given.dtype}; trained in mode {mode}")
+    print(f"stock vLLM can serve it (vllm serve {given.out}): {SERVABLE[mode]}")
+    print(NOT_SERVABLE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
