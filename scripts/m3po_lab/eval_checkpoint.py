@@ -49,7 +49,7 @@ def checkpoint_numbers(model: str, given: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def paths_of(numbers: dict[str, Any], num_paths: int) -> Paths | None:
+def paths_of(numbers: dict[str, Any], num_paths: int, seed: int) -> Paths | None:
     """How N paths of each problem are sampled; None for one path.
 
     Raises:
@@ -57,7 +57,7 @@ def paths_of(numbers: dict[str, Any], num_paths: int) -> Paths | None:
     """
     if num_paths == 1:
         return None
-    return Paths(num_paths, float(numbers.get("sampling_temperature", 1.0)), cross_path_settings(numbers))
+    return Paths(num_paths, float(numbers.get("sampling_temperature", 1.0)), cross_path_settings(numbers), seed)
 
 
 def cross_path_settings(numbers: dict[str, Any]) -> CrossPathSettings | None:

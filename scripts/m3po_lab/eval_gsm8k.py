@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped; nothing is written.", file=sys.stderr)
+        print("\nStopped. The same command goes on behind the batches that are done.", file=sys.stderr)
         return 130
     return 0
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from m3po_lab.config import PROJECT_ROOT
-from m3po_lab.files import write_json, write_text
+from m3po_lab.eval_agreement import agreement_line
+from m3po_lab.files import shown_path, write_json, write_text
 from m3po_lab.provenance import git_state
 
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "math-verify", "reasoning-gym")
@@ -74,6 +75,10 @@ def write_report(results: dict[str, Any], about: dict[str, Any], folder: Path) -
             "package_versions": {name: metadata.version(name) for name in PACKAGES},
         },
     )
-    write_text(folder / "results.md", f"`{about['command']}`\n\n{table}\n")
+    told = "" if about["agreement"] is None else f"\n{agreement_line(about['agreement'])}\n"
+    write_text(folder / "results.md", f"`{about['command']}`\n\n{table}\n{told}")
     print(f"\n{table}\n\nstrict: one answer marker and the right answer behind it; flexible: the last one in the text")
-    print(f"written to {folder}: results.md  results.json  {'  '.join(f'{task}.jsonl' for task in results['samples'])}")
+    if told:
+        print(told.strip())
+    names = ["results.md", "results.json", *(f"{task}.jsonl" for task in results["samples"])]
+    print(f"written to {shown_path(folder)}: {'  '.join(names)}")

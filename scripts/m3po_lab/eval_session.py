@@ -2,6 +2,7 @@
 """One evaluation from its parsed flags to its report: checkpoint, datasets, model, lm-eval, files."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from trl import ModelConfig
 
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data import GSM8K
+from m3po_lab.eval_agreement import agreement
 from m3po_lab.eval_checkpoint import checkpoint_numbers, mode_line, paths_of
 from m3po_lab.eval_report import write_report
+from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import SETTINGS_FILE, EvalSettings
 from m3po_lab.eval_tasks import MARKER, demo_settings
 from m3po_lab.evaluate import load_task, problems_task, run_tasks
-from m3po_lab.models import load_model
+from m3po_lab.models import load_model, model_digest
 
 DATASETS = {GSM8K: "gsm8k", "gsm8k": "gsm8k"} | {
     name: name for name in ("gsm_symbolic", "problems", "math500", "mmlu_stem", "arc_challenge")
@@ -37,7 +40,7 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
     """
     check(given)
     numbers = checkpoint_numbers(given.model, numbers_given)
-    paths = paths_of(numbers, given.num_paths)
+    paths = paths_of(numbers, given.num_paths, given.seed)
     known = EvalSettings.read(Path(given.problems_of or given.model))
     if known is None and given.problems_of:
         raise UserError(f"--problems_of {given.problems_of} has no {SETTINGS_FILE}: give a checkpoint of a run.")
@@ -48,7 +51,10 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
     whose = f"those of the run, {settings.dataset}" if known else "those of configs/demo.yaml, since the model has none"
     print(f"{given.model}: {mode_line(numbers, paths)}")
     print(f"{reason}{f'; problems: {whose}' if 'problems' in names else ''}")
-    torch.manual_seed(given.seed)
+    decoding = {"dtype": given.dtype, "precision": settings.precision, "device": model.device.type}
+    folder = Path(given.output_dir) if given.output_dir else default_folder(given)
+    digest = model_digest(ModelConfig(model_name_or_path=given.model))
+    finished = FinishedBatches(folder / "partial.jsonl", [digest, decoding, asdict(paths) if paths else None])
     try:
         results = run_tasks(
             model,
@@ -57,8 +63,10 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
             batch_size=given.batch_size or settings.batch_size,
             precision=settings.precision,
             label="evaluation",
+            chat_template_kwargs=settings.chat_template_kwargs,
             paths=paths,
             limit=given.limit,
+            finished=finished,
         )
     except ValueError as error:
         raise UserError(one_line(error)) from error
@@ -67,11 +75,14 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
         "checkpoint": numbers,
         "num_paths": given.num_paths,
         "seed": given.seed,
-        "precision": settings.precision,
-        "dtype": given.dtype,
+        **decoding,
         "command": command,
+        "agreement": None,
     }
-    write_report(results, about, Path(given.output_dir) if given.output_dir else default_folder(given))
+    if paths is None and "problems" in results["samples"]:
+        about["agreement"] = agreement(given.model, given.problems_of, results["samples"]["problems"])
+    write_report(results, about, folder)
+    finished.remove()
 
 
 def check(given: argparse.Namespace) -> None:
@@ -96,8 +107,10 @@ def choose(asked: list[str], num_fewshot: int) -> tuple[list[str], str]:
                 f"--num_fewshot {num_fewshot}: {name} has no solved examples; leave it out, or give --dataset "
                 f"{' or '.join(WITH_EXAMPLES)}."
             )
+    if len({DATASETS.get(name, "gsm8k") for name in asked}) < len(asked):
+        raise UserError(f"--dataset {' --dataset '.join(asked)}: two of them are one task; evaluate them one by one.")
     if asked:
-        return list(dict.fromkeys(asked)), f"datasets as asked for: {', '.join(asked)}"
+        return asked, f"datasets as asked for: {', '.join(asked)}"
     missing = hub_error()
     if missing is None:
         return [GSM8K], f"no --dataset is given: {GSM8K} from the Hub"
@@ -136,5 +149,8 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel | PeftModel, PreTrained
 def default_folder(given: argparse.Namespace) -> Path:
     """`evals/<the last two parts of the model's name>` and the options that change the numbers."""
     parts = [part for part in Path(given.model).parts if part not in ("/", ".", "..")][-2:]
-    options = {"shot": given.num_fewshot, "paths": given.num_paths - 1 and given.num_paths, "limit": given.limit}
-    return PROJECT_ROOT / "evals" / "-".join([*parts, *(f"{name}{value}" for name, value in options.items() if value)])
+    datasets = [Path(name).name for name in given.dataset]
+    paths = given.num_paths if given.num_paths > 1 else None
+    options = {"mode": given.mode, "shot": given.num_fewshot, "paths": paths, "seed": given.seed, "limit": given.limit}
+    told = [f"{name}{value}" for name, value in options.items() if value]
+    return PROJECT_ROOT / "evals" / "-".join([*parts, *datasets, *told])

@@ -27,6 +27,7 @@ class EvalSettings:
     Args:
         dataset, dataset_config, num_eval_problems, eval_seed: the held-out problems, see `RunArguments`.
         system_prompt, prompt_template, worked_example: how they are asked.
+        chat_template_kwargs: what the chat template is given besides, as in training.
         answer_start: the answer marker.
         max_completion_length: tokens after which a completion is cut.
         batch_size: rows decoded together.
@@ -40,6 +41,7 @@ class EvalSettings:
     system_prompt: str | None
     prompt_template: str
     worked_example: dict[str, Any] | None
+    chat_template_kwargs: dict[str, Any] | None
     answer_start: str
     max_completion_length: int
     batch_size: int
@@ -50,6 +52,7 @@ class EvalSettings:
         """The settings of a run; `precision` is accelerate's mixed precision."""
         return cls(
             **{name: getattr(run.script, name) for name in OF_THE_SCRIPT + OF_THE_PROMPT},
+            chat_template_kwargs=run.training.chat_template_kwargs,
             answer_start=run.training.answer_start,
             max_completion_length=run.training.max_completion_length,
             batch_size=run.training.per_device_eval_batch_size,

@@ -32,6 +32,7 @@ from transformers.m3po import CrossPathSettings, M3POGenerationState
 
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data import Message, Problem
+from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import AUTOCAST, EvalSettings
 from m3po_lab.files import read_json, write_json
 
@@ -51,18 +52,24 @@ class Answered:
 class Paths:
     """N completions of each problem: independent samples, or with `cross_path` a group that interacts.
 
-    Nothing is cut off the distribution (top_k 0, top_p 1), as in training.
+    Nothing is cut off the distribution (top_k 0, top_p 1), as in training. Every batch has a seed of its own, made of
+    `seed` and its number, so that an evaluation that was stopped goes on with the same samples.
     """
 
     number: int
     temperature: float
     cross_path: CrossPathSettings | None
+    seed: int = 0
 
     def configure(self, task: Task) -> None:
         """Make a task ask for N samples of each problem."""
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         task.set_config("generation_kwargs", sampling, update=True)
         task.set_config("repeats", self.number)
+
+    def seed_batch(self, number: int) -> None:
+        """Set torch's generators for a batch."""
+        torch.manual_seed(random.Random(f"{self.seed}-{number}").getrandbits(63))
 
     def state(self, rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> M3POGenerationState | None:
         """The state of a rollout of the prompts `rows` (B, L); None for independent samples.
@@ -87,6 +94,8 @@ class EvaluatedModel(HFLM):
         batch_size: rows decoded together, of similar length; with `paths`, rounded to whole groups.
         precision: `no` or the autocast of the training.
         label: text of the progress bar.
+        chat_template_kwargs: what the chat template is given besides the turns.
+        finished: keeps the batches that are done.
     """
 
     def __init__(
@@ -97,7 +106,9 @@ class EvaluatedModel(HFLM):
         batch_size: int,
         precision: str,
         label: str,
+        chat_template_kwargs: dict[str, Any] | None = None,
         paths: Paths | None = None,
+        finished: FinishedBatches | None = None,
     ) -> None:
         if paths is not None:
             batch_size = max(1, batch_size // paths.number) * paths.number
@@ -112,13 +123,18 @@ class EvaluatedModel(HFLM):
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.ends = sorted({tokenizer.eos_token_id, *ends})
         self.label = label
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self.paths = paths
+        self.finished = finished
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as text. lm-eval's own drops a system turn that the template does not take; this one says so."""
         try:
             return self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.chat_template_kwargs,
             )
         except jinja2.exceptions.TemplateError as error:
             raise UserError(f"the model's chat template refuses this prompt: {one_line(error)}") from error
@@ -136,17 +152,42 @@ class EvaluatedModel(HFLM):
         return ids, mask
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """lm-eval's generation, a batch of rising prompt length a call; the paths of a problem stay side by side."""
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index].args[0]))
+        """lm-eval's generation, one of `batches` a call; those that `finished` has are taken from there."""
+        batches = self.batches(requests)
+        done = self.finished.read([request.args for request in requests], batches) if self.finished else []
         completions = [""] * len(requests)
-        with tqdm(total=len(requests), desc=self.label, unit="completion", dynamic_ncols=True) as bar:
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                texts = super().generate_until([requests[row] for row in rows], disable_tqdm=True)
+        at = sum(len(texts) for texts in done)
+        with tqdm(total=len(requests), initial=at, desc=self.label, unit="completion", dynamic_ncols=True) as bar:
+            for number, rows in enumerate(batches):
+                if number < len(done):
+                    texts = done[number]
+                else:
+                    texts = self._generate_batch(number, [requests[row] for row in rows])
+                    bar.update(len(rows))
                 for row, text in zip(rows, texts, strict=True):
                     completions[row] = text
-                bar.update(len(rows))
         return completions
+
+    def batches(self, requests: Sequence[Any]) -> list[list[int]]:
+        """Requests by position: of one task and of rising prompt length, the paths of a problem side by side.
+
+        Tasks do not share a batch: a bf16 completion can depend on what it is padded with, and a task's results must
+        not depend on which others are evaluated beside it.
+        """
+        found = []
+        for task in dict.fromkeys(request.task_name for request in requests):
+            rows = [index for index, request in enumerate(requests) if request.task_name == task]
+            rows.sort(key=lambda index: len(requests[index].args[0]))
+            found += [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return found
+
+    def _generate_batch(self, number: int, requests: list[Any]) -> list[str]:
+        if self.paths is not None:
+            self.paths.seed_batch(number)
+        texts = super().generate_until(requests, disable_tqdm=True)
+        if self.finished is not None:
+            self.finished.add(texts)
+        return texts
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -186,8 +227,10 @@ def run_tasks(
     batch_size: int,
     precision: str,
     label: str,
+    chat_template_kwargs: dict[str, Any] | None = None,
     paths: Paths | None = None,
     limit: int | None = None,
+    finished: FinishedBatches | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results of the tasks, with samples; the model's mode is left as it was.
 
@@ -199,7 +242,16 @@ def run_tasks(
     for task in tasks:
         if paths is not None:
             paths.configure(task)
-    lm = EvaluatedModel(model, tokenizer, batch_size=batch_size, precision=precision, label=label, paths=paths)
+    lm = EvaluatedModel(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        precision=precision,
+        label=label,
+        chat_template_kwargs=chat_template_kwargs,
+        paths=paths,
+        finished=finished,
+    )
     for task in tasks:
         check_length(task, lm)
     results = evaluate(
@@ -252,6 +304,7 @@ def answer_problems(
             batch_size=settings.batch_size,
             precision=settings.precision,
             label=label,
+            chat_template_kwargs=settings.chat_template_kwargs,
         )
     return [
         Answered(sample["resps"][0][0], sample["strict_match"] == 1.0, sample["well_formed"] == 1.0)
@@ -259,10 +312,10 @@ def answer_problems(
     ]
 
 
-def cache_key(model_name: str, prompts: Sequence[list[Message]], problems: Sequence[Problem], settings: object) -> str:
-    """A digest of everything that an evaluation's result depends on, the task files included."""
+def cache_key(digest: str, prompts: Sequence[list[Message]], problems: Sequence[Problem], settings: object) -> str:
+    """A digest of everything that an evaluation's result depends on: the model (`model_digest`), the task files."""
     files = {file.name: file.read_text(encoding="utf-8") for file in sorted(TASK_FOLDER.glob("*.yaml"))}
-    content = [model_name, list(prompts), [problem.answer for problem in problems], settings, files]
+    content = [digest, list(prompts), [problem.answer for problem in problems], settings, files]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

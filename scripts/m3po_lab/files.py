@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a process killed while writing leaves either old or new, never half."""
+"""Files that a process killed while writing leaves either old or new, never half; and how a folder is shown."""
 
 import json
 import os
@@ -27,3 +27,9 @@ def read_json(file: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def shown_path(folder: Path) -> str:
+    """A folder relative to the current one where that is shorter."""
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)

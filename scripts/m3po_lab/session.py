@@ -30,8 +30,9 @@ from m3po_lab.config import Run, UserError, one_line
 from m3po_lab.data import Problem, chat_prompt, load_problems, training_rows
 from m3po_lab.eval_settings import EvalSettings, KeepSettings
 from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
-from m3po_lab.models import EMBEDDED_MODEL, load_model
-from m3po_lab.report import shown_path, write_report
+from m3po_lab.files import shown_path
+from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
+from m3po_lab.report import write_report
 from m3po_lab.rewards import make_rewards
 
 
@@ -140,6 +141,8 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
     """
     model, tokenizer = load_model(run.model)
     peft_config = None if isinstance(model, PeftModel) else get_peft_config(run.model)
+    if peft_config is not None:
+        peft_config.revision = run.model.model_revision  # the adapter says which weights it belongs to
     if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
         settle_reference(run, model)
     try:
@@ -200,8 +203,8 @@ def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], set
     answered: list[Answered] = []
     if trainer.accelerator.is_main_process:
         prompts = [chat_prompt(problem, run.script) for problem in held_out]
-        name = run.model.model_name_or_path or EMBEDDED_MODEL
-        key = cache_key(name, prompts, held_out, [run.model.dtype, asdict(settings)])
+        how = [run.model.dtype, run.model.attn_implementation, asdict(settings)]
+        key = cache_key(model_digest(run.model), prompts, held_out, how)
         answered = load_cached(run.folder / "baseline.json", key)
         if not answered:
             answered = evaluate_now(trainer, settings, "held-out, before")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training commands that the README shows are read by the real parser, and their problems load."""
+"""The commands that the pages show are read by the real parsers, and the problems of trainings load."""
 
 import json
 import re
@@ -10,25 +10,40 @@ import pytest
 
 from m3po_lab.config import Run, parse_run
 from m3po_lab.data import load_problems
+from m3po_lab.eval_gsm8k import parser
+from m3po_lab.eval_session import choose
 
 ROOT = Path(__file__).resolve().parents[2]
-START = "bash scripts/train_grpo.sh"
+TRAIN = "bash scripts/train_grpo.sh"
+EVALUATE = "bash scripts/eval_gsm8k.sh"
 
 
-def shown_commands() -> list[list[str]]:
-    """The words after the script's name in every training command of the README's code blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def shown_commands(start: str, *pages: str) -> list[list[str]]:
+    """The words after `start` in every such command of the pages' code blocks."""
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in lines if line.startswith(START)]
-    return [words[len(START.split()) :] for words in found if "--help" not in words]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith(start)]
+    return [words[len(start.split()) :] for words in found if "--help" not in words]
+
+
+TRAININGS = shown_commands(TRAIN, "README.md")
+EVALUATIONS = shown_commands(EVALUATE, "README.md", "docs/evaluation.md")
 
 
 def test_the_commands_are_found() -> None:
-    """A search that finds too few would let the next test pass on nothing."""
-    assert len(shown_commands()) == 5
+    """A search that finds too few would let the next tests pass on nothing."""
+    assert (len(TRAININGS), len(EVALUATIONS)) == (5, 9)
 
 
-@pytest.mark.parametrize("words", shown_commands(), ids=" ".join)
+@pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)
+def test_a_shown_evaluation_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3po_lab.eval_session.hub_error", lambda: None)
+    given = parser().parse_args(words)
+    assert choose(given.dataset, given.num_fewshot)[0]
+
+
+@pytest.mark.parametrize("words", TRAININGS, ids=" ".join)
 def test_a_shown_command_is_accepted(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"question": f"What is {i} + 1?", "answer": f"It is.\n#### {i + 1}"} for i in range(1200)]
     (tmp_path / "my_problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

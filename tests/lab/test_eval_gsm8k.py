@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from m3po_lab import eval_session
-from m3po_lab.eval_gsm8k import main
+from m3po_lab.eval_agreement import agreement
+from m3po_lab.eval_gsm8k import main, parser
 from m3po_lab.files import read_json
 
 SHORT = ("--dataset", "problems", "--batch_size", "6")
@@ -47,6 +48,44 @@ def test_trained_and_start_model_agree_with_the_report_of_the_run(
     assert summary is not None and results is not None
     assert results["results"]["problems"]["strict_match,all"] == summary["accuracy_after"]
     assert results["results"]["problems"]["well_formed,all"] == summary["format_after"]
+    same = {"run": str(finished_run), "problems": 6, "same_verdict": 6, "same_completion": 6}
+    assert results["agreement"] == {**same, "training": "after"}
+    told = read_json(before / "results.json")
+    assert told is not None and told["agreement"] == {**same, "training": "before"}
+
+
+def test_disagreement_with_the_report_is_counted_and_said(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A comparison that finds everything equal whatever it reads would prove nothing."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*")))
+    lines = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    lines[0]["after"] += " changed"
+    lines[1]["correct"] = not lines[1]["correct"]
+    (run / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    assert main([str(run / "final"), *SHORT, "--limit", "4", "--output_dir", str(out)]) == 0
+    line = f"report of {run}, after training: the same verdict on 3 and the same text for 3 of 4 problems"
+    assert line in capsys.readouterr().out and line in (out / "results.md").read_text()
+    lines[3]["question"] = "another"
+    (run / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([str(run / "final"), *SHORT, "--limit", "4", "--output_dir", str(out)]) == 0
+    results = read_json(out / "results.json")
+    assert results is not None and results["agreement"] is None
+
+
+def test_only_the_start_and_the_final_model_are_compared_with_the_report(finished_run: Path, tiny_model: Path) -> None:
+    final = str(finished_run / "final")
+    sample = {"doc": {"question": "?"}, "strict_match": 1.0, "resps": [["x"]]}
+    assert agreement(final, None, []) is not None
+    assert agreement(str(tiny_model), final, []) is not None
+    for model, problems_of, samples in (
+        (str(finished_run / "checkpoint-6"), None, []),
+        (str(finished_run / "checkpoint-6"), final, []),
+        (str(tiny_model), None, []),
+        (final, None, [sample] * 7),
+    ):
+        assert agreement(model, problems_of, samples) is None
 
 
 def test_every_checkpoint_of_a_run_carries_its_evaluation_settings(finished_run: Path) -> None:
@@ -109,6 +148,7 @@ def test_paths_are_voted_on(
         (["--num_fewshot", "5"], "--num_fewshot: invalid choice: 5"),
         (["--num_fewshot", "8"], "--num_fewshot 8: problems has no solved examples"),
         (["--dataset", "gsm9k"], "--dataset gsm9k is unknown: give openai/gsm8k"),
+        (["--dataset", "a.jsonl", "--dataset", "b.jsonl"], "two of them are one task; evaluate them one by one"),
         (["--dataset", "no.jsonl"], "--dataset no.jsonl does not exist"),
         (["--problems_of", "runs/none"], "--problems_of runs/none has no evaluation.json"),
         (["--numpaths", "8"], "unrecognized arguments: --numpaths 8"),
@@ -156,6 +196,15 @@ def test_dataset_is_chosen_openly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the Hub cannot be reached (no route): generated gsm_symbolic and problems" in reason
     assert eval_session.choose([], 8)[0] == ["gsm_symbolic"]
     assert eval_session.choose(["openai/gsm8k"], 0)[0] == ["openai/gsm8k"]
+
+
+def test_default_folder_tells_evaluations_apart() -> None:
+    def folder(*words: str) -> str:
+        return eval_session.default_folder(parser().parse_args(["runs/x/final", *words])).name
+
+    assert folder() == folder("--num_paths", "1", "--seed", "0") == "x-final"
+    assert folder("--dataset", "data/my.jsonl", "--num_fewshot", "8", "--limit", "3") == "x-final-my.jsonl-shot8-limit3"
+    assert folder("--mode", "m3po", "--num_paths", "8", "--seed", "2") == "x-final-modem3po-paths8-seed2"
 
 
 def test_hub_that_is_switched_off_is_an_answer_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

