@@ -150,8 +150,15 @@ def find_config(given: str) -> Path:
     for candidate in (Path(given), PROJECT_ROOT / given):
         if candidate.is_file():
             return candidate.resolve()
-    known = ", ".join(sorted(f"configs/{path.name}" for path in (PROJECT_ROOT / "configs").glob("*.yaml")))
-    raise UserError(f"Config file {given} does not exist. Give the path of a YAML file; the project has {known}.")
+    raise UserError(
+        f"Config file {given} does not exist. Give the path of a YAML file; the project has {', '.join(run_configs())}."
+    )
+
+
+def run_configs() -> list[str]:
+    """The project's YAML files for runs, from its root: all of `configs` but lm-eval's tasks and accelerate's files."""
+    files = [path.relative_to(PROJECT_ROOT) for path in (PROJECT_ROOT / "configs").rglob("*.yaml")]
+    return sorted(path.as_posix() for path in files if path.parts[1] not in ("accelerate", "eval"))
 
 
 def split_config(argv: list[str]) -> tuple[str | None, list[str]]:

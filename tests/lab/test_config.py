@@ -2,6 +2,7 @@
 """Arguments: every YAML of the project parses, wrong ones are one clear line, the command line wins."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,9 +13,12 @@ import yaml
 from m3po_lab import config
 from m3po_lab.train import main
 
+CONFIGS = config.PROJECT_ROOT / "configs"
+OTHER_PARSERS = ("accelerate", "eval")
 RUN_CONFIGS = sorted(
-    path for path in (config.PROJECT_ROOT / "configs").rglob("*.yaml") if not {"accelerate", "eval"} & set(path.parts)
+    path for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] not in OTHER_PARSERS
 )
+MODELS = ("llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "qwen2.5-3b")
 
 
 def write(folder: Path, text: str) -> str:
@@ -25,12 +29,14 @@ def write(folder: Path, text: str) -> str:
 
 def test_all_run_configs_are_found() -> None:
     """A search that finds too few files would let the next test pass on nothing."""
-    assert [path.name for path in RUN_CONFIGS] == ["demo.yaml", "demo_short.yaml"]
+    papers = [f"papers/gsm8k-{model}-{method}.yaml" for model in MODELS for method in ("grpo", "m3po")]
+    found = [path.relative_to(CONFIGS).as_posix() for path in RUN_CONFIGS]
+    assert found == ["demo.yaml", "demo_short.yaml", *papers]
 
 
 @pytest.mark.parametrize("file", RUN_CONFIGS, ids=lambda path: path.stem)
 def test_run_config_parses_with_numbers_of_the_right_type(file: Path) -> None:
-    """YAML reads 1e-5 as text and 1 as an integer; neither may reach a field that is a float."""
+    """YAML reads 1e-5 as text; the parser mends that where a field is one float, but not in a list of them."""
     run = config.parse_run([str(file)])
     hints: dict[str, Any] = {}
     for group in (run.script, run.training, run.model):
@@ -39,18 +45,19 @@ def test_run_config_parses_with_numbers_of_the_right_type(file: Path) -> None:
     assert len(keys) >= 10
     for key in keys:
         hint, group = hints[key]
-        value = getattr(group, key)
-        allowed = get_args(hint) or (hint,)
-        if {int, float} & set(allowed) and str not in allowed and value is not None:
-            whole_number = float in allowed and type(value) is int  # 1 for 1.0 is no mistake
-            assert type(value) in allowed or whole_number, (key, value, hint)
+        allowed = {part for outer in get_args(hint) or (hint,) for part in get_args(outer) or (outer,)}
+        if {int, float} & allowed and str not in allowed:
+            for value in (keys[key], getattr(group, key)):
+                for number in value if isinstance(value, list) else [value]:
+                    whole_number = float in allowed and type(number) is int  # 1 for 1.0 is no mistake
+                    assert type(number) in allowed or whole_number, (key, value, hint)
 
 
 @pytest.mark.parametrize("file", RUN_CONFIGS, ids=lambda path: path.stem)
 def test_run_config_names_its_command_and_expected_time(file: Path) -> None:
-    head = [line for line in file.read_text().splitlines()[:10] if line.startswith("#")]
-    assert any("bash scripts/train_grpo.sh" in line for line in head)
-    assert any("minute" in line for line in head)
+    head = "".join(itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines(keepends=True)))
+    assert "bash scripts/train_grpo.sh" in head
+    assert "minutes" in head or "Time not measured here." in head
 
 
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
@@ -105,6 +112,7 @@ def test_missing_yaml_is_one_line_that_names_those_there_are(capsys: pytest.Capt
     assert main(["configs/nope.yaml"]) == 2
     assert "configs/nope.yaml does not exist" in (printed := capsys.readouterr().err)
     assert "configs/demo.yaml" in printed
+    assert "configs/papers/gsm8k-qwen2.5-1.5b-m3po.yaml" in printed and "configs/eval" not in printed
 
 
 def test_yaml_without_keys_is_refused(tmp_path: Path) -> None:
