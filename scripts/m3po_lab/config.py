@@ -33,8 +33,9 @@ class RunArguments:
     dataset: str = field(
         default="reasoning-gym:chain_sum",
         metadata={
-            "help": "Problems: 'reasoning-gym:<task>' (generated), 'openai/gsm8k' (from the Hub), or the path of a "
-            ".jsonl file with GSM8K's fields 'question' and 'answer', the latter ending in '#### <number>'."
+            "help": "Problems: 'reasoning-gym:<task>' (generated); from the Hub 'openai/gsm8k', "
+            "'EleutherAI/hendrycks_math' (MATH) or 'mmlu_arc' (MMLU's auxiliary_train and ARC-Challenge); or the path "
+            "of a .jsonl file with GSM8K's fields 'question' and 'answer', the latter ending in '#### <number>'."
         },
     )
     dataset_config: dict[str, Any] | str | None = field(

@@ -1,38 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems with one checkable answer, split into training and held-out, and the prompts made of them.
+"""Problems of a run, split into training and held-out, and the prompts made of them.
 
-Sources: a task of reasoning-gym by name, `openai/gsm8k`, or a local JSONL in GSM8K's format. Held-out questions are
-distinct and never in the training set. For GSM8K they come from its *train* split too: its test split stays untouched
-for the final evaluation.
+Sources: a task of reasoning-gym by name, a dataset of the Hub or a local JSONL (`data_sources`). Held-out questions are
+distinct and never in the training set. For the Hub's datasets they come from the *train* split too: the test splits
+stay untouched for the final evaluation.
 """
 
-import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import reasoning_gym
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
+from m3po_lab.answers import is_comparable
 from m3po_lab.config import RunArguments, UserError, one_line
-from m3po_lab.rewards import is_comparable
+from m3po_lab.data_sources import HUB_PROBLEMS, Problem, read_jsonl
 
 GYM_PREFIX = "reasoning-gym:"
-GSM8K = "openai/gsm8k"
 TRIES_PER_PROBLEM = 50  # generated problems looked at for one new problem before giving up
 
 Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question, its reference answer as math-verify reads it, and the fields a prompt template may name."""
-
-    question: str
-    answer: str
-    fields: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def load_problems(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
@@ -45,64 +33,22 @@ def load_problems(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
         train, held_out = _generated(script)
     elif script.dataset_config is not None:
         raise UserError(f"--dataset_config only applies to reasoning-gym tasks, not to --dataset {script.dataset}.")
-    elif script.dataset == GSM8K:
-        train, held_out = _split(_hub_gsm8k(), script)
+    elif script.dataset in HUB_PROBLEMS:
+        train, held_out = _split(HUB_PROBLEMS[script.dataset](), script)
     elif script.dataset.endswith(".jsonl"):
         train, held_out = _split(read_jsonl(Path(script.dataset)), script)
     else:
         raise UserError(
-            f"--dataset {script.dataset} is unknown: give 'reasoning-gym:<task>', '{GSM8K}' or the path of a .jsonl."
+            f"--dataset {script.dataset} is unknown: give 'reasoning-gym:<task>', the path of a .jsonl, or one of "
+            f"{', '.join(HUB_PROBLEMS)}."
         )
     for problem in held_out:
-        if not is_comparable(problem.answer):
+        if problem.kind == "number" and not is_comparable(problem.answer):  # formulas fall back to their text
             raise UserError(
                 f"--dataset {script.dataset}: math-verify cannot read the answer {problem.answer!r}; "
                 "choose a dataset whose answers are numbers or formulas."
             )
     return train, held_out
-
-
-def read_jsonl(path: Path) -> list[Problem]:
-    """Problems from a file with one JSON object a line, `question` and `answer` ending in ``#### <number>``.
-
-    Raises:
-        UserError: when the file is missing or a line does not have this form; the line is named.
-    """
-    return [gsm8k_problem(row["question"], row["answer"]) for row in jsonl_rows(path)]
-
-
-def jsonl_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of such a file, each checked; the same errors."""
-    if not path.is_file():
-        raise UserError(f"--dataset {path} does not exist: give the path of a .jsonl file in GSM8K's format.")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                gsm8k_problem(row["question"], row["answer"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: each line must be a JSON object with the texts 'question' and 'answer', "
-                    "the answer ending in '#### <number>'."
-                ) from error
-            rows.append(row)
-    return rows
-
-
-def gsm8k_problem(question: str, answer: str) -> Problem:
-    """A GSM8K row as a problem: the reference is what follows the last ``####``, thousands separators removed.
-
-    Raises:
-        ValueError: when the answer has no ``####`` or nothing behind it.
-    """
-    _, marker, reference = answer.rpartition("####")
-    reference = reference.strip().replace(",", "")
-    if not marker or not reference:
-        raise ValueError("no '#### <number>' in the answer")
-    return Problem(question.strip(), reference)
 
 
 def chat_prompt(problem: Problem, script: RunArguments) -> list[Message]:
@@ -134,7 +80,7 @@ def user_turn(problem: Problem, script: RunArguments) -> str:
 
 
 def training_rows(problems: list[Problem], script: RunArguments, count: int) -> Dataset:
-    """`count` rows (`prompt`, `reference`) in the order they are trained on, each pass over the problems reshuffled.
+    """`count` rows (`prompt`, `reference`, `kind`) in the order they are trained on, each pass over them reshuffled.
 
     The order is made here and not by TRL's sampler, which starts its permutation anew when a run resumes in a later
     epoch; and since it depends on the seed alone, a longer run begins with the rows of a shorter one.
@@ -146,7 +92,9 @@ def training_rows(problems: list[Problem], script: RunArguments, count: int) -> 
         random.Random(f"{script.problem_seed}-{epoch}").shuffle(order)
         rows += order
         epoch += 1
-    return Dataset.from_list([{"prompt": chat_prompt(row, script), "reference": row.answer} for row in rows[:count]])
+    return Dataset.from_list(
+        [{"prompt": chat_prompt(row, script), "reference": row.answer, "kind": row.kind} for row in rows[:count]]
+    )
 
 
 def _generated(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
@@ -191,18 +139,6 @@ def _take_new(problems: Iterable[Problem], count: int) -> list[Problem]:
         if len(found) == count:
             break
     return list(found.values())
-
-
-def _hub_gsm8k() -> list[Problem]:
-    """GSM8K's train split from the Hub or its local cache."""
-    try:
-        rows = load_dataset(GSM8K, "main", split="train")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--dataset {GSM8K} could not be loaded from the Hub ({one_line(error)[:150]}); without a network, "
-            "give a local .jsonl in its format or a reasoning-gym task."
-        ) from error
-    return [gsm8k_problem(row["question"], row["answer"]) for row in rows]
 
 
 def _split(problems: list[Problem], script: RunArguments) -> tuple[list[Problem], list[Problem]]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
-from m3po_lab.data import GSM8K
+from m3po_lab.data_sources import GSM8K
 from m3po_lab.eval_agreement import agreement
 from m3po_lab.eval_checkpoint import checkpoint_numbers, mode_line, paths_of
 from m3po_lab.eval_report import write_report

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documents of the tasks in `configs/eval`: lm-eval calls these as `custom_dataset`, with the task's metadata.
 
-Every document has the question, the user turn made of it (`prompt`), the reference answer, a worked solution where the
-problem is an example, the answer marker and the system turn of its run. The split `test` is evaluated; `examples` are
-the solved problems shown before each.
+Every document has the question, the user turn made of it (`prompt`), the reference answer and its kind, a worked
+solution where the problem is an example, the answer marker and the system turn of its run. The split `test` is
+evaluated; `examples` are the solved problems shown before each.
 """
 
 import json
@@ -11,14 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
-from m3po_lab.config import RunArguments, UserError, one_line, parse_run
-from m3po_lab.data import GSM8K, gsm8k_problem, jsonl_rows, load_problems, user_turn
+from m3po_lab.config import RunArguments, UserError, parse_run
+from m3po_lab.data import load_problems, user_turn
+from m3po_lab.data_sources import (
+    ARC,
+    GSM8K,
+    Problem,
+    arc_problem,
+    gsm8k_problem,
+    hub_rows,
+    jsonl_rows,
+    mmlu_problem,
+)
 from m3po_lab.eval_settings import EvalSettings
 
 MARKER = "####"
-LETTERS = "ABCDEFGHIJ"
+OFFLINE = "gsm_symbolic, problems or a local .jsonl in GSM8K's format"
 
 Splits = dict[str, Dataset]
 
@@ -26,7 +36,8 @@ Splits = dict[str, Dataset]
 def gsm8k(marker: str = MARKER, data: str | None = None, examples: int = 0, **metadata: Any) -> Splits:
     """GSM8K: test problems and solved ones of the train split; or a local .jsonl, its first ones as the examples."""
     if data is None:
-        test, solved = _hub(GSM8K, "main", "test"), _hub(GSM8K, "main", "train")[:examples] if examples else []
+        test = hub_rows(GSM8K, "main", "test", OFFLINE)
+        solved = hub_rows(GSM8K, "main", "train", OFFLINE)[:examples] if examples else []
     else:
         rows = jsonl_rows(Path(data))
         test, solved = rows[examples:], rows[:examples]
@@ -62,7 +73,10 @@ def problems(settings: dict[str, Any] | None = None, **metadata: Any) -> Splits:
     common = {"marker": known.answer_start, "system_prompt": known.system_prompt or ""}
     worked = known.worked_example
     return _splits(
-        [_row(problem.question, problem.answer, prompt=user_turn(problem, script), **common) for problem in held_out],
+        [
+            _row(problem.question, problem.answer, prompt=user_turn(problem, script), kind=problem.kind, **common)
+            for problem in held_out
+        ],
         [_row(worked["question"], "", solution=worked["answer"], **common)] if worked else [],
     )
 
@@ -76,26 +90,17 @@ def demo_settings() -> EvalSettings:
 def math500(marker: str = MARKER, data: str | None = None, **metadata: Any) -> Splits:
     """MATH-500: competition problems with a LaTeX answer."""
     rows = _rows("HuggingFaceH4/MATH-500", None, data)
-    return _splits([_row(row["problem"], row["answer"], marker) for row in rows])
+    return _splits([_row(row["problem"], row["answer"], marker, kind="formula") for row in rows])
 
 
 def mmlu_stem(marker: str = MARKER, data: str | None = None, **metadata: Any) -> Splits:
-    """MMLU-STEM: the answer is the position of the right choice."""
-    rows = _rows("TIGER-Lab/MMLU-STEM", None, data)
-    return _splits([_choice_row(row["question"], row["choices"], int(row["answer"]), marker) for row in rows])
+    """MMLU-STEM from the Hub or a local file in its format."""
+    return _splits([_choice_row(mmlu_problem(row), marker) for row in _rows("TIGER-Lab/MMLU-STEM", None, data)])
 
 
 def arc_challenge(marker: str = MARKER, data: str | None = None, **metadata: Any) -> Splits:
-    """ARC-Challenge: the answer is the label of the right choice, a letter or a digit."""
-    rows = _rows("allenai/ai2_arc", "ARC-Challenge", data)
-    return _splits(
-        [
-            _choice_row(
-                row["question"], row["choices"]["text"], list(row["choices"]["label"]).index(row["answerKey"]), marker
-            )
-            for row in rows
-        ]
-    )
+    """ARC-Challenge from the Hub or a local file in its format."""
+    return _splits([_choice_row(arc_problem(row), marker) for row in _rows(ARC, "ARC-Challenge", data)])
 
 
 def _row(
@@ -104,6 +109,7 @@ def _row(
     marker: str,
     *,
     prompt: str | None = None,
+    kind: str = "number",
     solution: str = "",
     system_prompt: str = "",
 ) -> dict[str, str]:
@@ -111,6 +117,7 @@ def _row(
         "question": question,
         "prompt": question if prompt is None else prompt,
         "reference": reference,
+        "kind": kind,
         "solution": solution,
         "marker": marker,
         "system_prompt": system_prompt,
@@ -122,10 +129,8 @@ def _gsm8k_row(row: dict[str, str], marker: str) -> dict[str, str]:
     return _row(problem.question, problem.answer, marker, solution=_marked(row["answer"], marker))
 
 
-def _choice_row(question: str, choices: Sequence[str], answer: int, marker: str) -> dict[str, str]:
-    """A multiple-choice problem as the papers ask it (HRPO paper, figure 9)."""
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-    return _row(question, LETTERS[answer], marker, prompt=f"Question: {question}\nOptions:\n{options}")
+def _choice_row(problem: Problem, marker: str) -> dict[str, str]:
+    return _row(problem.question, problem.answer, marker, kind=problem.kind)
 
 
 def _marked(solution: str, marker: str) -> str:
@@ -140,20 +145,5 @@ def _splits(test: list[dict[str, str]], examples: Sequence[dict[str, str]] = ())
 def _rows(path: str, name: str | None, data: str | None) -> list[dict[str, Any]]:
     """The rows of a benchmark's test split, or those of a local .jsonl in the same format."""
     if data is None:
-        return _hub(path, name, "test")
+        return hub_rows(path, name, "test", OFFLINE)
     return [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _hub(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
-    """A split of a dataset on the Hub or in its local cache.
-
-    Raises:
-        UserError: when it cannot be reached.
-    """
-    try:
-        return load_dataset(path, name, split=split).to_list()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{path} could not be loaded from the Hub ({one_line(error)[:150]}); without a network give --dataset "
-            "gsm_symbolic, problems or a local .jsonl in GSM8K's format."
-        ) from error

@@ -31,7 +31,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.m3po import CrossPathSettings, M3POGenerationState
 
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
-from m3po_lab.data import Message, Problem
+from m3po_lab.data import Message
+from m3po_lab.data_sources import Problem
 from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import AUTOCAST, EvalSettings
 from m3po_lab.files import read_json, write_json

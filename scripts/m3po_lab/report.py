@@ -13,7 +13,7 @@ from typing import Any
 from trl import GRPOTrainer
 
 from m3po_lab.config import PROJECT_ROOT, Run, changed_values
-from m3po_lab.data import Problem
+from m3po_lab.data_sources import Problem
 from m3po_lab.evaluate import Answered
 from m3po_lab.figure import draw_rewards
 from m3po_lab.files import shown_path, write_json, write_text
@@ -100,7 +100,11 @@ def completion_lines(
     """`completions.jsonl`: one held-out problem a line, with the completion before and after and its reward after."""
     rewards = make_rewards(run.training.answer_start)
     texts = [row.completion for row in after]
-    columns = [reward(completions=texts, reference=[problem.answer for problem in held_out]) for reward in rewards]
+    known = {
+        "reference": [problem.answer for problem in held_out],
+        "kind": [problem.kind for problem in held_out],
+    }
+    columns = [reward(completions=texts, **known) for reward in rewards]
     totals = [
         sum(weight * value for weight, value in zip(run.training.reward_weights, values, strict=True))
         for values in zip(*columns, strict=True)

@@ -27,7 +27,8 @@ from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
 from m3po_lab.checkpoints import check_save_steps, checkpoint_to_resume, claim_run_folder
 from m3po_lab.config import Run, UserError, one_line
-from m3po_lab.data import Problem, chat_prompt, load_problems, training_rows
+from m3po_lab.data import chat_prompt, load_problems, training_rows
+from m3po_lab.data_sources import Problem
 from m3po_lab.eval_settings import EvalSettings, KeepSettings
 from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.files import shown_path

@@ -8,6 +8,7 @@ import pytest
 
 from m3po_lab import data
 from m3po_lab.config import RunArguments, UserError
+from m3po_lab.data_sources import Problem
 
 ADDITION = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -58,7 +59,7 @@ def test_prompt_has_system_turn_worked_example_and_filled_template_in_this_order
     script = generated(
         system_prompt="Be brief.", worked_example={"question": "1 + 1?", "answer": "#### 2"}, prompt_template="<{a}>"
     )
-    turns = data.chat_prompt(data.Problem("q", "4", {"a": "3 + 1"}), script)
+    turns = data.chat_prompt(Problem("q", "4", {"a": "3 + 1"}), script)
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
     assert [turn["content"] for turn in turns] == ["Be brief.", "1 + 1?", "#### 2", "<3 + 1>"]
 
@@ -70,7 +71,7 @@ def test_prompt_has_system_turn_worked_example_and_filled_template_in_this_order
         ({"dataset_config": {"wrong": 1}}, "unexpected keyword argument 'wrong'"),
         ({"dataset_config": {"min_terms": 0}}, "min_terms must be positive"),
         ({"dataset": "nowhere.jsonl", "dataset_config": None}, "nowhere.jsonl does not exist"),
-        ({"dataset": "squad", "dataset_config": None}, "--dataset squad is unknown"),
+        ({"dataset": "squad", "dataset_config": None}, "--dataset squad is unknown.*openai/gsm8k.*, mmlu_arc"),
         ({"dataset": "openai/gsm8k"}, "--dataset_config only applies to reasoning-gym"),
         ({"num_eval_problems": 500}, "yields only .* distinct questions"),
         ({"num_eval_problems": 0}, "--num_eval_problems = 0: it must be at least 1"),
@@ -90,13 +91,6 @@ def test_every_question_held_out_is_refused() -> None:
         data.load_problems(generated(num_eval_problems=200))
 
 
-def test_broken_jsonl_line_is_named(tmp_path: Path) -> None:
-    file = jsonl(tmp_path, 3)
-    file.write_text(file.read_text() + '{"question": "x", "answer": "no marker"}\n')
-    with pytest.raises(UserError, match="problems.jsonl, line 4: .*#### <number>"):
-        data.read_jsonl(file)
-
-
 def test_template_field_that_problems_lack_is_named() -> None:
     with pytest.raises(UserError, match="'nope'.*fields of these problems are question"):
-        data.chat_prompt(data.Problem("q", "4"), generated(prompt_template="{nope}"))
+        data.chat_prompt(Problem("q", "4"), generated(prompt_template="{nope}"))

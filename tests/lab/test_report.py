@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from m3po_lab.config import parse_run
+from m3po_lab.data_sources import Problem
 from m3po_lab.evaluate import Answered, load_cached
 from m3po_lab.figure import running_mean
-from m3po_lab.report import split_gain, table, verdict
+from m3po_lab.report import completion_lines, split_gain, table, verdict
 
 RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), Answered("", False, False))
 KEYS = {
@@ -56,6 +58,13 @@ def test_arithmetic_is_measured_where_the_form_was_right_both_times() -> None:
 
 def test_running_mean_is_that_of_the_neighbours() -> None:
     assert running_mean([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
+
+
+def test_reward_of_the_report_compares_as_the_kind_of_answer_is() -> None:
+    run = parse_run(["configs/demo_short.yaml", "--reward_weights", "1.0", "0.25"])
+    after = [Answered("so\n#### (B)", True, True)]
+    line = json.loads(completion_lines(run, [Problem("Which?", "B", kind="letter")], [FORMLESS], after))
+    assert (line["reward"], line["correct"], line["correct_before"]) == (1.25, True, False)
 
 
 def test_finished_run_leaves_every_file_of_the_report(finished_run: Path) -> None:
