@@ -21,6 +21,7 @@ SECONDS_PER_ANSWER = 2  # math-verify interrupts itself by a signal after this; 
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:,\d{3})*(?:\.\d+)?")
 LETTER_LINE = re.compile(r"\(?([A-Z])\)?(?:[.:)].*)?")  # A, (A), A., A) text
 LETTER = re.compile(r"(?<!\w)[A-J](?!\w)")
+DOLLAR = re.compile(r"(?<!\\)\$")
 
 Equal = Callable[[str, str], bool]
 
@@ -60,8 +61,9 @@ def last_number(text: str) -> str | None:
 
 
 def delimited(formula: str) -> str:
-    """LaTeX as math-verify finds it in a text: between dollars, unless it is marked already."""
-    return formula if any(mark in formula for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${formula}$"
+    r"""LaTeX as math-verify finds it in a text: between dollars, unless marked already; `\$` is a price and no mark."""
+    marked = DOLLAR.search(formula) or any(mark in formula for mark in ("\\(", "\\[", "\\boxed"))
+    return formula if marked else f"${formula}$"
 
 
 @lru_cache(maxsize=65536)

@@ -92,6 +92,9 @@ def test_letter_of_an_answer_line(line: str, letter: str | None) -> None:
         ("x^2+2x", "2x + x^2", True),
         ("\\text{Evelyn}", "\\text{Evelyn}", True),
         ("10", "1", False),
+        ("\\$18,500", "18500", True),
+        ("18.5", "\\$18.50", True),
+        ("\\$5", "\\$6", False),
     ],
 )
 def test_formulas_are_compared_as_latex(reference: str, answer: str, equal: bool) -> None:

@@ -94,16 +94,16 @@ def test_every_task_file_has_a_version_and_its_own_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "prompt", "reference"),
+    ("name", "row", "prompt", "reference", "version"),
     [
-        ("gsm8k", {"question": "Two?", "answer": "1+1=2\n#### 1,002"}, "Two?", "1002"),
-        ("math500", MATH, "Half of one?", "\\frac{1}{2}"),
-        ("mmlu_stem", STEM, LETTERED, "B"),
-        ("arc_challenge", ARC, "Question: Two?\nOptions:\nA. 1\nB. 3\nC. 2", "C"),
+        ("gsm8k", {"question": "Two?", "answer": "1+1=2\n#### 1,002"}, "Two?", "1002", 1.0),
+        ("math500", MATH, "Half of one?", "\\frac{1}{2}", 1.1),
+        ("mmlu_stem", STEM, LETTERED, "B", 1.0),
+        ("arc_challenge", ARC, "Question: Two?\nOptions:\nA. 1\nB. 3\nC. 2", "C", 1.0),
     ],
 )
 def test_task_reads_rows_in_the_format_of_its_dataset(
-    name: str, row: dict[str, Any], prompt: str, reference: str, tmp_path: Path
+    name: str, row: dict[str, Any], prompt: str, reference: str, version: float, tmp_path: Path
 ) -> None:
     """The system turn is the papers', with the marker of the checkpoint; the user turn is the question."""
     task = evaluate.load_task(name, data=rows(tmp_path, row), marker="@@@@")
@@ -112,7 +112,7 @@ def test_task_reads_rows_in_the_format_of_its_dataset(
     assert system["content"].endswith("after the @@@@ tag, i.e., {reasoning process} @@@@ {answer}.")
     assert (user["content"], task.eval_docs[0]["reference"]) == (prompt, reference)
     right = task.process_results(task.eval_docs[0], [[f"so\n@@@@ {reference}"]])
-    assert (right["strict_match"], right["well_formed"], task.VERSION) == (1.0, 1.0, 1.0)
+    assert (right["strict_match"], right["well_formed"], task.VERSION) == (1.0, 1.0, version)
 
 
 def test_eight_examples_come_before_the_problem_and_are_not_evaluated(tmp_path: Path) -> None:
