@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A wrong input is one line; and finding the YAML file that an input names. Nothing large is imported here."""
+
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+class UserError(Exception):
+    """A wrong input. Its text is one line that names the flag or file, the rule and what to do."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """The first paragraph of an error's text on one line."""
+    text = str(error).strip().split("\n\n")[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def find_config(given: str, folder: str = "configs") -> Path:
+    """The YAML file `given`, seen from the current folder or else from the project's root; `folder` has the known ones.
+
+    Raises:
+        UserError: when neither exists.
+    """
+    for candidate in (Path(given), PROJECT_ROOT / given):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = ", ".join(sorted(f"{folder}/{path.name}" for path in (PROJECT_ROOT / folder).glob("*.yaml")))
+    raise UserError(f"Config file {given} does not exist. Give the path of a YAML file; the project has {known}.")
