@@ -25,7 +25,7 @@ from m3po_lab.files import read_json
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("m3po.json", "trainer_state.json")
-STATES = ("optimizer", "scheduler", "rng_state")  # files or folders whose names begin so, whatever the engine
+STATES = ("optimizer", "scheduler")  # files or folders whose names begin so, whatever the engine
 DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
 OWN_FILES = ("baseline.json", "summary.json", "reward.png", "completions.jsonl")
 
@@ -87,6 +87,9 @@ def missing_part(checkpoint: Path) -> str | None:
             return name
         if name == "trainer_state.json" and content.get("global_step") != step_of(checkpoint):
             return name
+    for name in random_states(checkpoint):
+        if not (checkpoint / name).is_file():
+            return name
     for state in STATES:
         if not any(checkpoint.glob(f"{state}*")) and not any(checkpoint.glob("global_step*")):  # DeepSpeed's folder
             return state
@@ -102,8 +105,25 @@ def missing_part(checkpoint: Path) -> str | None:
     return None
 
 
+def random_states(checkpoint: Path) -> list[str]:
+    """The files with the states of the random generators, one a process; another one's may come after all else."""
+    number = written_by(checkpoint)
+    return ["rng_state.pth"] if number == 1 else [f"rng_state_{index}.pth" for index in range(number)]
+
+
+def written_by(checkpoint: Path) -> int:
+    """The number of processes of the run that wrote a checkpoint."""
+    callbacks = (read_json(checkpoint / "trainer_state.json") or {}).get("stateful_callbacks", {})
+    return int(callbacks.get("TrainingClock", {}).get("attributes", {}).get("processes", 1))
+
+
+def counted(number: int) -> str:
+    """A number of processes in words."""
+    return f"{number} process{'' if number == 1 else 'es'}"
+
+
 def checkpoint_to_resume(training: GRPOConfig) -> Path | None:
-    """The checkpoint a run starts from, None for a new run; half-written ones in its folder are removed.
+    """The checkpoint a run starts from, None for a new run. It looks only, so that several processes see the same.
 
     ``--resume_from_checkpoint true`` means the newest whole one; a path means that one.
 
@@ -135,9 +155,6 @@ def checkpoint_to_resume(training: GRPOConfig) -> Path | None:
             "('true'), or give another --output_dir for the new branch."
         )
     check_same_run(chosen, training)
-    if training.process_index == 0:
-        for path in later:
-            shutil.rmtree(path)
     return chosen
 
 
@@ -147,6 +164,12 @@ def check_same_run(checkpoint: Path, training: GRPOConfig) -> None:
     Raises:
         UserError: for the first one that differs; it names both values.
     """
+    if written_by(checkpoint) != training.world_size:
+        raise UserError(
+            f"{checkpoint.name} was written by {counted(written_by(checkpoint))} and this run has "
+            f"{training.world_size}, whose batches would be others; start as many, or start a new run from it with "
+            f"--model_name_or_path {checkpoint}."
+        )
     stored = read_checkpoint_info(checkpoint)
     for name, now in checkpoint_info(training).items():
         if name not in DESCRIPTION and stored.get(name) != now:
@@ -157,23 +180,30 @@ def check_same_run(checkpoint: Path, training: GRPOConfig) -> None:
             )
 
 
-def claim_run_folder(training: GRPOConfig, overwrite: bool) -> None:
-    """Refuse to mix a new run with the checkpoints of an old one; with `overwrite`, delete what the old one wrote.
+def claim_run_folder(training: GRPOConfig, overwrite: bool) -> Path | None:
+    """Make the run folder this run's, and return the checkpoint it starts from (None: from the start).
+
+    Half-written checkpoints behind that one are removed; of a new run with `overwrite`, all that an old one wrote. The
+    processes of a run come here together: all have looked before the first one deletes, and all wait until it has.
 
     Raises:
-        UserError: when the folder has checkpoints and `overwrite` is not set; nothing is touched then.
+        UserError: as `checkpoint_to_resume`, or when a new run finds checkpoints and `overwrite` is not set; nothing
+            is touched then.
     """
     folder = Path(training.output_dir)
+    chosen = checkpoint_to_resume(training)
     found = checkpoints(folder)
-    if not overwrite:
-        if found:
-            raise UserError(
-                f"{folder} already has {found[-1].name}: continue it with --resume_from_checkpoint true, or start anew "
-                "with another --output_dir (or --overwrite, which deletes it)."
-            )
-        return
+    if chosen is None and found and not overwrite:
+        raise UserError(
+            f"{folder} already has {found[-1].name}: continue it with --resume_from_checkpoint true, or start anew "
+            "with another --output_dir (or --overwrite, which deletes it)."
+        )
+    training.distributed_state.wait_for_everyone()
     if training.process_index == 0:
         for path in found:
-            shutil.rmtree(path)
-        for name in OWN_FILES:
+            if chosen is None or step_of(path) > step_of(chosen):
+                shutil.rmtree(path)
+        for name in OWN_FILES if chosen is None and overwrite else ():
             (folder / name).unlink(missing_ok=True)
+    training.distributed_state.wait_for_everyone()
+    return chosen

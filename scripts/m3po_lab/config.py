@@ -11,19 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+from m3po_lab.errors import PROJECT_ROOT, UserError, find_config, one_line
+from m3po_lab.processes import on_cpus
+
 DEFAULT_CONFIG = "configs/demo.yaml"
 UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in when no output_dir is given
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_REWARD_WEIGHTS = [1.0, 0.25]  # correct, format; dyadic, so that a uniform group has a standard deviation of 0
-
-
-class UserError(Exception):
-    """A wrong input. Its text is one line that names the flag or file, the rule and what to do."""
 
 
 @dataclass
@@ -109,7 +106,7 @@ class RunParser(TrlParser):
     def __init__(self) -> None:
         super().__init__([RunArguments, GRPOConfig, ModelConfig], allow_abbrev=False)
         # TRL's default dropout makes rollout and policy pass two policies; and bf16 without a GPU needs use_cpu.
-        self.set_defaults(lora_dropout=0.0, use_cpu=not torch.accelerator.is_available())
+        self.set_defaults(lora_dropout=0.0, use_cpu=on_cpus())
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (all flags: --help).")
@@ -134,32 +131,6 @@ def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, An
     if value is not None and not isinstance(value, dict):
         raise UserError(f"--{name} = {value!r}: it must be a mapping, e.g. '{{\"key\": 1}}'.")
     return value
-
-
-def one_line(error: BaseException | str) -> str:
-    """The first paragraph of an error's text on one line."""
-    text = str(error).strip().split("\n\n")[0]
-    return " ".join(text.split()) or type(error).__name__
-
-
-def find_config(given: str) -> Path:
-    """The YAML file `given`, seen from the current folder or else from the project's root.
-
-    Raises:
-        UserError: when neither exists.
-    """
-    for candidate in (Path(given), PROJECT_ROOT / given):
-        if candidate.is_file():
-            return candidate.resolve()
-    raise UserError(
-        f"Config file {given} does not exist. Give the path of a YAML file; the project has {', '.join(run_configs())}."
-    )
-
-
-def run_configs() -> list[str]:
-    """The project's YAML files for runs, from its root: all of `configs` but lm-eval's tasks and accelerate's files."""
-    files = [path.relative_to(PROJECT_ROOT) for path in (PROJECT_ROOT / "configs").rglob("*.yaml")]
-    return sorted(path.as_posix() for path in files if path.parts[1] not in ("accelerate", "eval"))
 
 
 def split_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -2,8 +2,8 @@
 """Evaluation by lm-eval: the tasks of `configs/eval`, run by its `evaluate` on its `HFLM` with a model in memory.
 
 The report of a training run and `scripts/eval_gsm8k.sh` both go through `run_tasks`, so they build prompts, decode and
-score alike. Decoding is plain, single-path and greedy in every mode (M3PO paper, section 6) unless `Paths` asks for N
-sampled completions of each problem.
+score alike. Of a training in several processes, all take part, in turns of one batch. Decoding is plain, single-path
+and greedy in every mode (M3PO paper, section 6) unless `Paths` asks for N sampled completions of each problem.
 
 `evaluate` rather than `simple_evaluate`, its wrapper: that one seeds the global random generators, which would change
 a training that goes on afterwards, and spends seconds on a description of the machine (torch's collect_env).
@@ -21,6 +21,8 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -127,6 +129,7 @@ class EvaluatedModel(HFLM):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.paths = paths
         self.finished = finished
+        self.processes = PartialState()
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as text. lm-eval's own drops a system turn that the template does not take; this one says so."""
@@ -156,17 +159,19 @@ class EvaluatedModel(HFLM):
         """lm-eval's generation, one of `batches` a call; those that `finished` has are taken from there."""
         batches = self.batches(requests)
         done = self.finished.read([request.args for request in requests], batches) if self.finished else []
-        completions = [""] * len(requests)
         at = sum(len(texts) for texts in done)
         with tqdm(total=len(requests), initial=at, desc=self.label, unit="completion", dynamic_ncols=True) as bar:
-            for number, rows in enumerate(batches):
-                if number < len(done):
-                    texts = done[number]
-                else:
-                    texts = self._generate_batch(number, [requests[row] for row in rows])
-                    bar.update(len(rows))
-                for row, text in zip(rows, texts, strict=True):
-                    completions[row] = text
+            for start in range(len(done), len(batches), self.processes.num_processes):
+                # A process without a batch of its own repeats the last one: a model that is split over the processes
+                # needs all of them in every step.
+                number = min(start + self.processes.process_index, len(batches) - 1)
+                texts = self._generate_batch(number, [requests[row] for row in batches[number]])
+                done += gather_object([texts])[: len(batches) - start]
+                bar.update(sum(len(texts) for texts in done[start:]))
+        completions = [""] * len(requests)
+        for rows, texts in zip(batches, done, strict=True):
+            for row, text in zip(rows, texts, strict=True):
+                completions[row] = text
         return completions
 
     def batches(self, requests: Sequence[Any]) -> list[list[int]]:

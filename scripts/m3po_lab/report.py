@@ -64,6 +64,7 @@ def summarise(
     return {
         "mode": run.training.mode,
         "engine": engine_name(trainer.accelerator),
+        "num_processes": trainer.accelerator.num_processes,
         "accuracy_before": accuracy.before,
         "accuracy_after": accuracy.after,
         "accuracy_difference_interval_95": list(accuracy.interval),

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import (
@@ -24,8 +25,9 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
+from trl.models import unwrap_model_for_generation
 
-from m3po_lab.checkpoints import check_save_steps, checkpoint_to_resume, claim_run_folder
+from m3po_lab.checkpoints import check_save_steps, claim_run_folder
 from m3po_lab.config import Run, UserError, one_line
 from m3po_lab.data import chat_prompt, load_problems, training_rows
 from m3po_lab.data_sources import Problem
@@ -33,25 +35,31 @@ from m3po_lab.eval_settings import EvalSettings, KeepSettings
 from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.files import shown_path
 from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
+from m3po_lab.processes import check_engine
 from m3po_lab.report import write_report
 from m3po_lab.rewards import make_rewards
 
 
 class TrainingClock(TrainerCallback, ExportableState):
-    """Seconds spent in optimizer steps, over all parts of an interrupted run: they lie in `trainer_state.json`."""
+    """Seconds spent in optimizer steps, over all parts of an interrupted run: they lie in `trainer_state.json`.
+
+    So does the number of processes, with which alone a checkpoint can be resumed (`checkpoints.check_same_run`).
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._last = 0.0
+        self._processes = 1
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+        return {"args": {}, "attributes": {"seconds": self.seconds, "processes": self._processes}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         stored = state.stateful_callbacks.get(type(self).__name__, {})
         self.seconds = float(stored.get("attributes", {}).get("seconds", 0.0))
+        self._processes = args.world_size
         self._last = perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -109,10 +117,7 @@ def run_session(run: Run, command: str) -> None:
     """
     training = run.training
     check_save_steps(training)
-    with training.main_process_first(local=False, desc="run folder"):
-        resume = checkpoint_to_resume(training)
-        if resume is None:
-            claim_run_folder(training, run.script.overwrite)
+    resume = claim_run_folder(training, run.script.overwrite)
     train_problems, held_out = load_problems(run.script)
     rows = training_rows(train_problems, run.script, rows_of_run(training, len(train_problems)))
     training.shuffle_dataset = False  # the order is in the rows
@@ -127,9 +132,9 @@ def run_session(run: Run, command: str) -> None:
     before = evaluate_before(run, trainer, held_out, settings)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_model(str(run.folder / "final"))
+    after = evaluate_now(trainer, settings, "held-out, after")
     if trainer.accelerator.is_main_process:
         settings.write(run.folder / "final")
-        after = evaluate_now(trainer, settings, "held-out, after")
         write_report(run, command, trainer, held_out, before, after, clock.seconds)
     trainer.accelerator.wait_for_everyone()
 
@@ -158,6 +163,7 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
         )
     except ValueError as error:
         raise UserError(one_line(error)) from error
+    check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(RewardBar())
@@ -194,21 +200,37 @@ def settle_reference(run: Run, model: PreTrainedModel) -> None:
 
 
 def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> list[Answered]:
-    """Greedy completions of the held-out problems by the trainer's model as it is now, judged."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return answer_problems(model, trainer.processing_class, settings, label)
+    """Greedy completions of the held-out problems by the trainer's model as it is now, judged; all processes take part.
+
+    A model split over the processes is put together as TRL does for its rollouts. Before the training it may still
+    lie in the memory of the machine: then it is on its device for as long as this takes.
+    """
+    accelerator = trainer.accelerator
+    with unwrap_model_for_generation(
+        trainer.model_wrapped, accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation
+    ) as model:
+        home = model.device
+        if home != accelerator.device:
+            model.to(accelerator.device)
+        answered = answer_problems(model, trainer.processing_class, settings, label)
+        if home != accelerator.device:
+            model.to(home)
+    return answered
 
 
 def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], settings: EvalSettings) -> list[Answered]:
     """The evaluation of the start model, kept in the run folder so that a resumed run does not repeat it."""
-    answered: list[Answered] = []
+    file, key = run.folder / "baseline.json", ""
+    stored: list[list[Answered]] = [[]]
     if trainer.accelerator.is_main_process:
         prompts = [chat_prompt(problem, run.script) for problem in held_out]
         how = [run.model.dtype, run.model.attn_implementation, asdict(settings)]
         key = cache_key(model_digest(run.model), prompts, held_out, how)
-        answered = load_cached(run.folder / "baseline.json", key)
-        if not answered:
-            answered = evaluate_now(trainer, settings, "held-out, before")
-            store(run.folder / "baseline.json", key, answered)
-    trainer.accelerator.wait_for_everyone()
+        stored = [load_cached(file, key)]
+    broadcast_object_list(stored)
+    if stored[0]:
+        return stored[0]
+    answered = evaluate_now(trainer, settings, "held-out, before")
+    if trainer.accelerator.is_main_process:
+        store(file, key, answered)
     return answered

@@ -2,13 +2,18 @@
 """Entry point of a training run: ``bash scripts/train_grpo.sh [X.yaml] [--flag value ...]``.
 
 Exit codes: 0 the run ended with its report, 2 a wrong input (one line says which), 130 interrupted by Ctrl-C.
-The libraries are imported inside `main`, after the environment variables that they read at import are set.
+Of several processes, which `m3po_lab.launch` starts, the first one speaks. The libraries are imported inside `main`,
+after the environment variables that they read at import are set.
 """
 
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Sequence
+
+PATIENCE = 10  # seconds that another process waits for the first one to say what is wrong
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,22 +21,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run sends nothing anywhere
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # one process shows the progress bars
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
     from m3po_lab.checkpoints import checkpoints, missing_part
     from m3po_lab.config import UserError, parse_run
+    from m3po_lab.processes import VARIABLE, check_joined, check_started
     from m3po_lab.session import run_session
 
     run = None
-    command = shlex.join(["bash", "scripts/train_grpo.sh", *words])
+    engine = os.environ.get(VARIABLE)
+    prefix = f"{VARIABLE}={shlex.quote(engine)} " if engine else ""
+    command = prefix + shlex.join(["bash", "scripts/train_grpo.sh", *words])
     try:
+        check_started()
         run = parse_run(words)
+        check_joined(run.training)
         run_session(run, command)
     except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)  # as a rule the first one says the same, and the launcher then ends this one
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes on the one that the terminal sent already
+        if os.environ.get("RANK", "0") != "0":
+            return 130
         whole = [path for path in checkpoints(run.folder) if missing_part(path) is None] if run else []
         resume = "" if "--resume_from_checkpoint" in words else " --resume_from_checkpoint true"
         way_on = f"Continue from {whole[-1].name} with: {command}{resume}" if whole else "No checkpoint yet."

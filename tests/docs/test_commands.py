@@ -7,14 +7,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
-from m3po_lab.config import Run, parse_run
+from m3po_lab.config import Run, find_config, parse_run
 from m3po_lab.data import load_problems
 from m3po_lab.eval_gsm8k import parser
 from m3po_lab.eval_session import choose
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "bash scripts/train_grpo.sh"
+LAUNCH = ".venv/bin/accelerate launch"
 EVALUATE = "bash scripts/eval_gsm8k.sh"
 
 
@@ -29,11 +31,15 @@ def shown_commands(start: str, *pages: str) -> list[list[str]]:
 
 TRAININGS = shown_commands(TRAIN, "README.md")
 EVALUATIONS = shown_commands(EVALUATE, "README.md", "docs/evaluation.md")
+ENGINES = [f"ACCELERATE_CONFIG=configs/accelerate/{file.name}" for file in (ROOT / "configs/accelerate").iterdir()]
+PAGES = ("README.md", "docs/processes.md")
+SEVERAL = [words for engine in ENGINES for words in shown_commands(f"{engine} {TRAIN}", *PAGES)]
+LAUNCHES = shown_commands(LAUNCH, *PAGES)
 
 
 def test_the_commands_are_found() -> None:
     """A search that finds too few would let the next tests pass on nothing."""
-    assert (len(TRAININGS), len(EVALUATIONS)) == (5, 9)
+    assert (len(TRAININGS), len(EVALUATIONS), len(SEVERAL), len(LAUNCHES)) == (5, 9, 3, 2)
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)
@@ -41,6 +47,18 @@ def test_a_shown_evaluation_is_accepted(words: list[str], monkeypatch: pytest.Mo
     monkeypatch.setattr("m3po_lab.eval_session.hub_error", lambda: None)
     given = parser().parse_args(words)
     assert choose(given.dataset, given.num_fewshot)[0]
+
+
+@pytest.mark.parametrize("words", SEVERAL, ids=" ".join)
+def test_a_shown_training_in_several_processes_is_accepted(words: list[str]) -> None:
+    assert parse_run(words).training.mode == "m3po"
+
+
+@pytest.mark.parametrize("words", LAUNCHES, ids=" ".join)
+def test_a_shown_launch_is_accepted(words: list[str]) -> None:
+    given = launch_command_parser().parse_args(words)
+    assert find_config(given.config_file) and (given.module, given.training_script) == (True, "m3po_lab.train")
+    assert parse_run(given.training_script_args).training.mode == "m3po"
 
 
 @pytest.mark.parametrize("words", TRAININGS, ids=" ".join)

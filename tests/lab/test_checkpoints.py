@@ -75,7 +75,7 @@ def test_folder_with_checkpoints_is_refused_and_untouched(run_folder: Path) -> N
 
 def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(run_folder: Path) -> None:
     (run_folder / "my notes.txt").write_text("keep")
-    checkpoints.claim_run_folder(arguments(run_folder), overwrite=True)
+    assert checkpoints.claim_run_folder(arguments(run_folder), overwrite=True) is None
     assert checkpoints.checkpoints(run_folder) == []
     assert not (run_folder / "summary.json").exists()
     assert (run_folder / "my notes.txt").read_text() == "keep"
@@ -104,9 +104,9 @@ def test_checkpoint_cut_short_is_not_resumed_but_removed(run_folder: Path, name:
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     assert checkpoints.missing_part(run_folder / "checkpoint-6") == name
-    chosen = checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
+    chosen = checkpoints.claim_run_folder(arguments(run_folder, resume_from_checkpoint="true"), overwrite=False)
     assert chosen == run_folder / "checkpoint-4"
-    assert not (run_folder / "checkpoint-6").exists()
+    assert [path.name for path in checkpoints.checkpoints(run_folder)] == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "m3po.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -128,6 +128,20 @@ def test_earlier_checkpoint_is_refused_while_later_ones_are_in_the_way(run_folde
         checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint=earlier))
     branch = arguments(tmp_path / "branch", resume_from_checkpoint=earlier)
     assert checkpoints.checkpoint_to_resume(branch) == run_folder / "checkpoint-2"
+
+
+def test_checkpoint_of_another_number_of_processes_is_refused(run_folder: Path) -> None:
+    """Each process draws from its own random state, and the last of them may be written after all else."""
+    checkpoint = run_folder / "checkpoint-6"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["TrainingClock"]["attributes"]["processes"] = 2
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    assert checkpoints.missing_part(checkpoint) == "rng_state_1.pth"
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+    assert checkpoints.missing_part(checkpoint) is None
+    with pytest.raises(UserError, match="checkpoint-6 was written by 2 processes and this run has 1"):
+        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
 
 
 def test_checkpoint_of_another_mode_is_refused(run_folder: Path) -> None:

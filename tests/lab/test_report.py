@@ -17,6 +17,7 @@ RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), A
 KEYS = {
     "mode": str,
     "engine": str,
+    "num_processes": int,
     "accuracy_before": float,
     "accuracy_after": float,
     "p_value": float,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +143,22 @@ REFUSED = [
     (
         {"per_device_train_batch_size": 4, "num_generations": 8, "generation_batch_size": 8, "world": 2},
         "per_device_train_batch_size * steps_per_generation = 4 * 1 = 4",
-        "make the product a multiple of num_generations",
+        "set per_device_train_batch_size to 8, or set generation_batch_size to 16",
+    ),
+    (
+        {"per_device_train_batch_size": 7, "steps_per_generation": 4, "num_generations": 8, "world": 2},
+        "per_device_train_batch_size * steps_per_generation = 7 * 4 = 28",
+        "set per_device_train_batch_size to 6 or 8, or set generation_batch_size to 112",
     ),
     (
         {"eval_strategy": "steps", "per_device_eval_batch_size": 6, "num_generations_eval": 4, "world": 2},
         "per_device_eval_batch_size=6",
-        "make it a multiple",
+        "set it to 4 or 8",
     ),
     (
         {"eval_strategy": "epoch", "per_device_eval_batch_size": 4, "world": 2},
         "per_device_eval_batch_size=4",
-        "make it a multiple",
+        "set it to 8",
     ),
 ]
 
@@ -187,6 +193,21 @@ def test_a_control_may_do_what_upstream_may(monkeypatch: pytest.MonkeyPatch, fla
     flags = dict(flags)
     monkeypatch.setattr(GRPOConfig, "world_size", flags.pop("world", 1))
     assert config(**flags).mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("world", "group", "rows", "steps"), [(2, 8, 4, 1), (2, 8, 7, 4), (4, 8, 9, 2), (3, 6, 4, 2), (8, 8, 3, 3)]
+)
+def test_the_numbers_that_an_error_offers_work(
+    monkeypatch: pytest.MonkeyPatch, world: int, group: int, rows: int, steps: int
+):
+    given = {"mode": "m3po", "num_generations": group, "per_device_train_batch_size": rows}
+    said = refused_config(monkeypatch, {**given, "steps_per_generation": steps, "world": world}, "m3po")
+    offers = dict(re.findall(r"set (\w+) to (\d+(?: or \d+)?)", said))
+    for value in offers["per_device_train_batch_size"].split(" or "):
+        assert config(**{**given, "per_device_train_batch_size": int(value)}, steps_per_generation=steps)
+    for value in offers["generation_batch_size"].split(" or "):
+        assert config(**given, generation_batch_size=int(value))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ The vocabulary has 24 tokens, so that a random model often draws the end token (
 embeddings are scaled up, so that a blended input changes the log-probs by far more than rounding does. All is fp32.
 
     python tiny_grpo.py RESULT.pt '[{"name": "control", "kind": "llama", "flags": {}}, ...]'
+
+A run with "replay": FILE gets its rollouts from there, a list of batches (`keep_batches`) of which each process takes
+its rows. From a run with "fsdp_config": {...} on, the processes share the model (FSDP2).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
@@ -149,6 +154,29 @@ def use_plain_scoring() -> None:
         fallback.scorer = lambda kernel, device: PlainLogProb
 
 
+def keep_batches(run: GRPOTrainer) -> list[dict[str, torch.Tensor]]:
+    """A list that gets every batch of rollouts the run will make: completions, advantages, bags and the rest."""
+    batches: list[dict[str, torch.Tensor]] = []
+    make = run._generate_and_score_completions
+
+    def make_and_keep(inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = make(inputs)
+        batches.append({name: value.clone() for name, value in batch.items()})
+        return batch
+
+    run._generate_and_score_completions = make_and_keep
+    return batches
+
+
+def replay(run: GRPOTrainer, batches: list[dict[str, torch.Tensor]]) -> None:
+    """Makes a run take its rollouts from `batches`: of what has rows, each process the rows of its own groups."""
+    number, index = run.accelerator.num_processes, run.accelerator.process_index
+    left = iter(batches)
+    run._generate_and_score_completions = lambda inputs: {
+        name: value.chunk(number)[index] if value.dim() else value for name, value in next(left).items()
+    }
+
+
 def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
     """Trains; returns every sampled token, every loss of a micro-batch, the last weights and RNG state, and the log."""
     tokens: list[list[int]] = []
@@ -168,19 +196,52 @@ def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
 
     run.compute_loss = compute_loss
     run.train()
-    weights = {name: value.detach().clone() for name, value in run.model.state_dict().items()}
+    weights = {name: whole(value).detach().clone() for name, value in run.model.state_dict().items()}
     return {
         "tokens": tokens,
         "losses": losses,
         "weights": weights,
         "rng": torch.get_rng_state(),
         "log": run.state.log_history,
+        "shared": all(hasattr(value, "full_tensor") for value in run.model.parameters()),
     }
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of a state dict, put together from its parts where the processes share it (FSDP2)."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def trainer_of(folder: Path, spec: dict[str, Any], **given: Any) -> GRPOTrainer:
+    """The trainer of a run as `main` gets it."""
+    if "fsdp_config" in spec:
+        use_fsdp_on_cpus(spec["fsdp_config"])
+    run = trainer(folder, spec["kind"], flags=spec["flags"], **given)
+    if "replay" in spec:
+        replay(run, torch.load(spec["replay"], weights_only=True))
+    return run
+
+
+def use_fsdp_on_cpus(fsdp_config: dict[str, Any]) -> None:
+    """Makes accelerate do on CPUs, from now on, what it does on GPUs when its launcher has been given `fsdp_config`."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ.update({name.upper(): str(value).lower() for name, value in fsdp_config.items()})
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = fsdp_config["fsdp_auto_wrap_policy"]
+    plain_init = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **more: Any) -> None:
+        plain_init(self, *args, fsdp_plugin=fsdp_plugin, **more)
+        if fsdp_plugin is not None:  # upstream does this unless the type is MULTI_CPU
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
 
 
 def main(argv: list[str]) -> int:
     """argv: the file for the results, the runs as JSON. Of several processes each writes its own file, FILE.RANK."""
-    use_plain_scoring()
+    if "RANK" not in os.environ:  # else no pristine TRL is compared with
+        use_plain_scoring()
     results: dict[str, Any] = {
         "patched": importlib.util.find_spec("trl.trainer.grpo_m3po") is not None,
         "defaults": {
@@ -190,9 +251,7 @@ def main(argv: list[str]) -> int:
     }
     for run in json.loads(argv[1]):
         folder = Path(argv[0]).with_suffix(f".{run['name']}")
-        results[run["name"]] = record(
-            lambda run=run, folder=folder, **given: trainer(folder, run["kind"], flags=run["flags"], **given)
-        )
+        results[run["name"]] = record(lambda run=run, folder=folder, **given: trainer_of(folder, run, **given))
     torch.save(results, argv[0] + ("." + os.environ["RANK"] if "RANK" in os.environ else ""))
     return 0
 

@@ -10,6 +10,7 @@ Axes: B rows of this process, C completion positions of the padded batch, L inpu
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -138,20 +139,29 @@ def _check_rollouts(args: Any) -> None:
 
 
 def _check_whole_groups(args: Any) -> None:
-    local = args.per_device_train_batch_size * args.steps_per_generation
-    if local % args.num_generations:
+    rows, steps, group = args.per_device_train_batch_size, args.steps_per_generation, args.num_generations
+    if rows * steps % group:
+        # Where generation_batch_size was given, steps_per_generation follows from it and another batch size is no mend.
+        all_rows = math.lcm(rows, group) * args.world_size
         raise ValueError(
-            f"per_device_train_batch_size * steps_per_generation = {args.per_device_train_batch_size} * "
-            f"{args.steps_per_generation} = {local} rollouts per process do not make whole groups of "
-            f"num_generations={args.num_generations}, and a group must not be split over processes in mode "
-            f"{args.mode!r}; make the product a multiple of num_generations."
+            f"per_device_train_batch_size * steps_per_generation = {rows} * {steps} = {rows * steps} rollouts per "
+            f"process do not make whole groups of num_generations={group}, and a group must not be split over "
+            f"processes in mode {args.mode!r}; with steps_per_generation={steps}, set per_device_train_batch_size to "
+            f"{_multiples_around(rows, group // math.gcd(group, steps))}, or set generation_batch_size to "
+            f"{_multiples_around(args.generation_batch_size, all_rows)} in place of steps_per_generation."
         )
     group = args.num_generations_eval or args.num_generations
     if args.eval_strategy != "no" and args.per_device_eval_batch_size % group:
         raise ValueError(
             f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of {group}; "
-            "make it a multiple."
+            f"set it to {_multiples_around(args.per_device_eval_batch_size, group)}."
         )
+
+
+def _multiples_around(number: int, unit: int) -> str:
+    """The nearest positive multiples of `unit` below and above a number that is none, as text."""
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
 
 
 class GRPORollouts:

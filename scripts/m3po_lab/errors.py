@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A wrong input is one line; and finding the YAML file that an input names. Nothing large is imported here."""
+
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+OF_OTHER_COMMANDS = ("accelerate", "eval")  # folders in configs/ whose files are no runs
+
+
+class UserError(Exception):
+    """A wrong input. Its text is one line that names the flag or file, the rule and what to do."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """The first paragraph of an error's text on one line."""
+    text = str(error).strip().split("\n\n")[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def find_config(given: str, folder: str = "configs") -> Path:
+    """The YAML file `given`, seen from the current folder or else from the project's root; `folder` has the known ones.
+
+    Raises:
+        UserError: when neither exists.
+    """
+    for candidate in (Path(given), PROJECT_ROOT / given):
+        if candidate.is_file():
+            return candidate.resolve()
+    files = [path.relative_to(PROJECT_ROOT / folder) for path in (PROJECT_ROOT / folder).rglob("*.yaml")]
+    known = sorted(f"{folder}/{path.as_posix()}" for path in files if path.parts[0] not in OF_OTHER_COMMANDS)
+    raise UserError(
+        f"Config file {given} does not exist. Give the path of a YAML file; the project has {', '.join(known)}."
+    )

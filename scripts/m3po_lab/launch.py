@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of a training in several processes: ``ACCELERATE_CONFIG=X.yaml bash scripts/train_grpo.sh ...``.
+
+`accelerate launch` starts `m3po_lab.train` as often as the config file says. Added to it: a wrong file is one line, the
+exit code is that of the process which ended first, and what that process has said is not buried under the launcher's
+traceback.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+SPOKEN = (2, 130)  # exit codes of `m3po_lab.train` after a line of its own
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the processes with command-line words (those of this process by default); returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from m3po_lab.errors import UserError, one_line
+    from m3po_lab.processes import VARIABLE, launch_arguments, launch_config
+
+    try:
+        found = launch_config()
+        if found is None:
+            raise UserError(f"set {VARIABLE} to a config file of accelerate, e.g. configs/accelerate/cpu2.yaml.")
+        file, config = found
+        if config.use_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # torchrun is not told, and would take a GPU where there is one
+        logging.disable(logging.ERROR)  # of this process, which would say in ten lines what is said below in one
+        launch_command(launch_arguments(file, words))
+    except (UserError, ImportError, ConnectionError, ValueError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return say_end(f"process {rank}", failure.exitcode)
+    except subprocess.CalledProcessError as error:  # one process
+        return say_end("the process", error.returncode)
+    except (KeyboardInterrupt, SignalException):
+        return 130
+    return 0
+
+
+def say_end(who: str, code: int) -> int:
+    """Name the process that ended first and how, unless it has said so itself; returns the exit code."""
+    if code not in SPOKEN:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        print(f"error: {who} {how}; the others were stopped.", file=sys.stderr)
+    return code if code > 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
