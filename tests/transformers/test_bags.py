@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import cross_path
 from transformers.m3po import PathGroups, apply_cross_path_interaction, bags
-from transformers.m3po.bags import bag_size, cross_path_bags, mix_bags, mix_thinking_inputs
+from transformers.m3po.bags import cross_path_bags, heard_peers, mix_bags, mix_thinking_inputs
 from transformers.m3po.interaction import path_attention
 
 VOCAB, HIDDEN = 60, 8
@@ -21,7 +23,7 @@ def step(lambda_blend=0.3, top_k=None, groups=GROUPS, thinking=THINKING):
     tokens = probs.multinomial(1).squeeze(-1)
     paths = PathGroups(groups)
     weights, _, _ = path_attention(probs, thinking, paths, 0.1)
-    return tokens, probs, *cross_path_bags(tokens, weights, paths, lambda_blend, top_k)
+    return tokens, probs, *cross_path_bags(tokens, *heard_peers(weights, paths, top_k), lambda_blend)
 
 
 def random_bags(batch=3, positions=5, entries=4):
@@ -93,8 +95,7 @@ def test_top_k_larger_than_the_group_keeps_everyone():
     torch.manual_seed(4)
     capped = step(0.3, top_k=50)
     assert all(torch.equal(a, b) for a, b in zip(everyone, capped, strict=True))
-    assert bag_size(PathGroups(GROUPS), None) == bag_size(PathGroups(GROUPS), 50) == 4
-    assert bag_size(PathGroups(GROUPS), 2) == 3
+    assert capped[2].shape == (7, 4) and step(0.3, top_k=2)[2].shape == (7, 3)
 
 
 def test_mixing_in_chunks_over_the_positions_changes_no_bit(monkeypatch):
@@ -165,7 +166,7 @@ def test_gradient_reaches_weights_that_ask_for_it():
 
 def test_the_hook_takes_the_bags_out_of_the_arguments_and_is_transparent_without_them():
     model = torch.nn.Module()
-    model.embed_tokens = torch.nn.Embedding(VOCAB, HIDDEN)
+    model.embed_tokens, model.config = torch.nn.Embedding(VOCAB, HIDDEN), SimpleNamespace()
     inputs, others = torch.randn(3, 5, HIDDEN), {"position_ids": 1}
     assert mix_thinking_inputs(model, inputs, others) is inputs and others == {"position_ids": 1}
     ids, weights = random_bags()

@@ -11,7 +11,7 @@ import torch
 from reference import cross_path
 from reference.tiny import LIVELY, Script, alive_after, alive_before, left_padded, small_tokenizer, text_of
 from transformers import DynamicCache, StaticCache
-from transformers.m3po import CrossPathSettings, M3POGenerateOutput, M3POGenerationState, generate_with_m3po
+from transformers.m3po import M3POGenerateOutput, M3POGenerationState, ThinkingSettings, generate_with_m3po
 
 FIELDS = ["sequences", "thinking_embeds", "thinking_mask", "embeds_ratio"]
 EOS = [2, 60, 61, 62, 63]
@@ -325,7 +325,7 @@ def test_the_rollout_says_in_one_line_what_it_does(tiny_llama):
     with heard(logging.INFO) as messages:
         for _ in range(2):
             rollout(tiny_llama(), cross_path_lambda=0.37, cross_path_temp=0.21, answer_start="##A", max_new_tokens=2)
-    lines = [message for message in messages if "cross-path" in message]
+    lines = [message for message in messages if "mode m3po" in message]
     assert len(lines) == 1 and "\n" not in lines[0]
     assert all(word in lines[0] for word in ("lambda=0.37", "temperature=0.21", "gate=baseline", "thinking", "##A"))
 
@@ -344,5 +344,11 @@ def test_debug_logs_the_matrices_of_small_groups(tiny_llama, monkeypatch, way):
 
 
 def test_settings_describe_themselves_in_one_line():
-    line = CrossPathSettings(cross_path_lambda=0.2, cross_path_top_k=3).describe()
-    assert line == "lambda=0.2, temperature=0.1, gate=baseline, phase=thinking, top_k=3, answer marker '####'"
+    line = ThinkingSettings(cross_path_lambda=0.2, cross_path_top_k=3).describe()
+    assert line == "lambda=0.2, temperature=0.1, gate=baseline, top_k=3, phase=thinking, answer marker '####'"
+    both = ThinkingSettings(mode="h3po", thought_top_k=32).describe()
+    assert both == (
+        "lambda=0.1, temperature=0.1, gate=baseline, thought_top_k=32, phase=thinking, answer marker '####'"
+    )
+    alone = ThinkingSettings(mode="hrpo", thought_top_k=0, cross_path_lambda=0.3).describe()
+    assert alone == "thought_top_k=0, phase=thinking, answer marker '####'"

@@ -10,7 +10,7 @@ import torch
 import transformers
 from reference.tiny import small_tokenizer
 from transformers import GenerationConfig
-from transformers.m3po import CrossPathSettings, M3POGenerationState
+from transformers.m3po import M3POGenerationState, ThinkingSettings
 
 PROMPT = torch.full((2, 4), 130)
 FIELDS = (
@@ -122,7 +122,7 @@ def test_a_number_without_the_switch_is_refused_rather_than_ignored(tiny_llama, 
 
 
 def test_numbers_in_two_places_are_refused(tiny_llama):
-    state = M3POGenerationState(settings=CrossPathSettings(), group_ids=torch.tensor([0, 0, 1, 1]))
+    state = M3POGenerationState(settings=ThinkingSettings(), group_ids=torch.tensor([0, 0, 1, 1]))
     assert "leave one of them out" in refusal(tiny_llama(), m3po=state)
 
 
@@ -164,10 +164,10 @@ def test_an_architecture_without_the_hook_is_refused():
 
 
 def test_an_alias_that_agrees_is_accepted():
-    settings = CrossPathSettings(cross_path_temp=0.2, gating_config={"temperature": 0.2})
+    settings = ThinkingSettings(cross_path_temp=0.2, gating_config={"temperature": 0.2})
     assert settings.temperature == 0.2
-    assert CrossPathSettings(gating_config={"temperature": 0.3}).temperature == 0.3
-    assert CrossPathSettings().temperature == 0.1
+    assert ThinkingSettings(gating_config={"temperature": 0.3}).temperature == 0.3
+    assert ThinkingSettings().temperature == 0.1
 
 
 def test_the_fields_are_none_and_are_not_saved_unless_set(tmp_path):

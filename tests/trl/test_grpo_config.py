@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from trl import GRPOConfig, TrlParser
-from trl.trainer.grpo_m3po import M3POArguments
+from trl.trainer.grpo_m3po_config import M3POArguments
 
 OURS = {field.name: field for field in dataclasses.fields(M3POArguments)}
 
@@ -37,6 +37,12 @@ def test_the_flags_are_the_ones_of_the_design_with_its_defaults():
     assert {name: field.default for name, field in OURS.items()} == {
         "mode": None,
         "enable_cross_path": None,
+        "thinking_residual_enabled": None,
+        "thinking_residual_r_min": 0.99,
+        "thinking_residual_r_max": 0.999,
+        "thinking_residual_gate_learning_rate": 1e-4,
+        "thinking_residual_lambda_learning_rate": 1e-3,
+        "thought_top_k": 64,
         "cross_path_lambda": 0.1,
         "cross_path_temp": None,
         "cross_path_phase": "thinking",
@@ -51,6 +57,15 @@ def test_the_flags_are_the_ones_of_the_design_with_its_defaults():
 VALUES = [
     ("mode", "none", "none"),
     ("mode", "m3po", "m3po"),
+    ("mode", "hrpo", "hrpo"),
+    ("mode", "h3po", "h3po"),
+    ("thinking_residual_enabled", "true", True),
+    ("thinking_residual_enabled", "false", False),
+    ("thinking_residual_r_min", "0.95", 0.95),
+    ("thinking_residual_r_max", "0.9995", 0.9995),
+    ("thinking_residual_gate_learning_rate", "3.0e-5", 3e-5),
+    ("thinking_residual_lambda_learning_rate", "0.002", 0.002),
+    ("thought_top_k", "0", 0),
     ("enable_cross_path", "true", True),
     ("enable_cross_path", "false", False),
     ("cross_path_lambda", "0.25", 0.25),

@@ -17,6 +17,7 @@ from transformers.m3po import read_checkpoint_info
 COMMON = {"rollout_logp_diff", "rollout_logp_diff_max", "distinct_answers"}
 BLENDED = {
     "thinking_fraction",
+    "thinking_length",
     "attention_entropy",
     "attention_max",
     "attention_variance",
@@ -40,7 +41,7 @@ def test_a_run_with_cross_path_logs_every_number_within_its_range(tiny: Any, tmp
         value = {name: entry[f"m3po/{name}"] for name in COMMON | BLENDED}
         assert 0 <= value["rollout_logp_diff"] <= value["rollout_logp_diff_max"] < 1e-4
         assert 0 <= value["distinct_answers"] <= 4
-        assert 0 < value["thinking_fraction"] < 1
+        assert 0 < value["thinking_fraction"] < 1 < value["thinking_length"] < 12
         assert 0 < value["attention_entropy"] <= math.log(3)
         assert 1 / 3 <= value["attention_max"] <= 1
         assert 0 <= value["attention_variance"] <= 0.25

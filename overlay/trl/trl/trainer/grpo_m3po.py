@@ -1,167 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO with cross-path interaction: what the hooks in `grpo_config.py` and `grpo_trainer.py` call.
+"""GRPO with thinking inputs: what the hooks in `grpo_trainer.py` call.
 
 The rollout records one bag per thinking position (`transformers.m3po`); the policy, old and reference passes get the
-same bags, each through its own model's embeddings, because eq. 8 of the M3PO paper conditions the policy gradient on
-the blended inputs (erratum E5). Mode `none` is plain GRPO on the same code path: it records log-probs and nothing else.
+same bags, each through its own model's embeddings and residual gate, because eq. 8 of the M3PO paper conditions the
+policy gradient on the blended inputs (erratum E5). Mode `none` is plain GRPO on the same code path: it records
+log-probs and nothing else.
 
 Axes: B rows of this process, C completion positions of the padded batch, L input positions, K bag entries.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper
-from transformers.m3po import CrossPathSettings, M3POGenerationState, write_checkpoint_info
-from transformers.m3po.rollout import SUPPORTED_MODEL_TYPES
+from transformers.m3po import M3POGenerationState, write_checkpoint_info
+from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.utils import logging
+
+from .grpo_m3po_config import check_model_type, thinking_settings
+from .grpo_residual_gate import prepare_reference
 
 logger = logging.get_logger(__name__)
 
-MODES = ("none", "m3po")
-# What generate cuts off a distribution, with the value at which it cuts nothing off.
-_NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
-# What `generation_kwargs` may set besides: it changes how, or how long, tokens are sampled, but not from what.
-_HARMLESS = {"cache_implementation", "max_new_tokens", "prefill_chunk_size", "use_cache"}
 # What the trainer does with a rollout; a subclass that does it in its own way does not know of bags.
 _SCORING = ("_compute_loss", "_generate_and_score_completions", "_get_per_token_logps_and_entropies")
+_GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
 # Attributes of the trainer that move the rollouts out of a single call of `generate`.
 _OTHER_ROLLOUTS = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
-
-
-@dataclass
-class M3POArguments:
-    """The flags of `GRPOConfig` that this overlay adds; names from the seeds (design, the flag table)."""
-
-    mode: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the paths of a group think: `none` (plain GRPO, the control; the default) or `m3po` (each "
-            "thinking path's input is blended with the tokens its peers sampled, M3PO paper eq. 2-6)."
-        },
-    )
-    enable_cross_path: bool | None = field(
-        default=None,
-        metadata={"help": "The name of seed 1 for `mode`: True is `m3po`, False is `none`. Set one of the two."},
-    )
-    cross_path_lambda: float = field(
-        default=0.1,
-        metadata={"help": "Share of the peers in a thinking input, lambda of eq. 2, in [0, 1]. 0 blends nothing."},
-    )
-    cross_path_temp: float | None = field(
-        default=None,
-        metadata={"help": "Temperature of the weights over the peers, T of eq. 5, above 0. Default: the gate's (0.1)."},
-    )
-    cross_path_phase: str = field(
-        default="thinking",
-        metadata={"help": "`thinking`: blend until the answer marker. `all`: blend to the end (ablation of seed 1)."},
-    )
-    cross_path_top_k: int | None = field(
-        default=None,
-        metadata={"help": "Keep this many peers per path, the ones with the largest weights. Default: all."},
-    )
-    answer_start: str = field(
-        default="####",
-        metadata={"help": "The answer marker: the text that ends the thinking phase of a completion."},
-    )
-    gating_type: str = field(
-        default="baseline",
-        metadata={"help": "Similarity of two paths' distributions: `baseline` is the paper's cosine (eq. 3)."},
-    )
-    gating_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug."},
-    )
-
-
-def cross_path_settings(args: Any) -> CrossPathSettings:
-    """The numbers of cross-path interaction of a `GRPOConfig`, checked."""
-    names = ("cross_path_lambda", "cross_path_temp", "cross_path_phase", "cross_path_top_k", "answer_start")
-    return CrossPathSettings(
-        **{name: getattr(args, name) for name in names},
-        gating_type=args.gating_type,
-        gating_config=args.gating_config or {},
-    )
-
-
-def check_m3po_arguments(args: Any) -> None:
-    """Hook at the end of `GRPOConfig.__post_init__`: settles `mode` and refuses what cannot work, before any work.
-
-    Raises:
-        ValueError: one line that names the flag, the rule and what to set.
-    """
-    by_flag = None if args.enable_cross_path is None else ("m3po" if args.enable_cross_path else "none")
-    args.mode = args.mode or by_flag or "none"
-    if args.mode not in MODES:
-        raise ValueError(f"mode={args.mode!r} is unknown; set one of {', '.join(MODES)}.")
-    if by_flag is not None and by_flag != args.mode:
-        raise ValueError(
-            f"mode={args.mode!r} and enable_cross_path={args.enable_cross_path} contradict each other; set mode alone."
-        )
-    args.enable_cross_path = args.mode == "m3po"
-    cross_path_settings(args)  # in mode none too, so that a control fails like its pair on a mistyped number
-    if args.mode != "none":
-        _check_rollouts(args)
-        _check_whole_groups(args)
-
-
-def _check_rollouts(args: Any) -> None:
-    if args.use_vllm:
-        raise ValueError(f"use_vllm=True cannot be combined with mode={args.mode!r}: vLLM does not let paths interact.")
-    if args.use_transformers_continuous_batching:
-        raise ValueError(
-            f"use_transformers_continuous_batching=True cannot be combined with mode={args.mode!r}: set it to False."
-        )
-    given = {name: getattr(args, name) for name in _NO_TRUNCATION} | (args.generation_kwargs or {})
-    for name, allowed in _NO_TRUNCATION.items():
-        if given[name] not in allowed:
-            raise ValueError(
-                f"{name}={given[name]} changes the distribution a token is sampled from, which the policy pass does "
-                f"not see; mode={args.mode!r} needs {name}={allowed[0]}."
-            )
-    if given.get("cache_implementation", args.cache_implementation) == "quantized":
-        raise ValueError(
-            f"cache_implementation='quantized' changes the numbers of a rollout but not those of the policy pass; "
-            f"leave it out, or set mode='none' instead of {args.mode!r}."
-        )
-    if given.get("num_beams", 1) != 1:
-        raise ValueError(f"num_beams={given['num_beams']} cannot be combined with mode={args.mode!r}; set num_beams=1.")
-    for name in sorted(set(given) - set(_NO_TRUNCATION) - _HARMLESS - {"num_beams"}):
-        raise ValueError(
-            f"generation_kwargs has {name}, which can change the distribution a token is sampled from; with "
-            f"mode={args.mode!r} it may hold {', '.join(sorted(_HARMLESS))} only. Leave it out."
-        )
-
-
-def _check_whole_groups(args: Any) -> None:
-    rows, steps, group = args.per_device_train_batch_size, args.steps_per_generation, args.num_generations
-    if rows * steps % group:
-        # Where generation_batch_size was given, steps_per_generation follows from it and another batch size is no mend.
-        all_rows = math.lcm(rows, group) * args.world_size
-        raise ValueError(
-            f"per_device_train_batch_size * steps_per_generation = {rows} * {steps} = {rows * steps} rollouts per "
-            f"process do not make whole groups of num_generations={group}, and a group must not be split over "
-            f"processes in mode {args.mode!r}; with steps_per_generation={steps}, set per_device_train_batch_size to "
-            f"{_multiples_around(rows, group // math.gcd(group, steps))}, or set generation_batch_size to "
-            f"{_multiples_around(args.generation_batch_size, all_rows)} in place of steps_per_generation."
-        )
-    group = args.num_generations_eval or args.num_generations
-    if args.eval_strategy != "no" and args.per_device_eval_batch_size % group:
-        raise ValueError(
-            f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of {group}; "
-            f"set it to {_multiples_around(args.per_device_eval_batch_size, group)}."
-        )
-
-
-def _multiples_around(number: int, unit: int) -> str:
-    """The nearest positive multiples of `unit` below and above a number that is none, as text."""
-    below = number // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)
 
 
 class GRPORollouts:
@@ -177,7 +45,7 @@ class GRPORollouts:
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self.mode = trainer.args.mode
-        self.settings = None if self.mode == "none" else cross_path_settings(trainer.args)
+        self.settings = thinking_settings(trainer.args)
         # Rollouts that do not come from one call of `generate` leave no record that fits the batch.
         elsewhere = [name for name in _OTHER_ROLLOUTS if getattr(trainer, name, None)]
         if not elsewhere:
@@ -187,6 +55,9 @@ class GRPORollouts:
                 elsewhere = ["generation_kwargs"]  # beams, or an assistant
         if self.settings is not None:
             self._check_trainer(elsewhere)
+        reference = getattr(trainer, "ref_model", None)
+        if reference is not None and self.mode in RESIDUAL_MODES:
+            prepare_reference(trainer.accelerator.unwrap_model(trainer.model), reference, trainer.args)
         self._records = not elsewhere
         self._state = M3POGenerationState()
         self._num_generations = trainer.num_generations
@@ -199,11 +70,7 @@ class GRPORollouts:
         from .grpo_trainer import GRPOTrainer  # it imports this module
 
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        if model.config.model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(
-                f"mode={self.mode!r} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
-                f"{model.config.model_type!r}. Set mode='none' or take another model."
-            )
+        check_model_type(model, self.mode)
         if elsewhere:
             raise ValueError(
                 f"{elsewhere[0]} cannot be combined with mode={self.mode!r}: its rollouts are not decoded in one call "
@@ -242,7 +109,7 @@ class GRPORollouts:
         """Extra arguments of `generate` for `num_rows` prompts of this process, the copies of a prompt side by side."""
         if not self._records:
             return {}
-        if self.settings is not None and num_rows % num_generations:
+        if self.mode in CROSS_PATH_MODES and num_rows % num_generations:
             raise ValueError(
                 f"{num_rows} rollouts at a time are not whole groups of {num_generations}: make "
                 "per_device_eval_batch_size a multiple of num_generations_eval (or of num_generations)."
@@ -281,6 +148,7 @@ class GRPORollouts:
         tokens = batch["completion_mask"].bool()
         thinking = _fit(self._state.thinking_mask, num_positions) & tokens
         self._log("thinking_fraction", thinking.sum() / tokens.sum())
+        self._log("thinking_length", thinking.sum(1).float().mean())
         for name, value in self._state.statistics.items():
             self._log(name, value)
 
@@ -328,11 +196,10 @@ def _keeps_all(processor: Any) -> bool:
 
 def checkpoint_info(args: Any) -> dict[str, Any]:
     """What `m3po.json` says of a checkpoint of a run with these arguments (a `GRPOConfig`)."""
-    settings = None if args.mode == "none" else cross_path_settings(args)
+    settings = thinking_settings(args)
     return {
-        "mode": args.mode,
-        **({"answer_start": args.answer_start} if settings is None else asdict(settings)),
-        "cross_path_temp": None if settings is None else settings.temperature,
+        **({"mode": args.mode, "answer_start": args.answer_start} if settings is None else settings.numbers()),
+        **({name: getattr(args, name) for name in _GATE_START} if args.mode in RESIDUAL_MODES else {}),
         "num_generations": args.num_generations,
         "sampling_temperature": args.temperature,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bag: one form for every thinking vector, made in the rollout and read again in the scoring passes (E5).
 
-A position j of the completion owns the bag at index j: it belongs to the *input* of token j, which was blended with
-what its peers sampled at the same step, and so acts on token j + 1.
+A position j of the completion owns the bag at index j: it belongs to the *input* of token j, was made of the
+distributions that the tokens of this step were sampled from, and so acts on token j + 1. Without a residual gate the
+bag's vector is the input (mode m3po); with one, it is the thought that the gate mixes into the token's embedding.
 """
 
 from __future__ import annotations
@@ -13,43 +14,66 @@ from typing import Any
 import torch
 
 from .interaction import PathGroups
+from .residual_gate import has_residual_gate
+
+ResidualGate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 # Embeddings of bag entries that are alive at once while a scoring pass mixes them (elements, not bytes).
 MIX_CHUNK_ELEMENTS = 1 << 25
 
 
-def bag_size(groups: PathGroups, top_k: int | None) -> int:
-    """K of mode m3po: the path itself and its peers, or itself and its `top_k` strongest peers."""
-    return groups.size if top_k is None else min(groups.size, top_k + 1)
-
-
-def cross_path_bags(
-    next_tokens: torch.Tensor,
-    weights: torch.Tensor,
-    groups: PathGroups,
-    lambda_blend: float,
-    top_k: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 2 and 6 as bags: first the own token with weight 1 - λ, then the peers' tokens with λ A_ij.
+def heard_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whom each path listens to, and how much.
 
     Args:
-        next_tokens: (B,) long, the tokens just sampled.
         weights: (G, N, N), A of `path_attention`.
-        lambda_blend: λ in (0, 1].
         top_k: keep this many peers, their weights scaled to sum to 1 again; None keeps all.
 
     Returns:
-        ids (B, K) int32 and weights (B, K) float32. A path that listens to nobody has weights of zero: no bag.
+        peers (B, P) float32, A of the peers in the order of `groups.ring` or, cut, of falling weight; zero where there
+        is none to listen to. peer_rows (B, P) long, the rows of these peers. P = N - 1, or `top_k` if that is less.
     """
-    peers = groups.rows(weights).gather(-1, groups.ring)[:, 1:]  # (B, N - 1)
+    peers = groups.rows(weights).gather(-1, groups.ring)[:, 1:]
     peer_rows = groups.peers[:, 1:]
     if top_k is not None and top_k < peers.shape[-1]:
         peers, kept = peers.topk(top_k, dim=-1)
         peers = peers / peers.sum(-1, keepdim=True).clamp_min(torch.finfo(peers.dtype).tiny)
         peer_rows = peer_rows.gather(-1, kept)
+    return peers, peer_rows
+
+
+def cross_path_bags(
+    next_tokens: torch.Tensor, peers: torch.Tensor, peer_rows: torch.Tensor, lambda_blend: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 2 and 6 as bags: first the own token with weight 1 - λ, then the peers' tokens with λ A_ij.
+
+    Args:
+        next_tokens: (B,) long, the tokens just sampled.
+        peers, peer_rows: (B, P), see `heard_peers`.
+        lambda_blend: λ in (0, 1].
+
+    Returns:
+        ids (B, P + 1) int32 and weights (B, P + 1) float32. A path that listens to nobody has weights of zero: no bag.
+    """
     listens = (peers > 0).any(-1, keepdim=True)
     ids = torch.cat([next_tokens.unsqueeze(-1), next_tokens[peer_rows]], dim=-1)
     return ids.int(), torch.cat([(1.0 - lambda_blend) * listens, lambda_blend * peers], dim=-1)
+
+
+def bag_vectors(
+    embed_tokens: Callable[[torch.Tensor], torch.Tensor],
+    bag_ids: torch.Tensor,
+    bag_weights: torch.Tensor,
+    hidden_size: int,
+) -> torch.Tensor:
+    """The vectors of bags (B, T, K), in chunks over T: (B, T, H) float32."""
+    batch, _, entries = bag_ids.shape
+    step = max(1, MIX_CHUNK_ELEMENTS // max(1, batch * entries * hidden_size))
+    with torch.autocast(bag_weights.device.type, enabled=False):
+        chunks = zip(bag_ids.split(step, dim=1), bag_weights.split(step, dim=1), strict=True)
+        return torch.cat(
+            [(embed_tokens(ids).float() * weights.unsqueeze(-1)).sum(-2) for ids, weights in chunks], dim=1
+        )
 
 
 def mix_bags(
@@ -57,14 +81,20 @@ def mix_bags(
     inputs_embeds: torch.Tensor,
     bag_ids: torch.Tensor | None,
     bag_weights: torch.Tensor | None,
+    residual_gate: ResidualGate | None = None,
+    trace: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Replaces token embeddings by the vectors of their bags, in the decode loop and in every scoring pass alike.
+    """Replaces token embeddings by thinking inputs, in the decode loop and in every scoring pass alike.
 
     Args:
         embed_tokens: the model's own input embedding, called as a module (FSDP, PEFT and padded vocabularies hold).
         inputs_embeds: (B, L, H), the embeddings of the input tokens.
         bag_ids, bag_weights: (B, T, K) int32 and float32 with T <= L, for the *last* T positions; both None for a plain
             forward.
+        residual_gate: mixes embeddings (B, T, H) and the bags' vectors, see `model.thinking_residual`; without one the
+            vector of a bag is the input.
+        trace: (B, T, 2) float32, written if there is a gate: the mean of its a over H, 1 where there is no bag, and
+            the L2 norm of the input.
 
     Returns:
         (B, L, H) in the dtype of `inputs_embeds`; sums are taken in fp32. Positions without a bag keep their token's
@@ -78,24 +108,23 @@ def mix_bags(
         return inputs_embeds
     if bag_ids is None or bag_weights is None:
         raise ValueError("thinking_bag_ids and thinking_bag_weights go together; one of them is missing.")
-    batch, positions, entries = bag_ids.shape
+    batch, positions, _ = bag_ids.shape
     length, hidden = inputs_embeds.shape[1:]
     if batch != inputs_embeds.shape[0] or positions > length or bag_weights.shape != bag_ids.shape:
         raise ValueError(
             f"thinking_bag_ids {tuple(bag_ids.shape)} and thinking_bag_weights {tuple(bag_weights.shape)} must be "
             f"(B, T, K) with B = {inputs_embeds.shape[0]} and T <= {length}, the shape of the input."
         )
-    step = max(1, MIX_CHUNK_ELEMENTS // (batch * entries * hidden))
-    with torch.autocast(inputs_embeds.device.type, enabled=False):
-        mixed = torch.cat(
-            [
-                (embed_tokens(ids).float() * weights.unsqueeze(-1)).sum(-2)
-                for ids, weights in zip(bag_ids.split(step, dim=1), bag_weights.split(step, dim=1), strict=True)
-            ],
-            dim=1,
-        )
+    own = inputs_embeds[:, length - positions :]
+    mixed = bag_vectors(embed_tokens, bag_ids, bag_weights, hidden)
     has_bag = (bag_weights > 0).any(-1, keepdim=True)
-    tail = torch.where(has_bag, mixed.to(inputs_embeds.dtype), inputs_embeds[:, length - positions :])
+    decay = None
+    if residual_gate is not None:
+        mixed, decay = residual_gate(own, mixed)
+    tail = torch.where(has_bag, mixed.to(inputs_embeds.dtype), own)
+    if trace is not None and decay is not None:
+        ratio = torch.where(has_bag.squeeze(-1), decay.mean(-1), 1.0)
+        trace.copy_(torch.stack([ratio, tail.float().norm(dim=-1)], dim=-1))
     return tail if positions == length else torch.cat([inputs_embeds[:, : length - positions], tail], dim=1)
 
 
@@ -103,14 +132,16 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
     """Hook of `LlamaModel.forward` and `Qwen2Model.forward`: the thinking inputs of the pass, if it has any.
 
     Args:
-        model: the base model, for its `embed_tokens`.
+        model: the base model, for its `embed_tokens` and its residual gate if it has one.
         inputs_embeds: (B, L, H).
-        forward_kwargs: the extra arguments of the forward; `thinking_bag_ids` and `thinking_bag_weights` are taken out
-            of it, so that the layers never see them.
+        forward_kwargs: the extra arguments of the forward; `thinking_bag_ids`, `thinking_bag_weights` and
+            `thinking_trace` are taken out of it, so that the layers never see them.
 
     Returns:
         (B, L, H): the very tensor that came in when the pass has no bags.
     """
     bag_ids = forward_kwargs.pop("thinking_bag_ids", None)
     bag_weights = forward_kwargs.pop("thinking_bag_weights", None)
-    return mix_bags(model.embed_tokens, inputs_embeds, bag_ids, bag_weights)
+    trace = forward_kwargs.pop("thinking_trace", None)
+    gate = model.thinking_residual if has_residual_gate(model) else None
+    return mix_bags(model.embed_tokens, inputs_embeds, bag_ids, bag_weights, gate, trace)

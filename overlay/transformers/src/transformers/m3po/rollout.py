@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One cross-path rollout: who thinks, who listens to whom, and the record of it (M3PO paper, eq. 2-6; E1-E3, E6)."""
+"""One rollout in a thinking mode: who thinks, what, who listens to whom, and the record of it (E1-E3, E6)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ..utils import logging
-from .bags import bag_size, cross_path_bags
+from .bags import cross_path_bags, heard_peers
 from .interaction import GATES, GatingFunction, PathGroups, path_attention
 from .marker import AnswerMarker
-from .settings import CrossPathSettings
-from .statistics import SimilaritySums, attention_statistics
+from .settings import ThinkingSettings
+from .statistics import SimilaritySums, attention_statistics, residual_statistics
+from .thoughts import blend_thoughts, thought_bags
 
 logger = logging.get_logger(__name__)
 
@@ -22,19 +23,24 @@ SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
 DEBUG_GROUP_SIZE = 8
 
 
-class CrossPathRollout:
+class ThinkingRollout:
     """Allocates the record for B rows and `max_new_tokens` positions once, then fills one position a step.
 
     Args:
         settings: the numbers.
         group_ids: (B,) integers, on the device of the rollout.
         max_new_tokens: T at most.
+        vocabulary: V, the width of the logits.
+        num_embeddings: rows of the embedding matrix.
         tokenizer: to find the answer marker; not needed in phase `all`.
         gating_function: similarity in place of the gate that the settings name.
 
     Attributes:
         thinking_mask: (B, T) bool, the tokens of the thinking phase.
-        bag_ids, bag_weights: (B, T, K) int32 and float32; K is 0 when nothing can be blended (λ = 0, groups of one).
+        bag_ids, bag_weights: (B, T, K) int32 and float32; K is 0 when no input differs from its token's embedding
+            (mode m3po with λ = 0 or groups of one).
+        peers: (B, T, P) float32, how much each path listened to its peers; P is 0 when paths do not interact.
+        trace: (B, T, 2) float32, see `mix_bags`; of width 0 in mode m3po.
 
     Raises:
         ValueError: the phase needs a tokenizer and there is none.
@@ -42,9 +48,11 @@ class CrossPathRollout:
 
     def __init__(
         self,
-        settings: CrossPathSettings,
+        settings: ThinkingSettings,
         group_ids: torch.Tensor,
         max_new_tokens: int,
+        vocabulary: int,
+        num_embeddings: int,
         tokenizer: Any,
         gating_function: GatingFunction | None,
     ):
@@ -62,12 +70,29 @@ class CrossPathRollout:
         self._gate = gating_function or GATES[settings.gating_type].similarity
         self._similarity = SimilaritySums(device)
         self._debug = settings.logs_matrices and self.groups.size <= DEBUG_GROUP_SIZE
-        self.blends = settings.cross_path_lambda > 0.0 and self.groups.size > 1
-        shape = (rows, max_new_tokens, bag_size(self.groups, settings.cross_path_top_k) if self.blends else 0)
-        self.thinking_mask = torch.zeros(shape[:2], dtype=torch.bool, device=device)
-        self.bag_ids = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.bag_weights = torch.zeros(shape, dtype=torch.float32, device=device)
-        logger.info_once(f"M3PO cross-path interaction: {settings.describe()}")
+        self._num_embeddings = num_embeddings
+        self._crosses = settings.crosses and self.groups.size > 1
+        num_peers = min(self.groups.size - 1, settings.cross_path_top_k or self.groups.size) if self._crosses else 0
+        entries = min(settings.thought_top_k or vocabulary, vocabulary) if settings.has_thoughts else num_peers
+        if settings.mode == "m3po" and self._crosses:
+            entries += 1  # the path itself
+        self.thinking_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+        self.bag_ids = torch.zeros(rows, max_new_tokens, entries, dtype=torch.int32, device=device)
+        self.bag_weights = torch.zeros(rows, max_new_tokens, entries, device=device)
+        # In mode m3po the peers' weights are read back from the bag.
+        self.peers = torch.zeros(rows, max_new_tokens, num_peers if settings.has_thoughts else 0, device=device)
+        self.trace = torch.ones(rows, max_new_tokens, 2 if settings.has_thoughts else 0, device=device)
+        logger.info_once(f"M3PO mode {settings.mode}: {settings.describe()}")
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The record."""
+        return [self.thinking_mask, self.bag_ids, self.bag_weights, self.peers, self.trace]
+
+    @property
+    def has_bags(self) -> bool:
+        """Whether any input may differ from its token's embedding."""
+        return self.bag_ids.shape[-1] > 0
 
     def record(
         self,
@@ -89,24 +114,62 @@ class CrossPathRollout:
         if self._marker is not None:
             thinking = thinking & ~self._marker.update(completion_ids)
         self.thinking_mask[:, step] = thinking
-        if not self.blends:
+        if not self.has_bags:
             return
         active = thinking & unfinished
+        if self._crosses:
+            peers, peer_rows = self._listen(step, probs, active)
+        share = self.settings.cross_path_lambda
+        if self.settings.has_thoughts:
+            ids, weights = thought_bags(probs, self.settings.thought_top_k, self._num_embeddings)
+            if self._crosses:
+                self.peers[:, step] = peers
+                ids, weights = blend_thoughts(ids, weights, peers, peer_rows, share)
+            weights = weights * active.unsqueeze(-1)
+        else:
+            ids, weights = cross_path_bags(completion_ids[:, -1], peers, peer_rows, share)
+        self.bag_ids[:, step], self.bag_weights[:, step] = ids, weights
+
+    def _listen(self, step: int, probs: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, similarity, pairs = path_attention(probs, active, self.groups, self.settings.temperature, self._gate)
         self._similarity.add(similarity, pairs)
-        self.bag_ids[:, step], self.bag_weights[:, step] = cross_path_bags(
-            completion_ids[:, -1], weights, self.groups, self.settings.cross_path_lambda, self.settings.cross_path_top_k
-        )
         if self._debug:
             logger.warning(
                 f"M3PO step {step}: {int(active.sum())}/{len(active)} paths active\n"
                 f"similarity\n{similarity}\nweights\n{weights}"
             )
+        return heard_peers(weights, self.groups, self.settings.cross_path_top_k)
+
+    def forward_kwargs(self, recorded: slice) -> dict[str, torch.Tensor]:
+        """What the model's forward gets for the completion positions of its input; {} when nothing differs."""
+        if not self.has_bags:
+            return {}
+        given = {
+            "thinking_bag_ids": self.bag_ids[:, recorded],
+            "thinking_bag_weights": self.bag_weights[:, recorded],
+        }
+        return given | ({"thinking_trace": self.trace[:, recorded]} if self.settings.has_thoughts else {})
 
     def end(self, steps: int) -> dict[str, torch.Tensor]:
-        """Cuts the record to `steps` positions; returns the statistics of the rollout, {} if nothing was blended."""
-        self.thinking_mask = self.thinking_mask[:, :steps]
+        """Cuts the record to `steps` positions; returns the statistics of the rollout, {} if it has no bags."""
+        self.thinking_mask, self.trace = self.thinking_mask[:, :steps], self.trace[:, :steps]
         self.bag_ids, self.bag_weights = self.bag_ids[:, :steps], self.bag_weights[:, :steps]
-        if not self.blends:
+        self.peers = self.peers[:, :steps]
+        if not self.has_bags:
             return {}
-        return attention_statistics(self.bag_weights, self.thinking_mask, self.groups, self._similarity)
+        statistics = {}
+        if self._crosses:
+            peers = self.peers if self.settings.has_thoughts else self.bag_weights[..., 1:]
+            statistics = attention_statistics(peers, self.thinking_mask, self.groups, self._similarity)
+        if self.settings.has_thoughts:
+            statistics |= residual_statistics(self.trace, self.bag_weights)
+        return statistics
+
+    @property
+    def embeds_ratio(self) -> torch.Tensor:
+        """(B, T) float32, the share of the token's own embedding in its input: 1 where it is the input."""
+        if self.settings.has_thoughts:
+            return self.trace[..., 0]
+        if not self.has_bags:
+            return torch.ones(self.thinking_mask.shape, device=self.thinking_mask.device)
+        return torch.where((self.bag_weights > 0).any(-1), self.bag_weights[..., 0], 1.0)

@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of cross-path interaction, with their rules (seed 1; design, the flag table).
+"""The numbers of a thinking mode, with their rules (seed 1; design, the flag table).
 
 `GenerationConfig` carries the same names as plain attributes, all None unless asked for, so that saved configurations
-do not change; `CrossPathSettings.from_generation_config` turns them into checked values.
+do not change; `ThinkingSettings.from_generation_config` turns them into checked values.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .interaction import GATES
+from .residual_gate import has_residual_gate
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
 
 PHASES = ("thinking", "all")
+# Modes in which paths interact, and modes whose model has the residual gate; `none` has no settings.
+CROSS_PATH_MODES = ("m3po", "h3po")
+RESIDUAL_MODES = ("hrpo", "h3po")
+DEFAULT_THOUGHT_TOP_K = 64
+# What a soft thought needs, with or without peers; the other numbers say how paths interact.
+THOUGHT_FLAGS = ("thought_top_k", "cross_path_phase", "answer_start", "debug")
 
 
 @dataclass(frozen=True)
-class CrossPathSettings:
-    """How the paths of a group interact while they decode.
+class ThinkingSettings:
+    """What the model reads at a thinking position.
 
     Args:
+        mode: `m3po`, `hrpo` or `h3po` (design, the mode table).
         cross_path_lambda: λ of eq. 2, the share of the peers in the thinking input, in [0, 1]. At 0 nothing is blended
             and decoding is the plain one, bit for bit.
         cross_path_temp: T of eq. 5, above 0. None takes the default of the gate (`baseline`: 0.1).
         cross_path_phase: `thinking` blends until the answer marker is complete in the completion; `all` blends to the
             end (the ablation "no phase isolation" of seed 1).
+        thought_top_k: entries of a soft thought (modes hrpo and h3po), the likeliest tokens; 0 keeps the whole
+            vocabulary.
         cross_path_top_k: keep this many peers per path, those with the largest weights; None keeps all.
         answer_start: the answer marker.
         gating_type: name of the similarity function, a key of `transformers.m3po.interaction.GATES`.
@@ -39,16 +49,26 @@ class CrossPathSettings:
         ValueError: one line that names the flag, its rule and what to set.
     """
 
+    mode: str = "m3po"
     cross_path_lambda: float = 0.1
     cross_path_temp: float | None = None
     cross_path_phase: str = "thinking"
     cross_path_top_k: int | None = None
+    thought_top_k: int = DEFAULT_THOUGHT_TOP_K
     answer_start: str = "####"
     gating_type: str = "baseline"
     gating_config: dict[str, Any] = field(default_factory=dict)
     debug: bool = False
 
     def __post_init__(self) -> None:
+        known = sorted({*CROSS_PATH_MODES, *RESIDUAL_MODES})
+        if self.mode not in known:
+            raise ValueError(f"mode={self.mode!r} is unknown here; set one of {', '.join(known)}.")
+        if self.thought_top_k < 0:
+            raise ValueError(
+                f"thought_top_k={self.thought_top_k} is below 0; set the number of entries to keep, or 0 for the whole "
+                "vocabulary."
+            )
         if not 0.0 <= self.cross_path_lambda <= 1.0:
             raise ValueError(f"cross_path_lambda={self.cross_path_lambda} is outside [0, 1]; the paper uses 0.1.")
         if self.cross_path_phase not in PHASES:
@@ -89,24 +109,49 @@ class CrossPathSettings:
                 return float(value)
         return GATES[self.gating_type].default_temperature
 
-    @classmethod
-    def from_generation_config(cls, generation_config: GenerationConfig, model: Any) -> CrossPathSettings | None:
-        """Settings of a `generate` call, or None when it does not ask for cross-path interaction.
+    @property
+    def crosses(self) -> bool:
+        """Whether the paths of a group are blended: not in mode `hrpo`, and not at λ = 0."""
+        return self.mode in CROSS_PATH_MODES and self.cross_path_lambda > 0.0
 
-        `model.answer_start`, if set, is the default of `answer_start` (erratum E29).
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether soft thoughts are mixed in by the residual gate."""
+        return self.mode in RESIDUAL_MODES
+
+    @classmethod
+    def from_generation_config(cls, generation_config: GenerationConfig, model: Any) -> ThinkingSettings | None:
+        """Settings of a `generate` call: the mode follows from `enable_cross_path` and from the model's residual gate.
+
+        None when it has neither. `model.answer_start`, if set, is the default of `answer_start` (erratum E29).
         """
-        if not generation_config.enable_cross_path:
+        crosses, has_gate = bool(generation_config.enable_cross_path), has_residual_gate(model)
+        if not crosses and not has_gate:
             return None
-        names = cls.__dataclass_fields__.keys()
+        mode = "h3po" if crosses and has_gate else "m3po" if crosses else "hrpo"
+        names = cls.__dataclass_fields__.keys() - {"mode"}
         given = {name: getattr(generation_config, name, None) for name in names}
         if given["answer_start"] is None:
             given["answer_start"] = getattr(model, "answer_start", None)
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(mode=mode, **{name: value for name, value in given.items() if value is not None})
+
+    def numbers(self) -> dict[str, Any]:
+        """The mode and the numbers that it has, T resolved: what a checkpoint says of itself."""
+        without = set() if self.has_thoughts else {"thought_top_k"}
+        if self.mode not in CROSS_PATH_MODES:
+            without |= self.__dataclass_fields__.keys() - {"mode", *THOUGHT_FLAGS}
+        told = asdict(self) | {"cross_path_temp": self.temperature}
+        return {name: value for name, value in told.items() if name not in without}
 
     def describe(self) -> str:
-        """One line: λ, T, gate, phase and answer marker."""
-        peers = "" if self.cross_path_top_k is None else f", top_k={self.cross_path_top_k}"
-        return (
-            f"lambda={self.cross_path_lambda}, temperature={self.temperature}, gate={self.gating_type}, "
-            f"phase={self.cross_path_phase}{peers}, answer marker {self.answer_start!r}"
-        )
+        """One line: the numbers that the mode has, phase and answer marker."""
+        told = []
+        if self.mode in CROSS_PATH_MODES:
+            told += [f"lambda={self.cross_path_lambda}", f"temperature={self.temperature}", f"gate={self.gating_type}"]
+            told += [] if self.cross_path_top_k is None else [f"top_k={self.cross_path_top_k}"]
+        if self.has_thoughts:
+            told.append(f"thought_top_k={self.thought_top_k}")
+        return ", ".join([*told, f"phase={self.cross_path_phase}", f"answer marker {self.answer_start!r}"])
+
+
+__all__ = ["ThinkingSettings"]

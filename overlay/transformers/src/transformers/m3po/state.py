@@ -16,8 +16,9 @@ import torch
 from ..utils import ModelOutput
 from .bags import mix_bags
 from .interaction import GatingFunction
-from .rollout import SUPPORTED_MODEL_TYPES, CrossPathRollout
-from .settings import CrossPathSettings
+from .residual_gate import has_residual_gate
+from .rollout import SUPPORTED_MODEL_TYPES, ThinkingRollout
+from .settings import CROSS_PATH_MODES, THOUGHT_FLAGS, ThinkingSettings
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig, GenerationMode
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class M3POGenerateOutput(ModelOutput):
-    """What `generate` returns when cross-path interaction is on and an output object is asked for.
+    """What `generate` returns in a thinking mode when an output object is asked for.
 
     The first four fields stand in the order of seed 1's tuple (E29); T counts completion tokens.
 
@@ -34,11 +35,12 @@ class M3POGenerateOutput(ModelOutput):
         thinking_embeds: (B, T, H), the inputs the model got at the completion's positions; only with
             `return_thinking_embeds`.
         thinking_mask: (B, T) bool, the tokens of the thinking phase.
-        embeds_ratio: (B, T) float32, the share of the path's own embedding in its input: 1 - λ where blended, else 1.
+        embeds_ratio: (B, T) float32, the share of the token's own embedding in its input: in mode m3po 1 - λ where
+            blended, with a residual gate the mean of its a over H where a thought was mixed in; else 1.
         bag_ids, bag_weights: (B, T, K) int32 and float32, see `transformers.m3po`.
         rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
             the end of a row.
-        statistics: means over the rollout, 0-dim tensors by name, see `attention_statistics`.
+        statistics: means over the rollout, 0-dim tensors by name, see `attention_statistics`, `residual_statistics`.
         scores, logits, attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`.
     """
 
@@ -63,46 +65,58 @@ class M3POGenerationState:
     Args:
         group_ids: (B,) integers, the group of each row that is decoded; None when `num_return_sequences` makes the
             groups.
-        settings: the numbers of cross-path interaction; None takes them from the generation config. A state without
-            settings, in a call that does not ask for cross-path interaction, only records `rollout_logps`.
+        settings: the numbers of the mode; None takes them from the generation config. A state without settings, in a
+            call that asks for no mode and on a model without a residual gate, only records `rollout_logps`.
         tokenizer: needed to find the answer marker, unless it is given to `generate`.
         gating_function: similarity (G, N, V) -> (G, N, N) in place of the gate named by `gating_type`.
+        thought_temperature: temperature of the soft thoughts where tokens are chosen greedily; sampled tokens and
+            their thoughts share the sampling temperature. None takes the generation config's.
 
     Attributes, after `generate`:
         rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
             the end of a row.
-        thinking_mask: (B, T) bool, or None without cross-path interaction.
-        bag_ids, bag_weights: (B, T, K) int32 and float32, or None when nothing could be blended.
-        statistics: 0-dim tensors by name, see `attention_statistics`.
+        thinking_mask: (B, T) bool, or None without a mode.
+        bag_ids, bag_weights: (B, T, K) int32 and float32, or None when every input is its token's embedding.
+        statistics: 0-dim tensors by name, see `attention_statistics` and `residual_statistics`.
     """
 
     def __init__(
         self,
         *,
         group_ids: torch.Tensor | None = None,
-        settings: CrossPathSettings | None = None,
+        settings: ThinkingSettings | None = None,
         tokenizer: Any = None,
         gating_function: GatingFunction | None = None,
+        thought_temperature: float | None = None,
     ):
         self.group_ids = group_ids
         self.settings = settings
         self.tokenizer = tokenizer
         self.gating_function = gating_function
+        self.thought_temperature = thought_temperature
         self.rollout_logps = torch.empty(0, 0)
         self.statistics: dict[str, torch.Tensor] = {}
-        self._cross_path: CrossPathRollout | None = None
+        self._rollout: ThinkingRollout | None = None
 
     @property
     def thinking_mask(self) -> torch.Tensor | None:
-        return None if self._cross_path is None else self._cross_path.thinking_mask
+        return None if self._rollout is None else self._rollout.thinking_mask
 
     @property
     def bag_ids(self) -> torch.Tensor | None:
-        return self._cross_path.bag_ids if self._cross_path is not None and self._cross_path.blends else None
+        return self._rollout.bag_ids if self._rollout is not None and self._rollout.has_bags else None
 
     @property
     def bag_weights(self) -> torch.Tensor | None:
-        return self._cross_path.bag_weights if self._cross_path is not None and self._cross_path.blends else None
+        return self._rollout.bag_weights if self._rollout is not None and self._rollout.has_bags else None
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the record of the last rollout."""
+        tensors = [self.rollout_logps]
+        if self._rollout is not None:
+            tensors += self._rollout.tensors
+        return sum(tensor.nbytes for tensor in tensors)
 
     def begin(self, model: Any, input_ids: torch.Tensor, generation_config: GenerationConfig) -> None:
         """Allocates the record for `input_ids` (B, L) and checks what the rollout needs."""
@@ -113,20 +127,30 @@ class M3POGenerationState:
         self._return_embeds = bool(generation_config.return_thinking_embeds)
         self._return_dict = bool(generation_config.return_dict_in_generate)
         self._embed_tokens = model.get_input_embeddings()
+        self._base_model = model.base_model
         self.rollout_logps = torch.zeros(rows, max_new_tokens, device=input_ids.device)
         self.statistics = {}
-        self._cross_path = None
-        settings = self.settings or CrossPathSettings.from_generation_config(generation_config, model)
+        self._rollout = None
+        # What the distribution of a greedy token lacks to be that of its thought.
+        greedy = None if generation_config.do_sample else self.thought_temperature or generation_config.temperature
+        self._thought_temperature = 1.0 if greedy is None else float(greedy)
+        settings = self.settings or ThinkingSettings.from_generation_config(generation_config, model)
         if settings is not None:
-            _check_model(model)
-            group_ids = self._groups_of(rows, generation_config.num_return_sequences or 1).to(input_ids.device)
-            self._cross_path = CrossPathRollout(
-                settings, group_ids, max_new_tokens, self.tokenizer, self.gating_function
+            _check_model(model, settings)
+            group_ids = self._groups_of(rows, generation_config.num_return_sequences or 1, settings)
+            self._rollout = ThinkingRollout(
+                settings,
+                group_ids.to(input_ids.device),
+                max_new_tokens,
+                model.config.vocab_size,
+                self._embed_tokens.num_embeddings,
+                self.tokenizer,
+                self.gating_function,
             )
 
-    def _groups_of(self, rows: int, num_return_sequences: int) -> torch.Tensor:
+    def _groups_of(self, rows: int, num_return_sequences: int, settings: ThinkingSettings) -> torch.Tensor:
         if self.group_ids is None:
-            if num_return_sequences < 2:
+            if num_return_sequences < 2 and settings.mode in CROSS_PATH_MODES:
                 raise ValueError(
                     "enable_cross_path needs groups: set num_return_sequences to 2 or more, or pass "
                     "m3po=M3POGenerationState(group_ids=...) with the group of each row."
@@ -138,10 +162,9 @@ class M3POGenerationState:
 
     def before_forward(self, model_inputs: dict[str, Any]) -> None:
         """Adds the bags of the completion tokens among `model_inputs["input_ids"]` (B, L), from the second pass on."""
-        if self._cross_path is not None and self._cross_path.blends:
+        if self._rollout is not None:
             recorded = slice(max(0, self._step - model_inputs["input_ids"].shape[1]), self._step)
-            model_inputs["thinking_bag_ids"] = self._cross_path.bag_ids[:, recorded]
-            model_inputs["thinking_bag_weights"] = self._cross_path.bag_weights[:, recorded]
+            model_inputs.update(self._rollout.forward_kwargs(recorded))
 
     def after_sampling(
         self,
@@ -160,22 +183,24 @@ class M3POGenerationState:
         chosen = probs.gather(-1, input_ids[:, -1:]).squeeze(-1).log()
         self.rollout_logps[:, self._step] = torch.where(self._unfinished, chosen, 0.0)
         was_unfinished, self._unfinished = self._unfinished, unfinished_sequences.bool()
-        if self._cross_path is not None:
+        if self._rollout is not None:
+            if self._thought_temperature != 1.0 and self._rollout.settings.has_thoughts:
+                probs = (next_token_scores / self._thought_temperature).softmax(-1)
             completion_ids = input_ids[:, self._prompt_length :]
-            self._cross_path.record(self._step, probs, completion_ids, was_unfinished, self._unfinished)
+            self._rollout.record(self._step, probs, completion_ids, was_unfinished, self._unfinished)
         self._step += 1
 
     def end(self, steps_to_undo: int) -> None:
         """Cuts the record to the steps that were taken and works out the statistics."""
         steps = self._step - steps_to_undo
         self.rollout_logps = self.rollout_logps[:, :steps]
-        if self._cross_path is not None:
-            self.statistics = self._cross_path.end(steps)
+        if self._rollout is not None:
+            self.statistics = self._rollout.end(steps)
 
     @property
     def returns_output(self) -> bool:
         """Whether `generate` answers with `M3POGenerateOutput` rather than with what upstream returns."""
-        return self._cross_path is not None and (self._return_dict or self._return_embeds)
+        return self._rollout is not None and (self._return_dict or self._return_embeds)
 
     def output(
         self,
@@ -187,17 +212,16 @@ class M3POGenerationState:
         hidden_states: tuple[Any, ...] | None,
     ) -> M3POGenerateOutput:
         """The output object of the rollout; sequences (B, L + T), the rest as `_sample` collected it."""
-        thinking_embeds, ratio = None, torch.ones_like(self.rollout_logps)
-        if self.bag_weights is not None:
-            ratio = torch.where((self.bag_weights > 0).any(-1), self.bag_weights[..., 0], ratio)
+        thinking_embeds = None
         if self._return_embeds:
             completion = self._embed_tokens(sequences[:, self._prompt_length :])
-            thinking_embeds = mix_bags(self._embed_tokens, completion, self.bag_ids, self.bag_weights)
+            gate = self._base_model.thinking_residual if has_residual_gate(self._base_model) else None
+            thinking_embeds = mix_bags(self._embed_tokens, completion, self.bag_ids, self.bag_weights, gate)
         return M3POGenerateOutput(
             sequences=sequences,
             thinking_embeds=thinking_embeds,
             thinking_mask=self.thinking_mask,
-            embeds_ratio=ratio,
+            embeds_ratio=None if self._rollout is None else self._rollout.embeds_ratio,
             bag_ids=self.bag_ids,
             bag_weights=self.bag_weights,
             rollout_logps=self.rollout_logps,
@@ -210,12 +234,18 @@ class M3POGenerationState:
         )
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, settings: ThinkingSettings) -> None:
     model_type = model.config.model_type
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"enable_cross_path is built into {' and '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
             f"{model_type!r}. Set enable_cross_path=False or take another model."
+        )
+    if settings.has_thoughts != has_residual_gate(model):
+        has, needs = ("no", "one") if settings.has_thoughts else ("a", "none")
+        raise ValueError(
+            f"mode={settings.mode!r} needs a model with {needs} and this one has {has} residual gate "
+            f"(thinking_residual_enabled={has_residual_gate(model)} in its config); set another mode."
         )
 
 
@@ -228,7 +258,7 @@ def begin_rollout(
 ) -> M3POGenerationState | None:
     """Hook of `_sample`: the state of this rollout, or None when nothing is asked for (then nothing here runs)."""
     if state is None:
-        if not generation_config.enable_cross_path:
+        if not generation_config.enable_cross_path and not has_residual_gate(model):
             return None
         state = M3POGenerationState()
     # `generate` hands its tokenizer on to the decoding method, from where it would reach the model's forward.
@@ -245,7 +275,7 @@ def check_generation_mode(
     generation_mode_kwargs: dict[str, Any] | None = None,
     custom_generate: Any = None,
 ) -> None:
-    """Hook of `generate` and of continuous batching: cross-path interaction decodes in upstream's `_sample` only.
+    """Hook of `generate` and of continuous batching: thinking modes decode in upstream's `_sample` only.
 
     Args:
         model: the model that generates.
@@ -255,14 +285,17 @@ def check_generation_mode(
         custom_generate: the argument of `generate`.
 
     Raises:
-        ValueError: `enable_cross_path` or `m3po=` with beam search, assisted or continuous-batching generation or a
-            decoding loop of somebody else; a number of cross-path interaction without `enable_cross_path`.
+        ValueError: `enable_cross_path`, `m3po=` or a model with a residual gate with beam search, assisted or
+            continuous-batching generation or a decoding loop of somebody else; a number of a mode that is not on.
     """
     state = (generation_mode_kwargs or {}).get("m3po")
     enabled = getattr(generation_config, "enable_cross_path", None)
+    has_gate = has_residual_gate(model)
     if enabled is None and (state is None or state.settings is None):
-        _check_nothing_is_lost(generation_config)
-    if not enabled and state is None:
+        _check_nothing_is_lost(generation_config, has_gate)
+    if enabled and not has_gate and getattr(generation_config, "thought_top_k", None) is not None:
+        raise ValueError("thought_top_k does nothing on a model without a residual gate; leave it out.")
+    if not enabled and state is None and not has_gate:
         return
     from ..generation import GenerationMixin
 
@@ -270,9 +303,12 @@ def check_generation_mode(
     if custom_generate is not None or type(model)._sample is not GenerationMixin._sample:
         mode = "a decoding loop other than upstream's"
     if mode not in ("greedy_search", "sample"):
+        what, way_out = "enable_cross_path", "enable_cross_path=False"
+        if has_gate:
+            what, way_out = "a model with a residual gate", "config.thinking_residual_enabled=False"
         raise ValueError(
-            f"enable_cross_path does not work with {mode}: its paths must be decoded step by step. Set num_beams=1 and "
-            "leave out assistants, custom_generate and continuous batching, or set enable_cross_path=False."
+            f"{what} does not work with {mode}: its paths must be decoded step by step. Set num_beams=1 and "
+            f"leave out assistants, custom_generate and continuous batching, or set {way_out}."
         )
     if enabled and state is not None and state.settings is not None:
         raise ValueError(
@@ -281,11 +317,15 @@ def check_generation_mode(
         )
 
 
-def _check_nothing_is_lost(generation_config: GenerationConfig | None) -> None:
-    names = [*CrossPathSettings.__dataclass_fields__, "return_thinking_embeds"]
-    given = [name for name in names if getattr(generation_config, name, None) is not None]
+def _check_nothing_is_lost(generation_config: GenerationConfig | None, has_gate: bool) -> None:
+    names = [*ThinkingSettings.__dataclass_fields__, "return_thinking_embeds"]
+    useful = {"mode", *((*THOUGHT_FLAGS, "return_thinking_embeds") if has_gate else ())}
+    given = [name for name in names if name not in useful and getattr(generation_config, name, None) is not None]
     if given:
         raise ValueError(
             f"{given[0]} does nothing without enable_cross_path: set enable_cross_path=True as well (False says that "
             "it is off on purpose), or leave it out."
         )
+
+
+__all__ = ["M3POGenerateOutput", "M3POGenerationState"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the paths did, in numbers: computed on the device, once per rollout, from what the rollout recorded (E12, E19).
 
-The attention statistics come from the recorded bags, whose first entry is the path itself and whose other entries are
-λ A_ij of its peers; so A is read back from them and nothing has to be kept during decoding. Only the similarity, which
-a bag does not hold, is summed up step by step.
+In mode m3po the attention statistics come from the recorded bags, whose first entry is the path itself and whose other
+entries are λ A_ij of its peers: A is read back from them. Only the similarity, which no record holds, is summed up step
+by step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class SimilaritySums:
 
 
 def attention_statistics(
-    bag_weights: torch.Tensor, thinking_mask: torch.Tensor, groups: PathGroups, similarity: SimilaritySums
+    peers: torch.Tensor, thinking_mask: torch.Tensor, groups: PathGroups, similarity: SimilaritySums
 ) -> dict[str, torch.Tensor]:
     """Means over the blended positions of a rollout; every value is a 0-dim float32 tensor on the device.
 
     Args:
-        bag_weights: (B, T, K) float32, zero where nothing was blended.
+        peers: (B, T, P) float32, A of a path's peers or λ A, zero where it listened to nobody.
         thinking_mask: (B, T) bool.
         groups: the groups of the rows.
         similarity: the similarities of the rollout.
@@ -47,7 +47,6 @@ def attention_statistics(
         groups and steps with at least one. similarity_mean, similarity_min, similarity_max: over the pairs that could
         exchange. NaN where a rollout blended nothing.
     """
-    peers = bag_weights[..., 1:]
     attention = peers / peers.sum(-1, keepdim=True).clamp_min(torch.finfo(peers.dtype).tiny)
     blended = (attention > 0).any(-1)
     count = blended.sum()
@@ -64,3 +63,23 @@ def attention_statistics(
         "similarity_min": torch.where(similarity.count > 0, similarity.smallest, torch.nan),
         "similarity_max": torch.where(similarity.count > 0, similarity.largest, torch.nan),
     }
+
+
+def residual_statistics(trace: torch.Tensor, bag_weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the residual gate did, means over the thinking inputs that were read; 0-dim float32 tensors on the device.
+
+    Args:
+        trace: (B, T, 2) float32, see `mix_bags`.
+        bag_weights: (B, T, K) float32, zero where there was no thought.
+
+    Returns:
+        embeds_ratio: the gate's a, mean over H. hidden_ratio: sqrt(1 - embeds_ratio²) of each position, HRPO's measure
+        of how much thought there is. mix_norm: L2 norm of the input. NaN where a rollout had no thought.
+    """
+    read = (bag_weights > 0).any(-1)
+    read[:, -1:] = False  # the last token of the longest row is not an input any more
+    count = read.sum()
+    ratio, norm = trace.unbind(-1)
+    hidden = (1.0 - ratio.square()).clamp_min(0.0).sqrt()
+    means = {"embeds_ratio": ratio, "hidden_ratio": hidden, "mix_norm": norm}
+    return {name: torch.where(read, value, 0.0).sum() / count for name, value in means.items()}

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields that this overlay adds to `LlamaConfig` and `Qwen2Config` (design, the flag table).
+
+A class decorator under `@strict`, rather than lines in the class body: the bodies of these two are the source from
+which upstream generates a good dozen other configurations, which have no such modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+FIELDS: dict[str, tuple[type | Any, Any]] = {
+    "thinking_residual_enabled": (bool, False),
+    "thinking_residual_r_min": (int | float, 0.99),
+    "thinking_residual_r_max": (int | float, 0.999),
+}
+SWITCHES = {"thinking_residual_": "thinking_residual_enabled"}
+
+
+def with_m3po_fields(cls: type) -> type:
+    """Declares the fields on a configuration class: typed, saved, loaded and overridable in `from_pretrained`.
+
+    thinking_residual_enabled: the model has HRPO's residual gate (`transformers.m3po.residual_gate`).
+    thinking_residual_r_min, thinking_residual_r_max: bounds of the decay that the gate starts with, in (0, 1).
+
+    The fields of a system that is off are left out of `to_dict`, so that saved files are upstream's.
+    """
+    cls.__annotations__ = {
+        **cls.__dict__.get("__annotations__", {}),
+        **{name: kind for name, (kind, _) in FIELDS.items()},
+    }
+    for name, (_, default) in FIELDS.items():
+        setattr(cls, name, default)
+    cls = dataclass(cls, repr=False, kw_only=True)
+    missing = set(FIELDS) - {entry.name for entry in fields(cls)}
+    if missing:
+        raise TypeError(
+            f"{cls.__name__} did not take the fields {sorted(missing)}; dataclasses work in another way now."
+        )
+    remove = cls._remove_keys_not_serialized  # type: ignore[attr-defined]
+
+    def _remove_keys_not_serialized(self: Any, saved: dict[str, Any]) -> None:
+        remove(self, saved)
+        for prefix, switch in SWITCHES.items():
+            if saved.get(switch) is False:
+                for name in [name for name in saved if name.startswith(prefix)]:
+                    del saved[name]
+
+    def validate_thinking_residual(self: Any) -> None:
+        check_bounds(self.thinking_residual_r_min, self.thinking_residual_r_max)
+
+    cls._remove_keys_not_serialized = _remove_keys_not_serialized  # type: ignore[attr-defined]
+    cls.validate_thinking_residual = validate_thinking_residual  # type: ignore[attr-defined]
+    return cls
+
+
+def check_bounds(r_min: float, r_max: float) -> None:
+    """Refuses bounds between which no decay can be drawn.
+
+    Raises:
+        ValueError: one line that names both flags.
+    """
+    if not 0.0 < r_min <= r_max < 1.0:
+        raise ValueError(
+            f"thinking_residual_r_min={r_min} and thinking_residual_r_max={r_max} must be 0 < r_min <= r_max < 1; HRPO "
+            "uses 0.99 and 0.999."
+        )

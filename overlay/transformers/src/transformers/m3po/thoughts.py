@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft thoughts as bags (HRPO, arXiv 2505.18454, section 3), and their blend across a group (mode h3po of seed 1).
+
+A soft thought is h = (p E) / ||p||_2, p the distribution that a token was sampled from. Its bag holds the k likeliest
+tokens with the weights p_k / ||p||_2, the norm being that of the whole p: what a bag leaves out is the tail of the sum,
+whose size docs/modes.md gives. The whole product would read the embedding matrix once a step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def thought_bags(probs: torch.Tensor, top_k: int, num_embeddings: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The soft thoughts of distributions.
+
+    Args:
+        probs: p (B, V) float32.
+        top_k: k; 0 keeps the whole vocabulary.
+        num_embeddings: rows of the embedding matrix. Tokens beyond it (a padded head) have no embedding: they stay in
+            the norm and out of the bag.
+
+    Returns:
+        ids (B, K) int32 and weights (B, K) float32, K = min(k, V) or, for the whole vocabulary, V.
+    """
+    norm = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
+    if top_k and top_k < probs.shape[-1]:
+        weights, ids = probs.topk(top_k, dim=-1)
+    else:
+        weights, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+    if num_embeddings < probs.shape[-1]:
+        known = ids < num_embeddings
+        weights, ids = weights * known, ids * known
+    return ids.int(), weights / norm
+
+
+def blend_thoughts(
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    peers: torch.Tensor,
+    peer_rows: torch.Tensor,
+    lambda_blend: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blends the thoughts of a group: (1 - λ) h_i + λ Σ_j A_ij h_j, equal tokens merged, the K largest entries kept.
+
+    Args:
+        ids, weights: (B, K), the paths' own thoughts.
+        peers: (B, P) float32, how much a path listens to each of its peers (A); all zero for a path without any.
+        peer_rows: (B, P) long, the rows of these peers.
+        lambda_blend: λ in (0, 1].
+
+    Returns:
+        ids (B, K) int32 and weights (B, K) float32. A path without an active peer keeps its own, bit for bit.
+    """
+    size = ids.shape[-1]
+    heard = lambda_blend * peers.unsqueeze(-1) * weights[peer_rows]  # (B, P, K)
+    all_weights = torch.cat([(1.0 - lambda_blend) * weights, heard.flatten(1)], dim=-1)
+    all_ids, order = torch.cat([ids, ids[peer_rows].flatten(1)], dim=-1).sort(dim=-1, stable=True)
+    all_weights = all_weights.gather(-1, order)
+    first = torch.ones_like(all_ids, dtype=torch.bool)
+    first[:, 1:] = all_ids[:, 1:] != all_ids[:, :-1]
+    token = first.cumsum(-1) - 1  # every entry's place among the different tokens of its row
+    merged = torch.zeros_like(all_weights).scatter_add(-1, token, all_weights)
+    merged_ids = torch.zeros_like(all_ids).scatter(-1, token, all_ids)
+    kept, place = merged.topk(size, dim=-1)
+    listens = (peers > 0).any(-1, keepdim=True)
+    return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, kept, weights)

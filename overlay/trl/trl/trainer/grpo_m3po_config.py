@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of the thinking modes on `GRPOConfig`, and what they cannot be combined with.
+
+`grpo_config.py` inherits and checks them; `grpo_m3po.py` acts on them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.m3po import ThinkingSettings
+from transformers.m3po.model_config import check_bounds
+from transformers.m3po.rollout import SUPPORTED_MODEL_TYPES
+from transformers.m3po.settings import CROSS_PATH_MODES, DEFAULT_THOUGHT_TOP_K, RESIDUAL_MODES
+
+MODES = ("none", "m3po", "hrpo", "h3po")
+# What generate cuts off a distribution, with the value at which it cuts nothing off.
+_NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
+# What `generation_kwargs` may set besides: it changes how, or how long, tokens are sampled, but not from what.
+_HARMLESS = {"cache_implementation", "max_new_tokens", "prefill_chunk_size", "use_cache"}
+
+
+@dataclass
+class M3POArguments:
+    """The flags of `GRPOConfig` that this overlay adds; names from the seeds (design, the flag table)."""
+
+    mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the paths of a group think: `none` (plain GRPO, the control; the default), `m3po` (each "
+            "thinking path's input is blended with the tokens its peers sampled, M3PO paper eq. 2-6), `hrpo` (a "
+            "learned gate mixes a soft thought into each thinking input, HRPO paper) or `h3po` (hrpo, with the "
+            "thoughts of a group blended)."
+        },
+    )
+    enable_cross_path: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Seed 1's way to say the mode, together with thinking_residual_enabled: True for `m3po` and "
+            "`h3po`, False for `none` and `hrpo`. Set the mode or these two."
+        },
+    )
+    thinking_residual_enabled: bool | None = field(
+        default=None,
+        metadata={"help": "Likewise: True for `hrpo` and `h3po`, whose model has HRPO's residual gate."},
+    )
+    thinking_residual_r_min: float = field(
+        default=0.99,
+        metadata={"help": "A fresh residual gate's decay is drawn between this and r_max, both in (0, 1)."},
+    )
+    thinking_residual_r_max: float = field(
+        default=0.999, metadata={"help": "Upper end of that, HRPO's Table 5 has 0.999."}
+    )
+    thinking_residual_gate_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the residual gate's two linear layers."}
+    )
+    thinking_residual_lambda_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the residual gate's decay, HRPO's Lambda."}
+    )
+    thought_top_k: int = field(
+        default=DEFAULT_THOUGHT_TOP_K,
+        metadata={"help": "Entries of a soft thought, the likeliest tokens; 0 keeps the whole vocabulary."},
+    )
+    cross_path_lambda: float = field(
+        default=0.1,
+        metadata={"help": "Share of the peers in a thinking input, lambda of eq. 2, in [0, 1]. 0 blends nothing."},
+    )
+    cross_path_temp: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of the weights over the peers, T of eq. 5, above 0. Default: the gate's (0.1)."},
+    )
+    cross_path_phase: str = field(
+        default="thinking",
+        metadata={"help": "`thinking`: think until the answer marker. `all`: to the end (ablation of seed 1)."},
+    )
+    cross_path_top_k: int | None = field(
+        default=None,
+        metadata={"help": "Keep this many peers per path, the ones with the largest weights. Default: all."},
+    )
+    answer_start: str = field(
+        default="####",
+        metadata={"help": "The answer marker: the text that ends the thinking phase of a completion."},
+    )
+    gating_type: str = field(
+        default="baseline",
+        metadata={"help": "Similarity of two paths' distributions: `baseline` is the paper's cosine (eq. 3)."},
+    )
+    gating_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug."},
+    )
+
+
+def thinking_settings(args: Any) -> ThinkingSettings | None:
+    """The numbers of the mode of a `GRPOConfig`, None in mode `none`.
+
+    Raises:
+        ValueError: one of them breaks its rule, in mode `none` too: a control fails like its pair on a mistyped number.
+    """
+    names = (
+        "cross_path_lambda",
+        "cross_path_temp",
+        "cross_path_phase",
+        "cross_path_top_k",
+        "thought_top_k",
+        "answer_start",
+        "gating_type",
+    )
+    settings = ThinkingSettings(
+        mode="m3po" if args.mode == "none" else args.mode,
+        **{name: getattr(args, name) for name in names},
+        gating_config=args.gating_config or {},
+    )
+    return None if args.mode == "none" else settings
+
+
+def check_m3po_arguments(args: Any) -> None:
+    """Hook at the end of `GRPOConfig.__post_init__`: settles `mode` and refuses what cannot work, before any work.
+
+    Raises:
+        ValueError: one line that names the flag, the rule and what to set.
+    """
+    switches = {"enable_cross_path": CROSS_PATH_MODES, "thinking_residual_enabled": RESIDUAL_MODES}
+    given = {name: getattr(args, name) for name in switches if getattr(args, name) is not None}
+    if args.mode is None:
+        wanted = [bool(given.get(name)) for name in switches]
+        args.mode = next(mode for mode in MODES if [mode in modes for modes in switches.values()] == wanted)
+    if args.mode not in MODES:
+        raise ValueError(f"mode={args.mode!r} is unknown; set one of {', '.join(MODES)}.")
+    for name, value in given.items():
+        if value != (args.mode in switches[name]):
+            raise ValueError(f"mode={args.mode!r} and {name}={value} contradict each other; set mode alone.")
+    for name, modes in switches.items():
+        setattr(args, name, args.mode in modes)
+    thinking_settings(args)
+    check_bounds(args.thinking_residual_r_min, args.thinking_residual_r_max)
+    for name in ("thinking_residual_gate_learning_rate", "thinking_residual_lambda_learning_rate"):
+        if not getattr(args, name) >= 0.0:
+            raise ValueError(f"{name}={getattr(args, name)} is below 0; HRPO uses 1e-4 for the gate, 1e-3 for Lambda.")
+    if args.mode != "none":
+        _check_rollouts(args)
+    if args.mode in CROSS_PATH_MODES:
+        _check_whole_groups(args)
+
+
+def _check_rollouts(args: Any) -> None:
+    if args.use_vllm:
+        raise ValueError(f"use_vllm=True cannot be combined with mode={args.mode!r}: vLLM does not let paths interact.")
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            f"use_transformers_continuous_batching=True cannot be combined with mode={args.mode!r}: set it to False."
+        )
+    given = {name: getattr(args, name) for name in _NO_TRUNCATION} | (args.generation_kwargs or {})
+    for name, allowed in _NO_TRUNCATION.items():
+        if given[name] not in allowed:
+            raise ValueError(
+                f"{name}={given[name]} changes the distribution a token is sampled from, which the policy pass does "
+                f"not see; mode={args.mode!r} needs {name}={allowed[0]}."
+            )
+    if given.get("cache_implementation", args.cache_implementation) == "quantized":
+        raise ValueError(
+            f"cache_implementation='quantized' changes the numbers of a rollout but not those of the policy pass; "
+            f"leave it out, or set mode='none' instead of {args.mode!r}."
+        )
+    if given.get("num_beams", 1) != 1:
+        raise ValueError(f"num_beams={given['num_beams']} cannot be combined with mode={args.mode!r}; set num_beams=1.")
+    for name in sorted(set(given) - set(_NO_TRUNCATION) - _HARMLESS - {"num_beams"}):
+        raise ValueError(
+            f"generation_kwargs has {name}, which can change the distribution a token is sampled from; with "
+            f"mode={args.mode!r} it may hold {', '.join(sorted(_HARMLESS))} only. Leave it out."
+        )
+
+
+def _check_whole_groups(args: Any) -> None:
+    rows, steps, group = args.per_device_train_batch_size, args.steps_per_generation, args.num_generations
+    if rows * steps % group:
+        # Where generation_batch_size was given, steps_per_generation follows from it and another batch size is no mend.
+        all_rows = math.lcm(rows, group) * args.world_size
+        raise ValueError(
+            f"per_device_train_batch_size * steps_per_generation = {rows} * {steps} = {rows * steps} rollouts per "
+            f"process do not make whole groups of num_generations={group}, and a group must not be split over "
+            f"processes in mode {args.mode!r}; with steps_per_generation={steps}, set per_device_train_batch_size to "
+            f"{_multiples_around(rows, group // math.gcd(group, steps))}, or set generation_batch_size to "
+            f"{_multiples_around(args.generation_batch_size, all_rows)} in place of steps_per_generation."
+        )
+    group = args.num_generations_eval or args.num_generations
+    if args.eval_strategy != "no" and args.per_device_eval_batch_size % group:
+        raise ValueError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of {group}; "
+            f"set it to {_multiples_around(args.per_device_eval_batch_size, group)}."
+        )
+
+
+def _multiples_around(number: int, unit: int) -> str:
+    """The nearest positive multiples of `unit` below and above a number that is none, as text."""
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def check_model_type(model: Any, mode: str) -> None:
+    """Refuses a model into which the modes are not built.
+
+    Raises:
+        ValueError: it names the model's type and those that are.
+    """
+    if model.config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"mode={mode!r} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
+            f"{model.config.model_type!r}. Set mode='none' or take another model."
+        )
