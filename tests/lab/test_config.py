@@ -29,9 +29,11 @@ def write(folder: Path, text: str) -> str:
 
 def test_all_run_configs_are_found() -> None:
     """A search that finds too few files would let the next test pass on nothing."""
-    papers = [f"papers/gsm8k-{model}-{method}.yaml" for model in MODELS for method in ("grpo", "m3po")]
-    found = [path.relative_to(CONFIGS).as_posix() for path in RUN_CONFIGS]
-    assert found == ["demo.yaml", "demo_short.yaml", *papers]
+    papers = {f"papers/gsm8k-{model}-{method}.yaml" for model in MODELS for method in ("grpo", "m3po")}
+    papers |= {f"papers/{data}-{model}-hrpo.yaml" for data in ("gsm8k", "math", "mmlu") for model in MODELS[2:]}
+    papers.add("papers/gsm8k-qwen2.5-1.5b-h3po.yaml")
+    found = {path.relative_to(CONFIGS).as_posix() for path in RUN_CONFIGS}
+    assert found == {"demo.yaml", "demo_short.yaml", *papers}
 
 
 @pytest.mark.parametrize("file", RUN_CONFIGS, ids=lambda path: path.stem)
