@@ -5,16 +5,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers.m3po import CrossPathSettings, read_checkpoint_info
+from transformers.m3po import ThinkingSettings, read_checkpoint_info
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
+from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
 from m3po_lab.config import UserError, one_line
-from m3po_lab.evaluate import Paths
+from m3po_lab.evaluate import Paths, Thoughts
 
 # How each mode decodes when it is evaluated (design, section 4).
 INFERENCE = {
     "none": "plain, one path",
     "m3po": "plain, one path: the mode acts in training only (M3PO paper, section 6)",
+    "hrpo": "one path with its soft thoughts",
+    "h3po": "one path with its soft thoughts, without peers",
 }
 
 
@@ -42,6 +45,11 @@ def checkpoint_numbers(model: str, given: dict[str, Any]) -> dict[str, Any]:
     else:
         numbers = {"mode": "none", **flags}
         interacting = [name for name in flags if name.startswith(("cross_path", "gating"))]
+        if numbers["mode"] in RESIDUAL_MODES:
+            raise UserError(
+                f"--mode {numbers['mode']}: {model} is no checkpoint of that mode, and a residual gate that nobody "
+                "trained would be random; train it first, or leave the flag out."
+            )
         if numbers["mode"] == "none" and interacting:
             raise UserError(f"--{interacting[0]} goes with --mode m3po; {model} is evaluated in mode none.")
     if numbers["mode"] not in INFERENCE:
@@ -57,29 +65,39 @@ def paths_of(numbers: dict[str, Any], num_paths: int, seed: int) -> Paths | None
     """
     if num_paths == 1:
         return None
-    return Paths(num_paths, float(numbers.get("sampling_temperature", 1.0)), cross_path_settings(numbers), seed)
+    return Paths(num_paths, sampling_temperature(numbers), thinking_settings(numbers), seed)
 
 
-def cross_path_settings(numbers: dict[str, Any]) -> CrossPathSettings | None:
-    """The interaction of a checkpoint's paths; None in mode `none`.
+def thoughts_of(numbers: dict[str, Any]) -> Thoughts | None:
+    """The soft thoughts of a greedy path; None in the modes without."""
+    return Thoughts.of_mode(thinking_settings(numbers), sampling_temperature(numbers))
+
+
+def sampling_temperature(numbers: dict[str, Any]) -> float:
+    """The temperature that a checkpoint's completions were sampled at; 1 for a model that says none."""
+    return float(numbers.get("sampling_temperature", 1.0))
+
+
+def thinking_settings(numbers: dict[str, Any]) -> ThinkingSettings | None:
+    """How a checkpoint thinks; None in mode `none`.
 
     Raises:
         UserError: for numbers that break one of its rules.
     """
     if numbers["mode"] == "none":
         return None
-    known = {entry.name for entry in fields(CrossPathSettings)}
+    known = {entry.name for entry in fields(ThinkingSettings)}
     try:
-        return CrossPathSettings(**{name: value for name, value in numbers.items() if name in known})
+        return ThinkingSettings(**{name: value for name, value in numbers.items() if name in known})
     except (ValueError, TypeError) as error:
         raise UserError(f"--{one_line(error)}") from error
 
 
 def mode_line(numbers: dict[str, Any], paths: Paths | None) -> str:
     """The mode, its numbers and how it decodes here, in one line."""
-    settings = cross_path_settings(numbers)
+    settings = thinking_settings(numbers)
     said = f"mode {numbers['mode']}" + (f" ({settings.describe()})" if settings else "")
     if paths is None:
         return f"{said}; evaluated {INFERENCE[numbers['mode']]}, greedy"
-    kind = "a cross-path group" if paths.cross_path else "independent samples"
+    kind = "a cross-path group" if numbers["mode"] in CROSS_PATH_MODES else "independent samples"
     return f"{said}; {paths.number} paths of each problem as {kind}, sampling temperature {paths.temperature:g}"

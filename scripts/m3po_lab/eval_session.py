@@ -12,12 +12,14 @@ from huggingface_hub import HfApi
 from lm_eval.api.task import Task
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.m3po.residual_gate import has_residual_gate
+from transformers.m3po.settings import RESIDUAL_MODES
 from trl import ModelConfig
 
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data_sources import GSM8K
 from m3po_lab.eval_agreement import agreement
-from m3po_lab.eval_checkpoint import checkpoint_numbers, mode_line, paths_of
+from m3po_lab.eval_checkpoint import checkpoint_numbers, mode_line, paths_of, thoughts_of
 from m3po_lab.eval_report import write_report
 from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import SETTINGS_FILE, EvalSettings
@@ -48,13 +50,21 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
     names, reason = choose(given.dataset, given.num_fewshot)
     tasks = [make_task(name, given.num_fewshot, settings, numbers.get("answer_start", MARKER)) for name in names]
     model, tokenizer = load(given.model, given.dtype)
+    if has_residual_gate(model) != (numbers["mode"] in RESIDUAL_MODES):
+        raise UserError(
+            f"{given.model} has {'a' if has_residual_gate(model) else 'no'} residual gate, which does not fit mode "
+            f"{numbers['mode']}: evaluate the folder that its run saved, with its m3po.json."
+        )
+    thoughts = thoughts_of(numbers)
     whose = f"those of the run, {settings.dataset}" if known else "those of configs/demo.yaml, since the model has none"
     print(f"{given.model}: {mode_line(numbers, paths)}")
     print(f"{reason}{f'; problems: {whose}' if 'problems' in names else ''}")
     decoding = {"dtype": given.dtype, "precision": settings.precision, "device": model.device.type}
     folder = Path(given.output_dir) if given.output_dir else default_folder(given)
     digest = model_digest(ModelConfig(model_name_or_path=given.model))
-    finished = FinishedBatches(folder / "partial.jsonl", [digest, decoding, asdict(paths) if paths else None])
+    finished = FinishedBatches(
+        folder / "partial.jsonl", [digest, decoding, *(asdict(how) if how else None for how in (paths, thoughts))]
+    )
     try:
         results = run_tasks(
             model,
@@ -64,6 +74,7 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
             precision=settings.precision,
             label="evaluation",
             chat_template_kwargs=settings.chat_template_kwargs,
+            thoughts=thoughts,
             paths=paths,
             limit=given.limit,
             finished=finished,

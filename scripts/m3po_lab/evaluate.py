@@ -2,8 +2,9 @@
 """Evaluation by lm-eval: the tasks of `configs/eval`, run by its `evaluate` on its `HFLM` with a model in memory.
 
 The report of a training run and `scripts/eval_gsm8k.sh` both go through `run_tasks`, so they build prompts, decode and
-score alike. Of a training in several processes, all take part, in turns of one batch. Decoding is plain, single-path
-and greedy in every mode (M3PO paper, section 6) unless `Paths` asks for N sampled completions of each problem.
+score alike. Of a training in several processes, all take part, in turns of one batch. Decoding is single-path and
+greedy, plain in the modes none and m3po (M3PO paper, section 6) and with soft thoughts in hrpo and h3po (`Thoughts`),
+unless `Paths` asks for N sampled completions of each problem.
 
 `evaluate` rather than `simple_evaluate`, its wrapper: that one seeds the global random generators, which would change
 a training that goes on afterwards, and spends seconds on a description of the machine (torch's collect_env).
@@ -14,7 +15,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.m3po import CrossPathSettings, M3POGenerationState
+from transformers.m3po import M3POGenerationState, ThinkingSettings
 
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data import Message
@@ -52,8 +53,34 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Thoughts:
+    """One greedy path whose thinking inputs stay on, as in training but without peers (modes hrpo and h3po).
+
+    Args:
+        settings: of mode `hrpo`.
+        temperature: of the distributions that the thoughts are made of: what the run sampled at.
+    """
+
+    settings: ThinkingSettings
+    temperature: float
+
+    @classmethod
+    def of_mode(cls, settings: ThinkingSettings | None, temperature: float) -> "Thoughts | None":
+        """The thoughts of a checkpoint with these settings; None in the modes that decode plainly."""
+        if settings is None or not settings.has_thoughts:
+            return None
+        return cls(replace(settings, mode="hrpo"), temperature)
+
+    def state(self, tokenizer: PreTrainedTokenizerBase) -> M3POGenerationState:
+        """The state of a rollout."""
+        return M3POGenerationState(settings=self.settings, tokenizer=tokenizer, thought_temperature=self.temperature)
+
+
+@dataclass(frozen=True)
 class Paths:
-    """N completions of each problem: independent samples, or with `cross_path` a group that interacts.
+    """N completions of each problem: plain independent samples, or with `settings` as the mode decodes in training.
+
+    That is a group whose paths interact (m3po, h3po), or samples with soft thoughts (hrpo).
 
     Nothing is cut off the distribution (top_k 0, top_p 1), as in training. Every batch has a seed of its own, made of
     `seed` and its number, so that an evaluation that was stopped goes on with the same samples.
@@ -61,7 +88,7 @@ class Paths:
 
     number: int
     temperature: float
-    cross_path: CrossPathSettings | None
+    settings: ThinkingSettings | None
     seed: int = 0
 
     def configure(self, task: Task) -> None:
@@ -80,24 +107,25 @@ class Paths:
         Raises:
             ValueError: when the rows are not whole groups of one prompt each, side by side.
         """
-        if self.cross_path is None:
+        if self.settings is None:
             return None
         whole = len(rows) % self.number == 0
         if not whole or not torch.equal(rows[:: self.number].repeat_interleave(self.number, 0), rows):
             raise ValueError(f"a batch of {len(rows)} rows is not made of whole groups of {self.number} paths.")
         return M3POGenerationState(
-            group_ids=torch.arange(len(rows)) // self.number, settings=self.cross_path, tokenizer=tokenizer
+            group_ids=torch.arange(len(rows)) // self.number, settings=self.settings, tokenizer=tokenizer
         )
 
 
 class EvaluatedModel(HFLM):
-    """lm-eval's `HFLM` on a model in memory, with our progress bar; `Paths` makes it sample groups.
+    """lm-eval's `HFLM` on a model in memory, with our progress bar; see `Thoughts` and `Paths` for the modes.
 
     Args:
         batch_size: rows decoded together, of similar length; with `paths`, rounded to whole groups.
         precision: `no` or the autocast of the training.
         label: text of the progress bar.
         chat_template_kwargs: what the chat template is given besides the turns.
+        thoughts: of a greedy path; not looked at with `paths`.
         finished: keeps the batches that are done.
     """
 
@@ -110,6 +138,7 @@ class EvaluatedModel(HFLM):
         precision: str,
         label: str,
         chat_template_kwargs: dict[str, Any] | None = None,
+        thoughts: Thoughts | None = None,
         paths: Paths | None = None,
         finished: FinishedBatches | None = None,
     ) -> None:
@@ -127,6 +156,7 @@ class EvaluatedModel(HFLM):
         self.ends = sorted({tokenizer.eos_token_id, *ends})
         self.label = label
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.thoughts = thoughts
         self.paths = paths
         self.finished = finished
         self.processes = PartialState()
@@ -199,7 +229,11 @@ class EvaluatedModel(HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
         """One batch: what a model's own generation config would add to plain decoding is switched off."""
-        state = None if self.paths is None else self.paths.state(context, self.tokenizer)
+        state = None
+        if self.paths is not None:
+            state = self.paths.state(context, self.tokenizer)
+        elif self.thoughts is not None:
+            state = self.thoughts.state(self.tokenizer)
         if state is not None:
             generation_kwargs["m3po"] = state
         words = [word for word in stop if word != self.tokenizer.eos_token]  # that one ends a row by its id
@@ -234,6 +268,7 @@ def run_tasks(
     precision: str,
     label: str,
     chat_template_kwargs: dict[str, Any] | None = None,
+    thoughts: Thoughts | None = None,
     paths: Paths | None = None,
     limit: int | None = None,
     finished: FinishedBatches | None = None,
@@ -255,6 +290,7 @@ def run_tasks(
         precision=precision,
         label=label,
         chat_template_kwargs=chat_template_kwargs,
+        thoughts=thoughts,
         paths=paths,
         finished=finished,
     )
@@ -296,7 +332,11 @@ def unchanged_random_state() -> Iterator[None]:
 
 
 def answer_problems(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings, label: str
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvalSettings,
+    label: str,
+    thoughts: Thoughts | None = None,
 ) -> list[Answered]:
     """Greedy completions of a run's held-out problems and their verdicts, in the order of the problems.
 
@@ -311,6 +351,7 @@ def answer_problems(
             precision=settings.precision,
             label=label,
             chat_template_kwargs=settings.chat_template_kwargs,
+            thoughts=thoughts,
         )
     return [
         Answered(sample["resps"][0][0], sample["strict_match"] == 1.0, sample["well_formed"] == 1.0)

@@ -13,15 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Why stock vLLM can serve a mode: it decodes token embeddings, one path, on the plain architecture.
+# Whether stock vLLM can serve a mode, and why: it decodes token embeddings, one path, on the plain architecture.
 SERVABLE = {
     "none": "plain GRPO changes the weights only",
     "m3po": "its paths interact in training only; at inference it is plain, one path (M3PO paper, section 6)",
 }
-NOT_SERVABLE = (
-    "hrpo, h3po and ASLR, were they here, could not be: they feed or refine hidden states at inference, and stock vLLM "
-    "decodes token embeddings only"
-)
+NOT_SERVABLE = {
+    mode: "its soft thoughts stay on at inference, and vLLM feeds back the sampled token's embedding alone and has no "
+    "residual gate; use model.generate of this overlay, or scripts/eval_gsm8k.sh"
+    for mode in ("hrpo", "h3po")
+}
 
 
 def export(checkpoint: Path, out: Path, dtype: str) -> str:
@@ -33,6 +34,7 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
     import torch
     from peft import PeftModel
     from transformers.m3po import read_checkpoint_info, write_checkpoint_info
+    from transformers.m3po.residual_gate import GATE_MODULES
     from trl import ModelConfig
 
     from m3po_lab.config import UserError, one_line
@@ -43,8 +45,9 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
         numbers = read_checkpoint_info(checkpoint)
     except (OSError, ValueError) as error:
         raise UserError(f"CHECKPOINT={checkpoint}: {one_line(error)}") from error
-    if numbers["mode"] not in SERVABLE:
-        raise UserError(f"CHECKPOINT={checkpoint}: mode {numbers['mode']} is unknown; known: {', '.join(SERVABLE)}.")
+    known = [*SERVABLE, *NOT_SERVABLE]
+    if numbers["mode"] not in known:
+        raise UserError(f"CHECKPOINT={checkpoint}: mode {numbers['mode']} is unknown; known: {', '.join(known)}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"OUT={out} exists already: name a new folder.")
     settings = EvalSettings.read(checkpoint)
@@ -52,7 +55,10 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
     plain = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        plain.to(getattr(torch, dtype)).save_pretrained(part)
+        for name, weight in plain.named_parameters():
+            if not any(gate in name for gate in GATE_MODULES):  # the residual gate is float32 in any model
+                weight.data = weight.data.to(getattr(torch, dtype))
+        plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
         write_checkpoint_info(part, numbers)
         if settings is not None:
@@ -79,9 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written to {given.out}: an ordinary checkpoint, {given.dtype}; trained in mode {mode}")
-    print(f"stock vLLM can serve it (vllm serve {given.out}): {SERVABLE[mode]}")
-    print(NOT_SERVABLE)
+    if mode in SERVABLE:
+        print(f"written to {given.out}: an ordinary checkpoint, {given.dtype}; trained in mode {mode}")
+        print(f"stock vLLM can serve it (vllm serve {given.out}): {SERVABLE[mode]}")
+    else:
+        print(f"written to {given.out}: a checkpoint with its residual gate, {given.dtype}; trained in mode {mode}")
+        print(f"stock vLLM cannot serve it: {NOT_SERVABLE[mode]}")
     return 0
 
 

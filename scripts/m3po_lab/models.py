@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.m3po.residual_gate import GATE_MODULES, GATE_PARAMETERS, attach_residual_gate
 from trl import ModelConfig
 
 from m3po_lab.config import UserError, one_line
@@ -182,9 +184,23 @@ def _base_config(folder: Path, config: ModelConfig) -> ModelConfig:
 
 
 def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base model an adapter names, with the adapter on it and trainable."""
+    """The base model an adapter names, with the adapter on it and trainable; with its residual gate if it has one."""
     base, tokenizer = load_model(_base_config(folder, config))
     try:
+        saved = PeftConfig.from_pretrained(str(folder)).modules_to_save or ()
+        if set(GATE_MODULES) & set(saved):
+            _check_adapter_gate(folder)
+            # What it starts as does not matter: the adapter brings the gate. Its bounds are not those it began with.
+            attach_residual_gate(base, r_min=0.99, r_max=0.999, seed=0)
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--model_name_or_path {folder}: {one_line(error)[:200]}") from error
+
+
+def _check_adapter_gate(folder: Path) -> None:
+    """Refuse an adapter that says it has a residual gate and does not bring all of it: PEFT would leave it random."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
+        keys = list(weights.keys())
+    missing = [name for name in GATE_PARAMETERS if not any(key.endswith(name) for key in keys)]
+    if missing:
+        raise ValueError(f"its adapter_config.json names a residual gate, and its weights lack {missing[0]}")

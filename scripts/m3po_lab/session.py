@@ -32,7 +32,7 @@ from m3po_lab.config import Run, UserError, one_line
 from m3po_lab.data import chat_prompt, load_problems, training_rows
 from m3po_lab.data_sources import Problem
 from m3po_lab.eval_settings import EvalSettings, KeepSettings
-from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
+from m3po_lab.evaluate import Answered, Thoughts, answer_problems, cache_key, load_cached, store
 from m3po_lab.files import shown_path
 from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
 from m3po_lab.processes import check_engine
@@ -212,10 +212,15 @@ def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> li
         home = model.device
         if home != accelerator.device:
             model.to(accelerator.device)
-        answered = answer_problems(model, trainer.processing_class, settings, label)
+        answered = answer_problems(model, trainer.processing_class, settings, label, thoughts_of(trainer))
         if home != accelerator.device:
             model.to(home)
     return answered
+
+
+def thoughts_of(trainer: GRPOTrainer) -> Thoughts | None:
+    """The thoughts that the run's model has when it is evaluated."""
+    return Thoughts.of_mode(trainer.m3po.settings, trainer.args.temperature)
 
 
 def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], settings: EvalSettings) -> list[Answered]:
@@ -225,6 +230,9 @@ def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], set
     if trainer.accelerator.is_main_process:
         prompts = [chat_prompt(problem, run.script) for problem in held_out]
         how = [run.model.dtype, run.model.attn_implementation, asdict(settings)]
+        if (thoughts := thoughts_of(trainer)) is not None:  # a fresh residual gate is made of the run's own numbers
+            start = ("seed", "thinking_residual_r_min", "thinking_residual_r_max")
+            how += [asdict(thoughts), *(getattr(trainer.args, name) for name in start)]
         key = cache_key(model_digest(run.model), prompts, held_out, how)
         stored = [load_cached(file, key)]
     broadcast_object_list(stored)

@@ -39,6 +39,10 @@ TINY_RUN = {
 }
 
 
+# The residual gate far from its start, and learning fast, so that what it does is seen in the weights.
+H3PO = ("--mode", "h3po", "--beta", "0.05", "--thought_top_k", "8", "--thinking_residual_r_min", "0.5")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random 2-layer Llama and its tokenizer."""
@@ -104,4 +108,13 @@ def finished_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) ->
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = tmp_path_factory.mktemp("run") / "uninterrupted"
     assert main([str(tiny_config), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def h3po_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in mode h3po, with a reference model: its residual gate has a start that a resumed run must find."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = tmp_path_factory.mktemp("run") / "h3po"
+    assert main([str(tiny_config), *H3PO, "--output_dir", str(folder)]) == 0
     return folder

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers.m3po import CrossPathSettings
+from transformers.m3po import ThinkingSettings
 from trl import ModelConfig
 
 from m3po_lab import evaluate
@@ -241,7 +241,7 @@ def batches(monkeypatch: pytest.MonkeyPatch, tiny: tuple[Any, Any]) -> Iterator[
 def test_paths_of_a_problem_are_one_group_in_one_batch(
     tiny: tuple[Any, Any], settings: EvalSettings, batches: list[tuple[torch.Tensor, Any]]
 ) -> None:
-    cross = CrossPathSettings(cross_path_lambda=0.5, cross_path_phase="all")
+    cross = ThinkingSettings(cross_path_lambda=0.5, cross_path_phase="all")
     together = sampled(tiny, settings, evaluate.Paths(4, 0.9, cross))
     assert [len(group) for group in together] == [4] * 5
     assert [len(prompts) for prompts, _ in batches] == [8, 8, 4]
@@ -258,9 +258,9 @@ def test_lambda_zero_samples_what_independent_paths_do(
 ) -> None:
     alone = sampled(tiny, settings, evaluate.Paths(4, 0.9, None))
     assert all(state is None for _, state in batches)
-    assert alone == sampled(tiny, settings, evaluate.Paths(4, 0.9, CrossPathSettings(cross_path_lambda=0.0)))
+    assert alone == sampled(tiny, settings, evaluate.Paths(4, 0.9, ThinkingSettings(cross_path_lambda=0.0)))
     assert alone != sampled(
-        tiny, settings, evaluate.Paths(4, 0.9, CrossPathSettings(cross_path_lambda=0.5, cross_path_phase="all"))
+        tiny, settings, evaluate.Paths(4, 0.9, ThinkingSettings(cross_path_lambda=0.5, cross_path_phase="all"))
     )
     assert max(len(set(group)) for group in alone) > 1
 
@@ -282,7 +282,7 @@ def test_tasks_share_no_batch(tiny: tuple[Any, Any]) -> None:
 
 
 def test_batch_that_splits_a_group_is_refused(tiny: tuple[Any, Any]) -> None:
-    paths = evaluate.Paths(2, 1.0, CrossPathSettings())
+    paths = evaluate.Paths(2, 1.0, ThinkingSettings())
     assert paths.state(torch.tensor([[1], [1], [2], [2]]), tiny[1]) is not None
     for split in ([[1], [2], [2], [3]], [[1], [1], [2]]):
         with pytest.raises(ValueError, match="not made of whole groups of 2 paths"):
