@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cross-path interaction costs in a rollout: tokens/s and memory of `generate` with it over plain `generate`.
+"""What a mode costs in a rollout: tokens/s and memory of `generate` in it over plain `generate`.
 
-Same model, prompts, number of paths and lengths; the two run in turn in one process, plain and cross-path changing
-places from pair to pair, after a warm-up of each, and the medians over the pairs are reported. Memory is the largest
-number of bytes of tensors alive at once (`live_bytes.py`; on CUDA the allocator's own peak); what cross-path adds is
-shown at several lengths beside the size of its preallocated record, so that growth with the step would be seen. A table
-goes to standard output, the figures with machine and command to
-`benchmarks/results/` (`make bench`).
+Same model, prompts, number of paths and lengths; the two run in turn in one process, plain and mode changing places
+from pair to pair, after a warm-up of each, and the medians over the pairs are reported, for one mode after the other.
+Memory is the largest number of bytes of tensors alive at once (`live_bytes.py`; on CUDA the allocator's own peak); what
+a mode adds is shown at several lengths beside the size of its preallocated record, so that growth with the step would
+be seen. A table goes to standard output, the figures with machine and command to `benchmarks/results/` (`make bench`).
 """
 
 import argparse
@@ -16,12 +15,16 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from live_bytes import LiveBytes
 from tqdm import tqdm
+from transformers.m3po import M3POGenerationState, ThinkingSettings
+from transformers.m3po.residual_gate import attach_residual_gate
+from transformers.m3po.settings import RESIDUAL_MODES
 from trl import ModelConfig
 
 from m3po_lab.models import EMBEDDED_MODEL, load_model
@@ -41,10 +44,13 @@ def peak_bytes(function: Any, *arguments: Any, device: torch.device) -> tuple[An
     return result, memory.peak
 
 
-def rollout(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace, length: int, cross_path: bool) -> Any:
-    """One `generate` of exactly `length` new tokens per path; the state object when `cross_path` is set."""
+def rollout(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace, length: int, mode: str) -> Any:
+    """One `generate` of exactly `length` new tokens per path: its output, and the state of a mode other than `none`."""
     torch.manual_seed(args.seed)
-    flags = {"enable_cross_path": True, "cross_path_lambda": 0.1, "tokenizer": tokenizer} if cross_path else {}
+    state = None
+    if mode != "none":
+        state = M3POGenerationState(settings=ThinkingSettings(mode=mode), tokenizer=tokenizer)
+    model.config.thinking_residual_enabled = mode in RESIDUAL_MODES
     output = model.generate(
         **inputs,
         do_sample=True,
@@ -53,11 +59,11 @@ def rollout(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace, l
         max_new_tokens=length,
         min_new_tokens=length,
         return_dict_in_generate=True,
-        **flags,
+        m3po=state,
     )
     if inputs["input_ids"].device.type == "cuda":
         torch.cuda.synchronize()
-    return output
+    return output, state
 
 
 def seconds(function: Any, *arguments: Any) -> float:
@@ -67,41 +73,42 @@ def seconds(function: Any, *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
-def measure_speed(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens/s of both, and their ratio pair by pair."""
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for cross_path in (False, True):
-        rollout(model, tokenizer, inputs, args, args.length, cross_path)
-    for pair in tqdm(range(args.pairs), desc="pairs", disable=None):
-        for cross_path in (False, True) if pair % 2 == 0 else (True, False):
-            times[cross_path].append(seconds(rollout, model, tokenizer, inputs, args, args.length, cross_path))
-    tokens = args.num_prompts * args.num_paths * args.length
-    ratios = [plain / crossed for plain, crossed in zip(times[False], times[True], strict=True)]
+def in_turn(plain: Any, other: Any, pairs: int) -> dict[str, Any]:
+    """Seconds of two calls that run in turn after a warm-up of each, and their ratio pair by pair."""
+    calls = {"plain": plain, "other": other}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for pair in tqdm(range(pairs), desc="pairs", disable=None):
+        for name in calls if pair % 2 == 0 else reversed(calls):
+            times[name].append(seconds(calls[name]))
+    ratios = [plain / other for plain, other in zip(times["plain"], times["other"], strict=True)]
     return {
-        "plain_tokens_per_second": tokens / statistics.median(times[False]),
-        "cross_path_tokens_per_second": tokens / statistics.median(times[True]),
+        "plain_seconds": statistics.median(times["plain"]),
+        "mode_seconds": statistics.median(times["other"]),
         "ratio_median": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
     }
 
 
-def measure_memory(model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_memory(
+    model: Any, tokenizer: Any, inputs: Any, args: argparse.Namespace, mode: str
+) -> list[dict[str, Any]]:
     """Peak memory of both at several lengths, with the size of the record."""
     rows = []
     for length in tqdm((args.length // 2, args.length, args.length * 2), desc="memory", disable=None):
         peaks = {}
-        for cross_path in (False, True):
-            output, peaks[cross_path] = peak_bytes(
-                rollout, model, tokenizer, inputs, args, length, cross_path, device=model.device
+        for kind in ("none", mode):
+            (_, state), peaks[kind] = peak_bytes(
+                rollout, model, tokenizer, inputs, args, length, kind, device=model.device
             )
-        tensors = (output.bag_ids, output.bag_weights, output.rollout_logps, output.thinking_mask)
         rows.append(
             {
                 "length": length,
-                "plain_bytes": peaks[False],
-                "cross_path_bytes": peaks[True],
-                "record_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                "plain_bytes": peaks["none"],
+                "mode_bytes": peaks[mode],
+                "record_bytes": state.record_bytes,
             }
         )
     return rows
@@ -109,24 +116,28 @@ def measure_memory(model: Any, tokenizer: Any, inputs: Any, args: argparse.Names
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    speed = result["speed"]
+    tokens = result["num_prompts"] * result["num_paths"] * result["length"]
     lines = [
-        "| | tokens/s |",
-        "|---|---|",
-        f"| plain `generate` | {speed['plain_tokens_per_second']:.1f} |",
-        f"| cross-path (`m3po`) | {speed['cross_path_tokens_per_second']:.1f} |",
-        f"| ratio, median of {result['pairs']} pairs (min to max) | {speed['ratio_median']:.3f} "
-        f"({speed['ratio_min']:.3f} to {speed['ratio_max']:.3f}) |",
-        "",
-        "| new tokens per path | plain peak, MiB | added by cross-path, KiB | of it the record, KiB | the rest, KiB |",
-        "|---|---|---|---|---|",
+        f"| mode | plain, tokens/s | mode, tokens/s | ratio, median of {result['pairs']} pairs (min to max) |",
+        "|---|---|---|---|",
     ]
-    for row in result["memory"]:
-        added = row["cross_path_bytes"] - row["plain_bytes"]
-        lines.append(
-            f"| {row['length']} | {row['plain_bytes'] / KIB / KIB:.1f} | {added / KIB:.1f} | "
-            f"{row['record_bytes'] / KIB:.1f} | {(added - row['record_bytes']) / KIB:.1f} |"
-        )
+    lines += [
+        f"| `{mode}` | {tokens / speed['plain_seconds']:.1f} | {tokens / speed['mode_seconds']:.1f} | "
+        f"{speed['ratio_median']:.3f} ({speed['ratio_min']:.3f} to {speed['ratio_max']:.3f}) |"
+        for mode, speed in result["speed"].items()
+    ]
+    lines += [
+        "",
+        "| mode | new tokens per path | plain peak, MiB | added, KiB | of it the record, KiB | the rest, KiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for mode, rows in result["memory"].items():
+        for row in rows:
+            added = row["mode_bytes"] - row["plain_bytes"]
+            lines.append(
+                f"| `{mode}` | {row['length']} | {row['plain_bytes'] / KIB / KIB:.1f} | {added / KIB:.1f} | "
+                f"{row['record_bytes'] / KIB:.1f} | {(added - row['record_bytes']) / KIB:.1f} |"
+            )
     return "\n".join(lines)
 
 
@@ -149,7 +160,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the project, with a mark when files differ from it."""
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
@@ -159,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model_name_or_path", default=EMBEDDED_MODEL)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--modes", nargs="+", default=["m3po", "hrpo", "h3po"])
     parser.add_argument("--num_prompts", type=int, default=1)
     parser.add_argument("--num_paths", type=int, default=8, help="N, the paths of a group")
     parser.add_argument("--length", type=int, default=64, help="new tokens per path")
@@ -167,15 +179,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="rollout-cpu", help="name of the files under benchmarks/results/")
     args = parser.parse_args(argv)
     model, tokenizer = load_model(ModelConfig(model_name_or_path=args.model_name_or_path, dtype=args.dtype))
+    attach_residual_gate(model, r_min=0.99, r_max=0.999, seed=args.seed)  # off but in the modes that have it
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     prompts = [f"What is {3 * i + 17} + {5 * i + 8}? Explain it step by step." for i in range(args.num_prompts)]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     ).to(model.device)
+    given = (model, tokenizer, inputs, args)
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/rollout.py", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(),
         "model": args.model_name_or_path,
         "dtype": args.dtype,
@@ -183,8 +197,13 @@ def main(argv: list[str] | None = None) -> int:
         "num_paths": args.num_paths,
         "length": args.length,
         "pairs": args.pairs,
-        "speed": measure_speed(model, tokenizer, inputs, args),
-        "memory": measure_memory(model, tokenizer, inputs, args),
+        "speed": {
+            mode: in_turn(
+                partial(rollout, *given, args.length, "none"), partial(rollout, *given, args.length, mode), args.pairs
+            )
+            for mode in args.modes
+        },
+        "memory": {mode: measure_memory(*given, mode) for mode in args.modes},
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
