@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 2-4 and 7, for generation: agreement with the scoring pass, groups, lonely paths, decoding cost."""
+"""Design section 5, 2-5 and 7, for generation in every mode: agreement with the scoring pass, groups, lonely paths,
+gradients, decoding cost."""
 
 from __future__ import annotations
 
@@ -8,20 +9,37 @@ import gc
 import pytest
 import torch
 from live_bytes import LiveBytes
+from reference.gated import PARAMETERS, STRONG
 from reference.tiny import LIVELY, alive_after, left_padded, small_tokenizer, teacher_forced_logps
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.m3po import M3POGenerationState
+from transformers.m3po.thoughts import thought_bags
 
 EOS = [2, 60, 61, 62]
 TEMPERATURE = 0.7
+CROSS_PATH = {"enable_cross_path": True, "cross_path_lambda": 0.3}
+# What a mode is asked for with, and the model it needs.
+FLAGS = {"m3po": CROSS_PATH, "hrpo": {}, "h3po": CROSS_PATH}
+GATE = {"m3po": {}, "hrpo": STRONG, "h3po": STRONG}
+GATED = ["hrpo", "h3po"]
+
+
+@pytest.fixture(params=list(FLAGS))
+def mode(request):
+    return request.param
 
 
 @pytest.fixture(params=["llama", "qwen2"])
-def model(request, tiny_llama, tiny_qwen2):
-    return {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param](**LIVELY)
+def family(request, tiny_llama, tiny_qwen2):
+    return {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param]
 
 
-def rollout(model, prompts=None, seed=2, **overrides):
+@pytest.fixture
+def model(family, mode):
+    return family(**LIVELY, **GATE[mode])
+
+
+def rollout(model, mode, prompts=None, seed=2, **overrides):
     arguments = {
         **(prompts or left_padded([4, 9, 7])),
         "tokenizer": small_tokenizer(),
@@ -32,25 +50,32 @@ def rollout(model, prompts=None, seed=2, **overrides):
         "max_new_tokens": 40,
         "eos_token_id": EOS,
         "pad_token_id": 0,
-        "enable_cross_path": True,
-        "cross_path_lambda": 0.3,
         "return_dict_in_generate": True,
+        **FLAGS[mode],
     }
     torch.manual_seed(seed)
     return model.generate(**(arguments | overrides))
 
 
-@pytest.mark.parametrize("way", ["thinking", "all", "top_k", "static", "uncached"])
-def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withheld(model, way):
+WAYS = {
+    "m3po": ["thinking", "all", "top_k", "static", "uncached"],
+    "hrpo": ["thinking", "all", "whole", "static", "uncached"],
+    "h3po": ["thinking", "all", "whole", "top_k", "static", "uncached"],
+}
+
+
+@pytest.mark.parametrize(("mode", "way"), [(mode, way) for mode, ways in WAYS.items() for way in ways])
+def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withheld(model, mode, way):
     overrides = {
         "thinking": {},
         "all": {"cross_path_phase": "all"},
+        "whole": {"thought_top_k": 0},
         "top_k": {"cross_path_top_k": 1},
         "static": {"cache_implementation": "static"},
         "uncached": {"use_cache": False},
     }[way]
     prompts = left_padded([4, 9, 7])
-    output = rollout(model, prompts, **overrides)
+    output = rollout(model, mode, prompts, **overrides)
     prompt_mask = prompts["attention_mask"]
     ends = (output.rollout_logps != 0).sum(1)
     assert ends.unique().numel() > 2 and (output.bag_weights > 0).any(-1).sum() > 30, "a poor case"
@@ -66,9 +91,9 @@ def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withh
     assert largest_difference(**off_by_one) > 0.05
 
 
-def test_the_vectors_handed_out_are_those_the_model_was_fed(model):
+def test_the_vectors_handed_out_are_those_the_model_was_fed(model, mode):
     prompts = left_padded([4, 9, 7])
-    output = rollout(model, prompts, return_thinking_embeds=True)
+    output = rollout(model, mode, prompts, return_thinking_embeds=True)
     width = prompts["input_ids"].shape[1]
     mask = prompts["attention_mask"].repeat_interleave(4, 0)
     mask = torch.cat([mask, torch.ones_like(output.sequences[:, width:])], dim=1)
@@ -85,50 +110,95 @@ def test_the_vectors_handed_out_are_those_the_model_was_fed(model):
     assert (logps - output.rollout_logps)[sampled].abs().max() < 1e-4
 
 
-def test_groups_never_mix(model):
+def test_groups_never_mix(model, mode):
     prompts = left_padded([9, 9, 9])
     other = {name: value.clone() for name, value in prompts.items()}
     other["input_ids"][1] = torch.arange(140, 149)
     # No row ends early, so that every row draws at every step in both calls.
-    before, after = (rollout(model, p, eos_token_id=255, suppress_tokens=[255]) for p in (prompts, other))
+    before, after = (rollout(model, mode, p, eos_token_id=255, suppress_tokens=[255]) for p in (prompts, other))
     assert not torch.equal(before.sequences[4:8, 9:], after.sequences[4:8, 9:])
     for rows in (slice(0, 4), slice(8, 12)):
         assert torch.equal(before.sequences[rows], after.sequences[rows])
         assert torch.equal(before.bag_ids[rows], after.bag_ids[rows])
         assert torch.equal(before.bag_weights[rows], after.bag_weights[rows])
     one = M3POGenerationState(group_ids=torch.zeros(12, dtype=torch.long))
-    together = [rollout(model, p, eos_token_id=255, suppress_tokens=[255], m3po=one) for p in (prompts, other)]
-    assert not torch.equal(together[0].sequences[:4], together[1].sequences[:4]), "the test cannot tell"
+    together = [rollout(model, mode, p, eos_token_id=255, suppress_tokens=[255], m3po=one) for p in (prompts, other)]
+    same = torch.equal(together[0].sequences[:4], together[1].sequences[:4])
+    assert same == (mode == "hrpo"), "the test cannot tell"  # in mode hrpo no path hears another, whatever the groups
 
 
-def test_a_path_whose_peers_have_left_gets_its_own_vector_bit_for_bit(model):
-    output = rollout(model, return_thinking_embeds=True)
+@pytest.mark.parametrize("mode", ["m3po", "h3po"])
+def test_a_path_whose_peers_have_left_gets_its_own_vector_bit_for_bit(model, mode):
+    output = rollout(model, mode, return_thinking_embeds=True, output_scores=True)
     tokens = output.sequences[:, -output.rollout_logps.shape[1] :]
     active = output.thinking_mask & alive_after(tokens, EOS)
     alone = active & (active.view(3, 4, -1).sum(1).repeat_interleave(4, 0) == 1)
     assert alone.any(), "nobody was left alone"
-    assert torch.equal(output.thinking_embeds[alone], model.get_input_embeddings()(tokens[alone]))
+    if mode == "m3po":
+        assert torch.equal(output.thinking_embeds[alone], model.get_input_embeddings()(tokens[alone]))
+    else:  # its own thought
+        probs = torch.stack(output.scores, dim=1).softmax(-1)
+        ids, weights = thought_bags(probs[alone], 64, 256)
+        assert torch.equal(output.bag_ids[alone], ids) and torch.equal(output.bag_weights[alone], weights)
     assert output.thinking_embeds.isfinite().all() and output.rollout_logps.isfinite().all()
 
 
-def test_a_group_of_one_decodes_as_if_alone(model):
+@pytest.mark.parametrize("mode", ["m3po", "h3po"])
+def test_a_group_of_one_decodes_as_if_alone(model, mode):
     prompts = left_padded([9, 9, 9])
     state = M3POGenerationState(group_ids=torch.tensor([4, 1, 9]))
     common = {"num_return_sequences": 1, "return_thinking_embeds": True}
-    output = rollout(model, prompts, m3po=state, **common)
-    plain = rollout(model, prompts, enable_cross_path=False, **common)
-    assert torch.equal(output.sequences, plain.sequences) and output.bag_ids is None
-    own = model.get_input_embeddings()(output.sequences[:, 9:])
-    assert torch.equal(output.thinking_embeds, own)
+    output = rollout(model, mode, prompts, m3po=state, **common)
+    plain = rollout(model, mode, prompts, enable_cross_path=False, **common)
+    assert torch.equal(output.sequences, plain.sequences)
+    if mode == "m3po":
+        own = model.get_input_embeddings()(output.sequences[:, 9:])
+        assert output.bag_ids is None and torch.equal(output.thinking_embeds, own)
+    else:
+        assert torch.equal(output.bag_ids, plain.bag_ids) and torch.equal(output.bag_weights, plain.bag_weights)
+        assert torch.equal(output.thinking_embeds, plain.thinking_embeds) and (output.bag_weights > 0).any()
 
 
-def test_the_gradient_of_a_scoring_pass_is_finite_where_a_path_was_alone(model):
-    output = rollout(model)
+def backward(model, output):
+    """Gradients of the summed log-probs of what was sampled, with the bags of the rollout."""
     prompt_length = output.sequences.shape[1] - output.rollout_logps.shape[1]
     bags = {"thinking_bag_ids": output.bag_ids, "thinking_bag_weights": output.bag_weights}
     logps = model(output.sequences, **bags).logits[:, prompt_length - 1 : -1].log_softmax(-1)
-    logps.gather(-1, output.sequences[:, prompt_length:, None]).sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+    logps = logps.gather(-1, output.sequences[:, prompt_length:, None]).squeeze(-1)
+    (logps * (output.rollout_logps != 0)).sum().backward()
+
+
+def test_the_gradient_of_a_scoring_pass_is_finite_where_a_path_was_alone(model, mode):
+    backward(model, rollout(model, mode))
+    gradients = {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
+    assert set(PARAMETERS) <= gradients.keys() or mode == "m3po"
+    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in gradients.values())
+
+
+@pytest.mark.parametrize("mode", GATED)
+def test_gradient_reaches_the_gate_at_every_position_it_acts_on_from_the_first_pass(family, mode):
+    """At HRPO's start, where a thought is a hundredth of an input: no position and no parameter is left out."""
+    bounds = {"thinking_residual_r_min": 0.99, "thinking_residual_r_max": 0.999}
+    model, seen = family(**{**LIVELY, **GATE[mode], **bounds}), {}
+    output = rollout(model, mode)
+    mixed = (output.bag_weights > 0).any(-1)
+    assert mixed.any() and not mixed[:, :-1].all()
+
+    def keep(name):
+        def hook(module, args, made):
+            made.retain_grad()
+            seen[name] = made
+
+        return hook
+
+    names = sorted({name.split(".")[0] for name in PARAMETERS})
+    for name in names:
+        getattr(model.model, name).register_forward_hook(keep(name))
+    backward(model, output)
+    for name in names:  # what W_r and W_i give, and a: a parameter's gradient is the sum over the positions
+        assert torch.equal(seen[name].grad.abs().sum(-1) > 0, mixed), name
+    for name in PARAMETERS:
+        assert (model.model.get_parameter(name).grad != 0).all(), name
 
 
 class Watching(M3POGenerationState):
@@ -145,32 +215,36 @@ class Watching(M3POGenerationState):
         self.alive = [*getattr(self, "alive", []), len(alive)]
 
 
-def test_the_record_is_allocated_once_and_no_history_of_distributions_is_kept(tiny_llama):
+def test_the_record_is_allocated_once_and_no_history_of_distributions_is_kept(tiny_llama, mode):
     # More rows times vocabulary than any weight or cache holds: what is counted are distributions.
     state = Watching()
-    model = tiny_llama(vocab_size=4096, num_hidden_layers=1)
+    model = tiny_llama(vocab_size=4096, num_hidden_layers=1, **GATE[mode])
     model.lm_head.weight, model.model.embed_tokens.weight = (
         torch.nn.Parameter(torch.randn(4096, 32)) for _ in range(2)
     )
-    rollout(model, num_return_sequences=12, max_new_tokens=12, eos_token_id=2, suppress_tokens=[2], m3po=state,
+    rollout(model, mode, num_return_sequences=12, max_new_tokens=12, eos_token_id=2, suppress_tokens=[2], m3po=state,
             cross_path_phase="all")  # fmt: skip
     assert len(state.alive) == 12 and len(state.records) == 1
     assert len(set(state.alive[1:-1])) == 1, f"tensors of size B x V per step: {state.alive}"
 
 
-def test_what_is_alive_beyond_the_record_does_not_grow_with_the_steps(tiny_llama):
+def test_what_is_alive_beyond_the_record_does_not_grow_with_the_steps(tiny_llama, mode):
     """Design 5.7, exactly: the peak of all tensors, less that of plain generation, less the preallocated record."""
 
     def added(steps):
         lengths = {"max_new_tokens": steps, "min_new_tokens": steps, "eos_token_id": 2}
+        off = {"enable_cross_path": False, "cross_path_lambda": None}
         with LiveBytes() as plain:
-            rollout(model, enable_cross_path=False, cross_path_lambda=None, **lengths)
-        with LiveBytes() as crossed:
-            output = rollout(model, **lengths)
-        record = (output.bag_ids, output.bag_weights, output.rollout_logps, output.thinking_mask)
-        return crossed.peak - plain.peak - sum(tensor.nbytes for tensor in record)
+            rollout(bare, mode, **lengths, **off)
+        state = M3POGenerationState()
+        few = {} if mode == "m3po" else {"thought_top_k": 8}
+        with LiveBytes() as thinking:
+            output = rollout(model, mode, m3po=state, **lengths, **few)
+        record = [output.bag_ids, output.bag_weights, output.rollout_logps, output.thinking_mask]
+        record += [state._rollout.trace, state._rollout.peers]
+        return thinking.peak - plain.peak - sum(tensor.nbytes for tensor in record)
 
-    model = tiny_llama()
+    model, bare = tiny_llama(**GATE[mode]), tiny_llama()
     assert added(24) <= added(12) < 64 * 1024
 
 
@@ -202,14 +276,14 @@ class Unsynchronised(M3POGenerationState):
 
 
 @pytest.mark.parametrize("groups", ["in order", "shuffled"])
-def test_a_step_reads_nothing_back_from_the_device(tiny_llama, monkeypatch, groups):
+def test_a_step_reads_nothing_back_from_the_device(tiny_llama, monkeypatch, mode, groups):
     def refuse(*args, **kwargs):
         raise AssertionError("a step copies to the host")
 
     state = Unsynchronised()
-    overrides = {}
+    overrides = {} if mode == "hrpo" else {"cross_path_top_k": 2}
     if groups == "shuffled":
-        state.group_ids, overrides = torch.tensor([1, 0, 1, 0, 0, 2, 1, 0, 2, 2, 1, 0]), {"num_return_sequences": 4}
+        state.group_ids = torch.tensor([1, 0, 1, 0, 0, 2, 1, 0, 2, 2, 1, 0])
     inner = Unsynchronised.after_sampling
 
     def step(self, *arguments):
@@ -219,7 +293,7 @@ def test_a_step_reads_nothing_back_from_the_device(tiny_llama, monkeypatch, grou
             inner(self, *arguments)
 
     monkeypatch.setattr(Unsynchronised, "after_sampling", step)
-    output = rollout(tiny_llama(**LIVELY), m3po=state, cross_path_top_k=2, **overrides)
+    output = rollout(tiny_llama(**LIVELY, **GATE[mode]), mode, m3po=state, **overrides)
     assert (output.bag_weights > 0).any()
 
 
