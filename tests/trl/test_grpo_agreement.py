@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollout and policy pass agree (design 5.3), and every scoring pass gets the bags of its own rows (E5)."""
+"""Rollout and policy pass agree (design 5.3), and every scoring pass gets the bags of its own rows (E5).
+
+One battery for all modes. The residual gate starts here with a decay of 0.3 to 0.6: half of a thinking input is the
+thought, where HRPO's own start leaves it a fourteenth.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from transformers.m3po.residual_gate import attach_residual_gate
 
 # The largest difference of log-probs, in fp32, that rounding explains (design 5.3).
 BOUND = 1e-4
-MARKER = {"mode": "m3po", "answer_start": "#"}
-KINDS = ("llama", "qwen2")
+MARKER = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
+CROSSING, THINKING = ("m3po", "h3po"), ("hrpo", "h3po")
+# The forward of Qwen2 calls the same hook as Llama's, in every mode.
+MODES = [("m3po", "llama"), ("hrpo", "llama"), ("h3po", "llama"), ("h3po", "qwen2")]
 
 
 def with_reference(tiny: Any, folder: Path, kind: str) -> dict[str, Any]:
@@ -45,46 +52,63 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "truncated completions masked": ({"mask_truncated_completions": True}, [1, 2]),
     "another temperature": ({"temperature": 0.7}, [1, 2]),
     "gradient checkpointing": ({"gradient_checkpointing": True}, [1, 2]),
-    "blending to the end": ({"cross_path_phase": "all"}, [1, 2]),
+    "thinking to the end": ({"cross_path_phase": "all"}, [1, 2]),
     "two peers of three": ({"cross_path_top_k": 2, "answer_start": "####"}, [1, 2]),
-    "half of the input from the peers": ({"cross_path_lambda": 0.5, "cross_path_temp": 1.0}, [1, 2]),
+    "half from the peers": ({"cross_path_lambda": 0.5, "cross_path_temp": 1.0}, [1, 2]),
+    "three entries of a thought": ({"thought_top_k": 3}, [1, 2]),
+    "the whole vocabulary": ({"thought_top_k": 0}, [1, 2]),
 }
+ONLY = {
+    "two peers of three": CROSSING,
+    "half from the peers": CROSSING,
+    "three entries of a thought": THINKING,
+    "the whole vocabulary": THINKING,
+}
+BATTERY = [(case, mode, "llama") for case in CASES for mode in ONLY.get(case, ("m3po", "hrpo", "h3po"))] + [
+    (case, mode, "qwen2")
+    for case in ("gradient accumulation", "two iterations over several steps", "another temperature")
+    for mode in ("m3po", "hrpo", "h3po")
+]
 
 
 def check_agreement(tiny: Any, run: Any, expected_steps: list[int]) -> None:
-    """The run blended, had ragged stops, and its largest difference stays below the bound at the expected steps."""
+    """The run thought, had ragged stops, and its largest difference stays below the bound at the expected steps."""
     logged_at = [entry["step"] for entry in run.state.log_history if "m3po/rollout_logp_diff_max" in entry]
     assert logged_at == expected_steps
     assert max(tiny.logged(run, "m3po/rollout_logp_diff_max")) < BOUND
-    assert max(tiny.logged(run, "m3po/attention_max")) > 0
+    crosses, thinks = (run.args.mode in modes for modes in (CROSSING, THINKING))
+    assert (max(tiny.logged(run, "m3po/attention_max"), default=0) > 0) == crosses
+    assert (max(tiny.logged(run, "m3po/hidden_ratio"), default=0) > 0.5) == thinks
     assert 0 < tiny.logged(run, "completions/clipped_ratio")[0] < 1
     assert tiny.logged(run, "completions/min_length")[0] < tiny.logged(run, "completions/max_length")[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
-def test_rollout_and_policy_pass_agree_for_equal_weights(tiny: Any, tmp_path: Path, case: str, kind: str):
+@pytest.mark.parametrize(("case", "mode", "kind"), BATTERY)
+def test_rollout_and_policy_pass_agree_for_equal_weights(tiny: Any, tmp_path: Path, case: str, mode: str, kind: str):
     flags, expected_steps = CASES[case]
-    run = tiny.trainer(tmp_path, kind, flags={**MARKER, **flags})
+    run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": mode, **flags})
     run.train()
     check_agreement(tiny, run, expected_steps)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_they_agree_with_a_reference_model_whose_kl_starts_at_zero(tiny: Any, tmp_path: Path, kind: str):
-    run = tiny.trainer(tmp_path, kind, flags={**MARKER, "beta": 0.1}, **with_reference(tiny, tmp_path, kind))
+@pytest.mark.parametrize(("mode", "kind"), MODES)
+def test_they_agree_with_a_reference_model_whose_kl_starts_at_zero(tiny: Any, tmp_path: Path, mode: str, kind: str):
+    flags = {**MARKER, "mode": mode, "beta": 0.1}
+    run = tiny.trainer(tmp_path, kind, flags=flags, **with_reference(tiny, tmp_path, kind))
     run.train()
     check_agreement(tiny, run, [1, 2])
     first, second = tiny.logged(run, "kl")
     assert first < 1e-8 < 1e-6 < second
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_they_agree_under_lora_with_the_adapter_off_in_the_reference_pass(tiny: Any, tmp_path: Path, kind: str):
+@pytest.mark.parametrize(("mode", "kind"), MODES)
+def test_they_agree_under_lora_with_the_adapter_off_in_the_reference_pass(
+    tiny: Any, tmp_path: Path, mode: str, kind: str
+):
     run = tiny.trainer(
         tmp_path,
         kind,
-        flags={**MARKER, "beta": 0.1, "max_steps": 3},
+        flags={**MARKER, "mode": mode, "beta": 0.1, "max_steps": 3},
         peft_config=LoraConfig(target_modules="all-linear"),
     )
     run.train()
@@ -93,12 +117,40 @@ def test_they_agree_under_lora_with_the_adapter_off_in_the_reference_pass(tiny: 
     assert kl[0] < 1e-8 < 1e-6 < kl[2]  # the adapter starts as nothing and is off in the reference pass
 
 
-@pytest.mark.parametrize("flags", [{}, {"num_iterations": 2, "max_steps": 4}])
-def test_they_agree_when_evaluations_lie_between_the_steps(tiny: Any, tmp_path: Path, flags: dict[str, Any]):
+@pytest.mark.parametrize("mode", ["m3po", "hrpo", "h3po"])
+def test_they_agree_from_a_saved_adapter_which_is_then_the_reference(tiny: Any, tmp_path: Path, mode: str):
+    flags = {**MARKER, "mode": mode, "beta": 0.1}
+    first = tiny.trainer(
+        tmp_path, flags={**flags, "max_steps": 1}, peft_config=LoraConfig(r=4, target_modules="all-linear")
+    )
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    base = tiny.model()
+    if mode in THINKING:
+        attach_residual_gate(base, 0.3, 0.6, seed=99)  # another gate: with the adapter off, the policy is another one
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    run = tiny.trainer(tmp_path, flags=flags, model=loaded)
+    run.train()
+    check_agreement(tiny, run, [1, 2])
+    before, after = tiny.logged(run, "kl")
+    assert before < 1e-8 < 1e-6 < after
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("m3po", {}),
+        ("m3po", {"num_iterations": 2, "max_steps": 4}),
+        ("hrpo", {}),
+        ("h3po", {"num_iterations": 2, "max_steps": 4}),
+    ],
+)
+def test_they_agree_when_evaluations_lie_between_the_steps(tiny: Any, tmp_path: Path, mode: str, flags: dict[str, Any]):
     run = tiny.trainer(
         tmp_path,
         flags={
             **MARKER,
+            "mode": mode,
             **flags,
             "eval_strategy": "steps",
             "eval_steps": 1,
@@ -111,12 +163,14 @@ def test_they_agree_when_evaluations_lie_between_the_steps(tiny: Any, tmp_path: 
     check_agreement(tiny, run, [1, 3] if flags else [1, 2])
     evaluated = tiny.logged(run, "eval_m3po/rollout_logp_diff_max")
     assert len(evaluated) == run.state.global_step and 0 < max(evaluated) < BOUND
-    assert max(tiny.logged(run, "eval_m3po/active_paths")) <= 2
+    assert mode == "hrpo" or max(tiny.logged(run, "eval_m3po/active_paths")) <= 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_difference_jumps_when_the_bags_are_withheld_from_the_policy_pass(tiny: Any, tmp_path: Path, kind: str):
-    run = tiny.trainer(tmp_path, kind, flags=MARKER)
+@pytest.mark.parametrize(("mode", "kind"), MODES)
+def test_the_difference_jumps_when_the_bags_are_withheld_from_the_policy_pass(
+    tiny: Any, tmp_path: Path, mode: str, kind: str
+):
+    run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": mode})
     loss = run._compute_loss
     run._compute_loss = lambda model, inputs: loss(
         model, {name: value for name, value in inputs.items() if not name.startswith("thinking_bag")}
@@ -155,9 +209,9 @@ def spy(run: Any) -> tuple[dict[str, list[dict[str, Any]]], dict[str, set[int]]]
     return rows, embeddings
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_policy_old_and_reference_pass_get_the_bags_of_their_own_rows(tiny: Any, tmp_path: Path, kind: str):
-    flags = {**MARKER, "beta": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+@pytest.mark.parametrize(("mode", "kind"), MODES)
+def test_policy_old_and_reference_pass_get_the_bags_of_their_own_rows(tiny: Any, tmp_path: Path, mode: str, kind: str):
+    flags = {**MARKER, "mode": mode, "beta": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     run = tiny.trainer(tmp_path, kind, flags={**flags, "num_iterations": 2}, **with_reference(tiny, tmp_path, kind))
     rows, embeddings = spy(run)
     run.train()
@@ -174,7 +228,9 @@ def test_policy_old_and_reference_pass_get_the_bags_of_their_own_rows(tiny: Any,
 
 def test_a_bag_starts_with_the_rows_own_token_and_the_positions_leave_out_the_padding(tiny: Any, tmp_path: Path):
     run = tiny.trainer(
-        tmp_path, flags={**MARKER, "beta": 0.1, "pad_to_multiple_of": 8}, **with_reference(tiny, tmp_path, "llama")
+        tmp_path,
+        flags={**MARKER, "mode": "m3po", "beta": 0.1, "pad_to_multiple_of": 8},
+        **with_reference(tiny, tmp_path, "llama"),
     )
     rows, _ = spy(run)
     run.train()
@@ -195,8 +251,9 @@ def test_a_bag_starts_with_the_rows_own_token_and_the_positions_leave_out_the_pa
     assert any(row["attention_mask"][0] == 0 for row in rows["policy"])  # left padding was there
 
 
-def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path):
-    run = tiny.trainer(tmp_path, flags={**MARKER, "num_iterations": 2})
+@pytest.mark.parametrize("mode", ["m3po", "hrpo", "h3po"])
+def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path, mode: str):
+    run = tiny.trainer(tmp_path, flags={**MARKER, "mode": mode, "num_iterations": 2})
     loss, differences = run._compute_loss, []
 
     def compare(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -209,11 +266,13 @@ def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path):
     assert len(differences) == 2 and 0 < max(differences) < BOUND
 
 
-def test_one_large_batch_and_four_small_ones_give_the_same_gradient(tiny: Any, tmp_path: Path):
+@pytest.mark.parametrize("mode", ["m3po", "h3po"])
+def test_one_large_batch_and_four_small_ones_give_the_same_gradient(tiny: Any, tmp_path: Path, mode: str):
     runs = []
     for size, accumulation in ((8, 1), (2, 4)):
         flags = {
             **MARKER,
+            "mode": mode,
             "per_device_train_batch_size": size,
             "gradient_accumulation_steps": accumulation,
             "optim": "sgd",
@@ -230,7 +289,8 @@ def test_one_large_batch_and_four_small_ones_give_the_same_gradient(tiny: Any, t
     torch.testing.assert_close(
         torch.tensor(tiny.logged(large, "loss")), torch.tensor(tiny.logged(small, "loss")), rtol=1e-4, atol=1e-6
     )
-    start = tiny.model().state_dict()
+    fresh = tiny.trainer(tmp_path, flags={**MARKER, "mode": mode}).model
+    start = fresh.state_dict()
     for name, weight in large.model.state_dict().items():
         torch.testing.assert_close(weight, small.model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
         assert "norm" in name or not torch.equal(weight, start[name]), name
