@@ -103,22 +103,62 @@ def test_every_flag_is_among_the_parsed_ones():
         ({"enable_cross_path": False}, "none"),
         ({"mode": "m3po", "enable_cross_path": True}, "m3po"),
         ({"mode": "none", "enable_cross_path": False}, "none"),
+        ({"enable_cross_path": True, "thinking_residual_enabled": True}, "h3po"),
+        ({"enable_cross_path": True, "thinking_residual_enabled": False}, "m3po"),
+        ({"enable_cross_path": False, "thinking_residual_enabled": True}, "hrpo"),
+        ({"thinking_residual_enabled": True}, "hrpo"),
+        ({"enable_cross_path": False, "thinking_residual_enabled": False}, "none"),
+        ({"thinking_residual_enabled": False}, "none"),
     ],
 )
-def test_mode_and_enable_cross_path_are_derived_from_each_other(given: dict[str, Any], mode: str):
+def test_mode_and_the_two_switches_are_derived_from_each_other(given: dict[str, Any], mode: str):
     made = config(**given)
-    assert (made.mode, made.enable_cross_path) == (mode, mode == "m3po")
+    assert made.mode == mode
+    assert (made.enable_cross_path, made.thinking_residual_enabled) == SWITCHES[mode]
 
 
-@pytest.mark.parametrize(("mode", "flag"), [("none", True), ("m3po", False)])
-def test_a_contradiction_of_mode_and_enable_cross_path_is_an_error(mode: str, flag: bool):
-    with pytest.raises(ValueError, match=f"mode='{mode}' and enable_cross_path={flag} contradict.*set mode alone"):
-        config(mode=mode, enable_cross_path=flag)
+SWITCHES = {"none": (False, False), "m3po": (True, False), "hrpo": (False, True), "h3po": (True, True)}
+
+
+@pytest.mark.parametrize("crosses", [None, False, True])
+@pytest.mark.parametrize("thinks", [None, False, True])
+@pytest.mark.parametrize("mode", SWITCHES)
+def test_a_contradiction_of_mode_and_a_switch_is_an_error(mode: str, crosses: bool | None, thinks: bool | None):
+    given = {"enable_cross_path": crosses, "thinking_residual_enabled": thinks}
+    wrong = [
+        f"{name}={value}"
+        for (name, value), right in zip(given.items(), SWITCHES[mode], strict=True)
+        if value not in (None, right)
+    ]
+    if wrong:
+        with pytest.raises(ValueError, match=f"^mode='{mode}' and {wrong[0]} contradict each other; set mode alone.$"):
+            config(mode=mode, **given)
+    else:
+        made = config(mode=mode, **given)
+        assert (made.enable_cross_path, made.thinking_residual_enabled) == SWITCHES[mode]
 
 
 # What is given besides mode="m3po", and how the one line of the error begins and ends: the flag, and the mend.
 REFUSED = [
     ({"mode": "mp3o"}, "mode='mp3o'", "set one of none, m3po"),
+    ({"thought_top_k": -1}, "thought_top_k=-1", "or 0 for the whole vocabulary"),
+    (
+        {"thinking_residual_r_min": 0.9, "thinking_residual_r_max": 0.8},
+        "thinking_residual_r_min=0.9 and thinking_residual_r_max=0.8",
+        "0 < r_min <= r_max < 1",
+    ),
+    ({"thinking_residual_r_min": 0.0}, "thinking_residual_r_min=0.0", "0 < r_min <= r_max < 1"),
+    ({"thinking_residual_r_max": 1.0}, "thinking_residual_r_min=0.99 and thinking_residual_r_max=1.0", "r_max < 1"),
+    (
+        {"thinking_residual_gate_learning_rate": -1e-4},
+        "thinking_residual_gate_learning_rate=-0.0001 is below 0",
+        "1e-4 for the gate",
+    ),
+    (
+        {"thinking_residual_lambda_learning_rate": float("nan")},
+        "thinking_residual_lambda_learning_rate=nan is below 0",
+        "1e-3 for Lambda",
+    ),
     ({"cross_path_lambda": -0.1}, "cross_path_lambda=-0.1", "outside [0, 1]; the paper uses 0.1"),
     ({"cross_path_lambda": 1.5}, "cross_path_lambda=1.5", "outside [0, 1]; the paper uses 0.1"),
     ({"cross_path_lambda": float("nan")}, "cross_path_lambda=nan", "outside [0, 1]; the paper uses 0.1"),
@@ -187,23 +227,44 @@ def refused_config(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], mode:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["m3po", "h3po"])
 @pytest.mark.parametrize(("flags", "start", "mend"), REFUSED, ids=[start for _, start, _ in REFUSED])
 def test_bad_input_gets_one_line_with_the_flag_and_the_mend(
-    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], start: str, mend: str
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], start: str, mend: str, mode: str
 ):
-    said = refused_config(monkeypatch, flags, "m3po")
+    said = refused_config(monkeypatch, flags, mode)
     assert said.startswith(start) and mend in said and "\n" not in said, said
 
 
-@pytest.mark.parametrize(("flags", "start", "mend"), REFUSED[1:13], ids=[start for _, start, _ in REFUSED[1:13]])
+GROUPS = [case for case in REFUSED if "world" in case[0]]
+NUMBERS, FEATURES = REFUSED[1:19], [case for case in REFUSED[19:] if case not in GROUPS]
+
+
+@pytest.mark.parametrize("mode", ["none", "hrpo"])
+@pytest.mark.parametrize(("flags", "start", "mend"), NUMBERS, ids=[start for _, start, _ in NUMBERS])
 def test_a_control_fails_like_its_pair_on_a_mistyped_number(
-    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], start: str, mend: str
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], start: str, mend: str, mode: str
 ):
-    said = refused_config(monkeypatch, flags, "none")
+    said = refused_config(monkeypatch, flags, mode)
     assert said.startswith(start) and mend in said, said
 
 
-@pytest.mark.parametrize("flags", [flags for flags, _, _ in REFUSED[15:]])
+@pytest.mark.parametrize(("flags", "start", "mend"), FEATURES, ids=[start for _, start, _ in FEATURES])
+def test_without_peers_a_rollout_needs_upstreams_loop_and_distribution_too(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], start: str, mend: str
+):
+    said = refused_config(monkeypatch, flags, "hrpo")
+    assert said.startswith(start) and "\n" not in said, said
+
+
+@pytest.mark.parametrize("flags", [flags for flags, _, _ in GROUPS], ids=[start for _, start, _ in GROUPS])
+def test_without_peers_a_group_may_lie_on_two_processes(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]):
+    flags = dict(flags)
+    monkeypatch.setattr(GRPOConfig, "world_size", flags.pop("world"))
+    assert config(mode="hrpo", **flags).mode == "hrpo"
+
+
+@pytest.mark.parametrize("flags", [flags for flags, _, _ in FEATURES[2:] + GROUPS])
 def test_a_control_may_do_what_upstream_may(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]):
     flags = dict(flags)
     monkeypatch.setattr(GRPOConfig, "world_size", flags.pop("world", 1))

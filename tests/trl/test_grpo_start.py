@@ -40,10 +40,13 @@ def other_family(kind: str) -> Any:
     return GemmaForCausalLM(GemmaConfig(vocab_size=24, eos_token_id=1, pad_token_id=0, **sizes, **heads))
 
 
+@pytest.mark.parametrize("mode", ["m3po", "hrpo", "h3po"])
 @pytest.mark.parametrize("kind", ["gpt2", "gemma"])
-def test_a_family_without_the_hook_is_refused_by_name(tiny: Any, tmp_path: Path, kind: str):
-    with pytest.raises(ValueError, match=f"mode='m3po' is built into llama, qwen2 models; this one is '{kind}'. Set"):
-        tiny.trainer(tmp_path, flags={"mode": "m3po"}, model=other_family(kind))
+def test_a_family_without_the_hook_is_refused_by_name(tiny: Any, tmp_path: Path, kind: str, mode: str):
+    model = other_family(kind)
+    with pytest.raises(ValueError, match=f"mode='{mode}' is built into llama, qwen2 models; this one is '{kind}'. Set"):
+        tiny.trainer(tmp_path, flags={"mode": mode}, model=model)
+    assert not any("thinking_residual" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma"])
