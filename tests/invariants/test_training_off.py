@@ -35,13 +35,19 @@ RUNS = {
     ),
 }
 
+WITH_THOUGHTS = ("llama, several steps and iterations", "qwen2, accumulation and temperature")
+
 
 def start(result: Path, variants: dict[str, dict[str, Any]], path: str | None = None) -> subprocess.Popen:
-    """Starts every run of RUNS in every variant, in a process of its own, with `path` in front of the imports."""
+    """Starts the runs in every variant, in a process of its own, with `path` in front of the imports.
+
+    Every run of RUNS; in the modes with thoughts those of WITH_THOUGHTS.
+    """
     runs = [
         {"name": f"{variant}: {name}", "kind": kind, "flags": {**given, **flags}}
         for variant, flags in variants.items()
         for name, (kind, given) in RUNS.items()
+        if name in WITH_THOUGHTS or flags.get("mode") not in ("hrpo", "h3po")
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **({} if path is None else {"PYTHONPATH": path})}
     command = [sys.executable, str(PROGRAM), str(result), json.dumps(runs)]
@@ -59,7 +65,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     """The runs as the control and at λ = 0, patched; and by the pristine upstreams, where their wheels are cached."""
     folder = tmp_path_factory.mktemp("training")
     zero = {"mode": "m3po", "cross_path_lambda": 0.0, "answer_start": "#"}
-    patched = start(folder / "patched.pt", {"none": {"mode": "none"}, "zero": zero})
+    thoughts = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
+    variants = {
+        "none": {"mode": "none"},
+        "zero": zero,
+        "hrpo": {**thoughts, "mode": "hrpo"},
+        "zero, thoughts": {**thoughts, "mode": "h3po", "cross_path_lambda": 0.0},
+    }
+    patched = start(folder / "patched.pt", variants)
     pristine = None
     if all([unpack(name, folder / "pristine") for name in ("transformers", "trl")]):
         pristine = start(folder / "pristine.pt", {"pristine": {}}, str(folder / "pristine"))
@@ -99,6 +112,14 @@ def pristine(results: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("run", RUNS)
 def test_lambda_zero_has_the_tokens_losses_weights_and_random_state_of_the_control(results: dict[str, Any], run: str):
     assert_same(results["patched"][f"zero: {run}"], results["patched"][f"none: {run}"])
+
+
+@pytest.mark.parametrize("run", WITH_THOUGHTS)
+def test_h3po_at_lambda_zero_is_hrpo(results: dict[str, Any], run: str):
+    ours, plain = (results["patched"][f"{variant}: {run}"] for variant in ("hrpo", "none"))
+    assert_same(results["patched"][f"zero, thoughts: {run}"], ours)
+    assert sum("thinking_residual" in name for name in ours["weights"]) == 5
+    assert ours["tokens"] != plain["tokens"]
 
 
 @pytest.mark.parametrize("run", RUNS)
