@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mode m3po on two processes (gloo, CPU), DDP and FSDP2: whole groups in each, one gradient, one log.
+"""Modes m3po and h3po on two processes (gloo, CPU), DDP and FSDP2: whole groups in each, one gradient, one log.
 
 What is replayed: the rollouts of a run of one process, of which each of two processes takes half. Two runs that sample
 would draw other completions.
@@ -20,7 +20,6 @@ import torch
 import yaml
 
 FLAGS = {
-    "mode": "m3po",
     "answer_start": "#",
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 4,
@@ -31,6 +30,7 @@ FLAGS = {
 REPLAYED = {"mode": "m3po", "answer_start": "#", "gradient_accumulation_steps": 2, "max_steps": 5}
 LOSSES = ("dapo", "grpo")
 ENGINES = ("ddp", "fsdp2")
+MODES = ("m3po", "h3po")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -56,8 +56,9 @@ def both(alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> lis
     runs = []
     for engine in ENGINES:
         given = {"kind": "llama", **({"fsdp_config": fsdp_config} if engine == "fsdp2" else {})}
-        runs.append({"name": f"{engine}-sampled", "flags": FLAGS, **given})
-        given.pop("fsdp_config", None)  # it stays
+        for mode in MODES:
+            runs.append({"name": f"{engine}-{mode}", "flags": {**FLAGS, "mode": mode}, **given})
+            given.pop("fsdp_config", None)  # it stays
         for loss in LOSSES:
             flags = {**REPLAYED, "loss_type": loss, "per_device_train_batch_size": 4}
             runs.append({"name": f"{engine}-{loss}", "flags": flags, "replay": str(alone[loss][0]), **given})
@@ -70,8 +71,11 @@ def both(alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_agree_with_their_rollouts_and_with_each_other(both: list[dict[str, Any]], engine: str):
-    first, second = (result[f"{engine}-sampled"] for result in both)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_agree_with_their_rollouts_and_with_each_other(
+    both: list[dict[str, Any]], mode: str, engine: str
+):
+    first, second = (result[f"{engine}-{mode}"] for result in both)
     assert first["shared"] == (engine == "fsdp2")
     assert len(first["tokens"]) == len(second["tokens"]) == 16 and first["tokens"] != second["tokens"]
     assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
@@ -83,6 +87,8 @@ def test_two_processes_agree_with_their_rollouts_and_with_each_other(both: list[
     assert [entry.get("m3po/rollout_logp_diff_max", 0) < 1e-4 for entry in ours[0]] == [True] * 3
     assert [sorted(entry) != [] for entry in ours[0]] == [True, False, True]
     assert 0 < ours[0][0]["m3po/attention_max"] <= 1
+    assert (0 < ours[0][0].get("m3po/hidden_ratio", 0) < 1) == (mode == "h3po")
+    assert sum("thinking_residual" in name for name in first["weights"]) == (5 if mode == "h3po" else 0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
