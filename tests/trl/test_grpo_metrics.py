@@ -16,6 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers.m3po import read_checkpoint_info
+from transformers.m3po.residual_gate import attach_residual_gate
 
 COMMON = {"rollout_logp_diff", "rollout_logp_diff_max", "distinct_answers"}
 THOUGHT = {"thinking_fraction", "thinking_length"}
@@ -197,6 +198,14 @@ def test_every_checkpoint_and_every_saved_model_carries_its_mode_and_numbers_and
         assert read_checkpoint_info(folder) == expected
         (saved,) = folder.glob("*model*.safetensors")
         assert sum("thinking_residual" in name for name in load_file(saved)) == (0 if mode == "m3po" else 5)
+
+
+def test_a_model_that_has_a_gate_keeps_the_bounds_that_its_gate_began_with(tiny: Any, tmp_path: Path):
+    model = tiny.model()
+    attach_residual_gate(model, 0.3, 0.6, seed=1)
+    tiny.trainer(tmp_path, flags={"mode": "hrpo"}, model=model).save_model()
+    for said in (read_checkpoint_info(tmp_path), json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))):
+        assert {name: said[name] for name in EVEN} == EVEN
 
 
 def test_a_control_is_saved_as_one(tiny: Any, tmp_path: Path):

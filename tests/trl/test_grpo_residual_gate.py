@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 from transformers.m3po.residual_gate import GATE_MODULES, attach_residual_gate
 from trl.trainer.grpo_residual_gate import prepare_policy
@@ -67,6 +67,33 @@ def test_the_gate_starts_within_its_bounds_and_with_the_models_own_initialisatio
     assert (config.thinking_residual_r_min, config.thinking_residual_r_max) == (0.3, 0.6)
 
 
+def test_making_the_gate_draws_nothing_from_the_random_state(tiny: Any):
+    model = tiny.model()
+    before = torch.get_rng_state()
+    attach_residual_gate(model, 0.3, 0.6, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_and_its_control_start_with_the_same_adapter_and_see_the_same_prompts(tiny: Any, tmp_path: Path):
+    seen: dict[str, list[str]] = {}
+    adapters = []
+    for mode in ("none", "hrpo"):
+
+        def reward(prompts: list[str], completions: list[str], mode: str = mode, **_: Any) -> list[float]:
+            seen.setdefault(mode, []).extend(prompts)
+            return tiny.reward(completions)
+
+        model = tiny.model()
+        torch.manual_seed(3)
+        given = {"model": model, "peft_config": LoraConfig(**ADAPTER), "reward_funcs": reward}
+        run = tiny.trainer(tmp_path, flags={"mode": mode}, **given)
+        adapters.append({name: value.clone() for name, value in run.model.named_parameters() if "lora_A" in name})
+        run.train()
+    assert seen["none"] == seen["hrpo"] and len(set(seen["none"])) == 4
+    control, ours = adapters
+    assert all(torch.equal(value, ours[name]) for name, value in control.items())
+
+
 # Beside an adapter
 
 
@@ -105,6 +132,16 @@ def test_modules_that_the_user_saves_stay_among_the_saved_ones(tiny: Any, tmp_pa
     run = tiny.trainer(tmp_path, flags={"mode": "h3po"}, peft_config=given)
     assert set(run.model.peft_config["default"].modules_to_save) == {"lm_head", *GATE_MODULES}
     assert given.modules_to_save == ["lm_head"]
+
+
+@pytest.mark.parametrize("embeddings", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("mode", ["m3po", "hrpo"])
+def test_an_adapter_may_reach_the_embeddings(tiny: Any, tmp_path: Path, mode: str, embeddings: str):
+    lists = {"target_modules": ["q_proj"], "modules_to_save": []}
+    lists[embeddings] = [*lists[embeddings], "embed_tokens"]
+    run = tiny.trainer(tmp_path, flags={"mode": mode, **EVEN}, peft_config=LoraConfig(r=2, **lists))
+    run.train()
+    assert max(tiny.logged(run, "m3po/rollout_logp_diff_max")) < 1e-4
 
 
 # The reference
@@ -244,6 +281,17 @@ def test_a_model_with_a_gate_is_refused_by_a_mode_without(tiny: Any, tmp_path: P
     adapted = tiny.trainer(tmp_path, flags={"mode": "hrpo"}, model=model, peft_config=LoraConfig(**ADAPTER)).model
     with pytest.raises(ValueError, match=said):
         tiny.trainer(tmp_path, flags={"mode": mode}, model=adapted)
+
+
+@pytest.mark.parametrize("mode", ["none", "m3po", "hrpo"])
+def test_an_adapter_whose_gate_the_base_model_lacks_is_refused(tiny: Any, tmp_path: Path, mode: str):
+    """PEFT loads such an adapter without a word, and without its gate."""
+    run = tiny.trainer(tmp_path, flags={"mode": "hrpo"}, peft_config=LoraConfig(**ADAPTER))
+    run.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter", is_trainable=True)
+    with pytest.raises(ValueError, match="gate") as caught:
+        tiny.trainer(tmp_path, flags={"mode": mode}, model=loaded)
+    assert "was trained without" not in str(caught.value)
 
 
 def test_an_optimizer_in_the_deepspeed_configuration_is_refused(tiny: Any):
