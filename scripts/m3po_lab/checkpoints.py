@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
 from trl import GRPOConfig
 from trl.trainer.grpo_m3po import checkpoint_info
+from trl.trainer.grpo_residual_gate import GATE_START
 
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json
@@ -158,8 +159,12 @@ def checkpoint_to_resume(training: GRPOConfig) -> Path | None:
     return chosen
 
 
-def check_same_run(checkpoint: Path, training: GRPOConfig) -> None:
+def check_same_run(checkpoint: Path, training: GRPOConfig, settled: bool = False) -> None:
     """Refuse to resume a checkpoint with other numbers than those its `m3po.json` says it was trained with.
+
+    Args:
+        settled: the trainer has been made, so that `training` says what the start model's residual gate began with,
+            if that model has one. Before, this is not compared.
 
     Raises:
         UserError: for the first one that differs; it names both values.
@@ -172,7 +177,8 @@ def check_same_run(checkpoint: Path, training: GRPOConfig) -> None:
         )
     stored = read_checkpoint_info(checkpoint)
     for name, now in checkpoint_info(training).items():
-        if name not in DESCRIPTION and stored.get(name) != now:
+        open_yet = name in GATE_START and not settled
+        if name not in DESCRIPTION and not open_yet and stored.get(name) != now:
             flag = {"sampling_temperature": "temperature"}.get(name, name)
             raise UserError(
                 f"--{flag} {now}: {checkpoint.name} was trained with {stored.get(name)}; set that, or start a new run "

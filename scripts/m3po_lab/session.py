@@ -27,7 +27,7 @@ from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
 from trl.models import unwrap_model_for_generation
 
-from m3po_lab.checkpoints import check_save_steps, claim_run_folder
+from m3po_lab.checkpoints import check_same_run, check_save_steps, claim_run_folder
 from m3po_lab.config import Run, UserError, one_line
 from m3po_lab.data import chat_prompt, load_problems, training_rows
 from m3po_lab.data_sources import Problem
@@ -125,6 +125,8 @@ def run_session(run: Run, command: str) -> None:
         training.num_train_epochs = 1
     clock = TrainingClock()
     trainer = build_trainer(run, rows, clock)
+    if resume is not None:
+        check_same_run(resume, training, settled=True)
     if trainer.accelerator.is_main_process:
         print(start_line(run, trainer, len(train_problems), len(held_out), resume))
     settings = EvalSettings.of_run(run, trainer.accelerator.mixed_precision)

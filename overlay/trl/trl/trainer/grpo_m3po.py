@@ -21,13 +21,12 @@ from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.utils import logging
 
 from .grpo_m3po_config import check_model_type, thinking_settings
-from .grpo_residual_gate import prepare_reference
+from .grpo_residual_gate import GATE_START, prepare_reference
 
 logger = logging.get_logger(__name__)
 
 # What the trainer does with a rollout; a subclass that does it in its own way does not know of bags.
 _SCORING = ("_compute_loss", "_generate_and_score_completions", "_get_per_token_logps_and_entropies")
-_GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
 # Attributes of the trainer that move the rollouts out of a single call of `generate`.
 _OTHER_ROLLOUTS = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
 
@@ -199,7 +198,7 @@ def checkpoint_info(args: Any) -> dict[str, Any]:
     settings = thinking_settings(args)
     return {
         **({"mode": args.mode, "answer_start": args.answer_start} if settings is None else settings.numbers()),
-        **({name: getattr(args, name) for name in _GATE_START} if args.mode in RESIDUAL_MODES else {}),
+        **({name: getattr(args, name) for name in GATE_START} if args.mode in RESIDUAL_MODES else {}),
         "num_generations": args.num_generations,
         "sampling_temperature": args.temperature,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},

@@ -19,6 +19,9 @@ from transformers.m3po.settings import RESIDUAL_MODES
 
 from .grpo_m3po_config import check_model_type
 
+# The flags that say what a fresh gate starts with; of a model that has one, its config says it.
+GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
+
 
 def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
     """Hook of `GRPOTrainer.__init__`, before the adapter: gives the model the modules that the mode trains.
@@ -30,12 +33,20 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
         peft_config: the adapter that will be laid on, if any.
 
     Returns:
-        The adapter's configuration; in these modes a copy that trains and saves the gate whole, and lays no LoRA on it.
+        The adapter's configuration; in these modes a copy that trains and saves the gate whole (PEFT lays no LoRA on
+        what it saves whole).
 
     Raises:
         ValueError: the model and the mode contradict each other, or DeepSpeed brings an optimizer of its own.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    saves_gate = any(set(GATE_MODULES) <= set(config.modules_to_save or ()) for config in adapters)
+    if saves_gate and not has_residual_gate(base):
+        raise ValueError(
+            "the adapter has a residual gate and its base model has none, so the gate is lost; load the base model "
+            "with thinking_residual_enabled=True before the adapter."
+        )
     if args.mode not in RESIDUAL_MODES:
         if has_residual_gate(base):
             raise ValueError(
@@ -50,14 +61,15 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
             f"the DeepSpeed configuration has an optimizer, which knows nothing of the learning rates of mode="
             f"{args.mode!r}; leave it out and set optim."
         )
-    if isinstance(model, PeftModel):
-        if not all(any(name in key and "modules_to_save" in key for key, _ in model.named_parameters())
-                   for name in GATE_MODULES):  # fmt: skip
-            raise ValueError(
-                f"the adapter was trained without a residual gate, which mode={args.mode!r} needs; merge it into its "
-                "base model and start from that."
-            )
-    elif not has_residual_gate(base):
+    if adapters and not saves_gate:
+        raise ValueError(
+            f"the adapter was trained without a residual gate, which mode={args.mode!r} needs; merge it into its base "
+            "model and start from that."
+        )
+    if has_residual_gate(base):
+        for name in GATE_START:  # what is said of the run is what its gate began with
+            setattr(args, name, getattr(base.config, name))
+    else:
         attach_residual_gate(base, args.thinking_residual_r_min, args.thinking_residual_r_max, args.seed)
     return None if peft_config is None else _with_gate(peft_config)
 
@@ -65,11 +77,6 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
 def _with_gate(given: PeftConfig) -> PeftConfig:
     config = copy.deepcopy(given)
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *GATE_MODULES})
-    excluded = getattr(config, "exclude_modules", None)
-    if isinstance(excluded, str):
-        config.exclude_modules = f"{excluded}|.*({'|'.join(GATE_MODULES)})"
-    else:
-        config.exclude_modules = sorted({*(excluded or ()), *GATE_MODULES})
     return config
 
 

@@ -120,7 +120,8 @@ def attach_residual_gate(model: Any, r_min: float, r_max: float, seed: int) -> N
     for config in {id(net.config): net.config for net in (model, base)}.values():
         config.thinking_residual_enabled = True
         config.thinking_residual_r_min, config.thinking_residual_r_max = r_min, r_max
-    add_residual_gate(base)
+    with torch.random.fork_rng(devices=[]):  # a layer draws a start of its own, which is replaced below
+        add_residual_gate(base)
     generator = torch.Generator().manual_seed(seed)
     where = base.embed_tokens.weight.device
     for name in GATE_MODULES[:2]:

@@ -143,7 +143,7 @@ class M3POGenerationState:
                 group_ids.to(input_ids.device),
                 max_new_tokens,
                 model.config.vocab_size,
-                self._embed_tokens.num_embeddings,
+                getattr(self._embed_tokens, "base_layer", self._embed_tokens).num_embeddings,  # LoRA wraps it
                 self.tokenizer,
                 self.gating_function,
             )
