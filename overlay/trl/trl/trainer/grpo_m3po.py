@@ -59,7 +59,7 @@ class GRPORollouts:
             prepare_reference(trainer.accelerator.unwrap_model(trainer.model), reference, trainer.args)
         self._records = not elsewhere
         self._state = M3POGenerationState()
-        self._num_generations = trainer.num_generations
+        self._group_ids = torch.arange(0)
         if self.settings is None:
             logger.info(f"mode={self.mode}")
         else:  # shown by default: a run says which numbers it uses
@@ -114,9 +114,9 @@ class GRPORollouts:
                 "per_device_eval_batch_size a multiple of num_generations_eval (or of num_generations)."
             )
         first = self._trainer.accelerator.process_index * num_rows
-        self._num_generations = num_generations
+        self._group_ids = torch.arange(first, first + num_rows) // num_generations
         self._state = M3POGenerationState(
-            group_ids=torch.arange(first, first + num_rows) // num_generations,
+            group_ids=self._group_ids,
             settings=self.settings,
             tokenizer=self._trainer._tokenizer,
         )
@@ -184,8 +184,10 @@ class GRPORollouts:
         completions = zip(completion_ids.cpu(), completion_mask.bool().cpu(), strict=True)
         texts = tokenizer.batch_decode([ids[kept].tolist() for ids, kept in completions], skip_special_tokens=True)
         answers = [text.split(marker, 1)[1].strip() if marker in text else None for text in texts]
-        groups = [answers[i : i + self._num_generations] for i in range(0, len(answers), self._num_generations)]
-        counts = [len(set(group) - {None}) for group in groups]
+        groups: dict[int, set[str | None]] = {}
+        for group, answer in zip(self._group_ids.tolist(), answers, strict=True):
+            groups.setdefault(group, set()).add(answer)
+        counts = [len(found - {None}) for found in groups.values()]
         return torch.tensor(counts, dtype=torch.float32, device=completion_ids.device).mean()
 
 

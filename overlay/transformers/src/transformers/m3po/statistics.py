@@ -76,8 +76,7 @@ def residual_statistics(trace: torch.Tensor, bag_weights: torch.Tensor) -> dict[
         embeds_ratio: the gate's a, mean over H. hidden_ratio: sqrt(1 - embeds_ratio²) of each position, HRPO's measure
         of how much thought there is. mix_norm: L2 norm of the input. NaN where a rollout had no thought.
     """
-    read = (bag_weights > 0).any(-1)
-    read[:, -1:] = False  # the last token of the longest row is not an input any more
+    read = (bag_weights > 0).any(-1)  # the last token of a row has no bag
     count = read.sum()
     ratio, norm = trace.unbind(-1)
     hidden = (1.0 - ratio.square()).clamp_min(0.0).sqrt()
