@@ -298,12 +298,12 @@ def test_the_mode_is_that_of_the_model_and_a_switched_off_gate_is_plain(make):
 
 @pytest.fixture
 def no_manager(monkeypatch):
-    """A call that is not refused must not start the threads of continuous batching: it would never come back."""
+    """A call that is not refused must not begin continuous batching: its warm-up and threads take minutes."""
 
     def started(*args, **kwargs):
         raise AssertionError("continuous batching was started")
 
-    monkeypatch.setattr(ContinuousBatchingManager, "start", started)
+    monkeypatch.setattr(ContinuousBatchingManager, "__init__", started)
 
 
 def refusal(model, mode="hrpo", **overrides):
