@@ -133,7 +133,7 @@ def no_manager(monkeypatch):
     def started(*args, **kwargs):
         raise AssertionError("continuous batching was started")
 
-    monkeypatch.setattr(transformers.generation.ContinuousBatchingManager, "start", started)
+    monkeypatch.setattr(transformers.generation.ContinuousBatchingManager, "__init__", started)
 
 
 @pytest.mark.parametrize("where", ["argument", "model"])

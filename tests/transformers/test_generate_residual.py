@@ -106,7 +106,7 @@ def test_a_rollout_is_that_of_the_reference(make, mode, tied, vocabulary, top_k)
     assert torch.equal(output.thinking_mask, thinking)
     assert_follows(model, output, expected, mixed)
     logps = torch.where(sampled, expected.logps, 0.0)
-    torch.testing.assert_close(output.rollout_logps.double(), logps, atol=CLOSE, rtol=0)
+    torch.testing.assert_close(output.rollout_logps.double(), logps, atol=CLOSE, rtol=CLOSE)
 
     prompts = left_padded([3, 6, 4, 5, 6, 2], first=3, last=28)
     matrix = model.get_input_embeddings().weight.detach().double()
@@ -118,7 +118,7 @@ def test_a_rollout_is_that_of_the_reference(make, mode, tied, vocabulary, top_k)
     torch.testing.assert_close(torch.where(sampled, torch.stack(policy), 0.0), logps, atol=1e-9, rtol=0)
     bags = {"thinking_bag_ids": output.bag_ids, "thinking_bag_weights": output.bag_weights}
     scored = teacher_forced_logps(model, output.sequences, prompts["attention_mask"], TEMPERATURE, **bags)
-    torch.testing.assert_close(torch.where(sampled, scored, 0.0).double(), logps, atol=CLOSE, rtol=0)
+    torch.testing.assert_close(torch.where(sampled, scored, 0.0).double(), logps, atol=CLOSE, rtol=CLOSE)
 
 
 def test_an_embedding_that_was_widened_later_is_read_to_its_end(make):
@@ -144,7 +144,7 @@ def test_greedy_decoding_thinks_at_the_temperature_it_is_told(make, mode, where)
     assert_follows(model, output, expected, mixed)
     best = torch.stack([scores.log_softmax(-1).amax(-1) for scores in output.scores], dim=1)
     assert torch.equal(tokens[:, 0], output.scores[0].argmax(-1))
-    torch.testing.assert_close(output.rollout_logps, best * alive_before(tokens, EOS), atol=CLOSE, rtol=0)
+    torch.testing.assert_close(output.rollout_logps, best * alive_before(tokens, EOS), atol=CLOSE, rtol=CLOSE)
 
 
 def test_the_temperature_of_sampling_is_that_of_the_thoughts_and_the_states_is_not_asked(make):
@@ -244,7 +244,7 @@ def test_every_cache_gives_the_same_rollout(make, mode, cache):
     expected, output = rollout(model, mode, thought_top_k=0), rollout(model, mode, thought_top_k=0, **arguments)
     assert torch.equal(output.sequences, expected.sequences) and torch.equal(output.bag_ids, expected.bag_ids)
     for name in ("bag_weights", "rollout_logps", "thinking_embeds", "embeds_ratio"):
-        torch.testing.assert_close(getattr(output, name), getattr(expected, name), atol=CLOSE, rtol=0)
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), atol=CLOSE, rtol=CLOSE)
 
 
 def assert_same_rollout(one, other):
@@ -318,11 +318,19 @@ def refusal(model, mode="hrpo", **overrides):
     ("wrong", "words"),
     [
         ({"tokenizer": None}, ["tokenizer=...", "'####'", "cross_path_phase='all'"]),
-        ({"thought_top_k": -1}, ["thought_top_k=-1", "below 0", "0 for the whole vocabulary"]),
+        ({"thought_top_k": -1}, ["thought_top_k=-1", "whole number from 0 on", "0 for the whole vocabulary"]),
+        ({"thought_top_k": 2.5}, ["thought_top_k=2.5", "whole number from 0 on", "0 for the whole vocabulary"]),
         ({"answer_start": ""}, ["answer_start", "empty"]),
         ({"mode": "h3po"}, ["enable_cross_path needs groups", "num_return_sequences", "group_ids"]),
         ({"mode": "h3po", "cross_path_lambda": 1.5}, ["cross_path_lambda=1.5", "[0, 1]"]),
-        ({"m3po": M3POGenerationState(settings=ThinkingSettings())}, ["mode='m3po'", "thinking_residual_enabled=True"]),
+        (
+            {"m3po": M3POGenerationState(settings=ThinkingSettings())},
+            ["mode='m3po'", "with a residual", "hrpo or h3po"],
+        ),
+        (
+            {"thought_top_k": 3, "m3po": M3POGenerationState(settings=ThinkingSettings(mode="hrpo"))},
+            ["thought_top_k and m3po=", "leave one of them out"],
+        ),
         ({"cross_path_lambda": 0.3}, ["cross_path_lambda does nothing without", "set enable_cross_path=True"]),
         ({"gating_type": "baseline"}, ["gating_type does nothing without", "set enable_cross_path=True"]),
         ({"cross_path_temp": 0.3, "m3po": M3POGenerationState()}, ["cross_path_temp does nothing without"]),
@@ -337,11 +345,19 @@ def test_a_number_that_does_not_fit_a_gated_model_is_refused(make, wrong, words)
 def test_a_mode_with_thoughts_is_refused_on_a_plain_model(make, mode):
     state = M3POGenerationState(settings=ThinkingSettings(mode=mode))
     message = refusal(make(thinking_residual_enabled=False), m3po=state)
-    assert f"mode='{mode}'" in message and "thinking_residual_enabled=False" in message and "another mode" in message
+    assert f"mode='{mode}'" in message and "without a residual gate" in message
+    assert "set mode m3po" in message and "thinking_residual_enabled=True" in message
 
 
-def test_thought_top_k_on_a_plain_model_is_refused(make):
-    message = refusal(make(thinking_residual_enabled=False), "h3po", thought_top_k=4)
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_of_thoughts_that_is_not_above_0_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"^thought_temperature={temperature} is not above 0; set .*$"):
+        M3POGenerationState(thought_temperature=temperature)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_thought_top_k_on_a_plain_model_is_refused(make, mode):
+    message = refusal(make(thinking_residual_enabled=False), mode, thought_top_k=4)
     assert message.startswith("thought_top_k does nothing on a model without a residual gate") and "leave it" in message
 
 

@@ -64,10 +64,10 @@ class ThinkingSettings:
         known = sorted({*CROSS_PATH_MODES, *RESIDUAL_MODES})
         if self.mode not in known:
             raise ValueError(f"mode={self.mode!r} is unknown here; set one of {', '.join(known)}.")
-        if self.thought_top_k < 0:
+        if not isinstance(self.thought_top_k, int) or self.thought_top_k < 0:
             raise ValueError(
-                f"thought_top_k={self.thought_top_k} is below 0; set the number of entries to keep, or 0 for the whole "
-                "vocabulary."
+                f"thought_top_k={self.thought_top_k} is no whole number from 0 on; set the number of entries to keep, "
+                "or 0 for the whole vocabulary."
             )
         if not 0.0 <= self.cross_path_lambda <= 1.0:
             raise ValueError(f"cross_path_lambda={self.cross_path_lambda} is outside [0, 1]; the paper uses 0.1.")

@@ -89,6 +89,8 @@ class M3POGenerationState:
         gating_function: GatingFunction | None = None,
         thought_temperature: float | None = None,
     ):
+        if thought_temperature is not None and not thought_temperature > 0.0:
+            raise ValueError(f"thought_temperature={thought_temperature} is not above 0; set the sampling temperature.")
         self.group_ids = group_ids
         self.settings = settings
         self.tokenizer = tokenizer
@@ -132,8 +134,9 @@ class M3POGenerationState:
         self.statistics = {}
         self._rollout = None
         # What the distribution of a greedy token lacks to be that of its thought.
-        greedy = None if generation_config.do_sample else self.thought_temperature or generation_config.temperature
-        self._thought_temperature = 1.0 if greedy is None else float(greedy)
+        given = (self.thought_temperature, generation_config.temperature, 1.0)
+        greedy = next(float(value) for value in given if value is not None)
+        self._thought_temperature = 1.0 if generation_config.do_sample else greedy
         settings = self.settings or ThinkingSettings.from_generation_config(generation_config, model)
         if settings is not None:
             _check_model(model, settings)
@@ -242,10 +245,12 @@ def _check_model(model: Any, settings: ThinkingSettings) -> None:
             f"{model_type!r}. Set enable_cross_path=False or take another model."
         )
     if settings.has_thoughts != has_residual_gate(model):
-        has, needs = ("no", "one") if settings.has_thoughts else ("a", "none")
+        mend = (
+            "m3po, or load the model with thinking_residual_enabled=True" if settings.has_thoughts else "hrpo or h3po"
+        )
         raise ValueError(
-            f"mode={settings.mode!r} needs a model with {needs} and this one has {has} residual gate "
-            f"(thinking_residual_enabled={has_residual_gate(model)} in its config); set another mode."
+            f"mode={settings.mode!r} does not fit a model {'without' if settings.has_thoughts else 'with'} a residual "
+            f"gate; set mode {mend}."
         )
 
 
@@ -291,10 +296,8 @@ def check_generation_mode(
     state = (generation_mode_kwargs or {}).get("m3po")
     enabled = getattr(generation_config, "enable_cross_path", None)
     has_gate = has_residual_gate(model)
-    if enabled is None and (state is None or state.settings is None):
-        _check_nothing_is_lost(generation_config, has_gate)
-    if enabled and not has_gate and getattr(generation_config, "thought_top_k", None) is not None:
-        raise ValueError("thought_top_k does nothing on a model without a residual gate; leave it out.")
+    if enabled is not False:  # False says that the numbers are off on purpose
+        _check_nothing_is_lost(generation_config, bool(enabled), has_gate, state)
     if not enabled and state is None and not has_gate:
         return
     from ..generation import GenerationMixin
@@ -310,17 +313,26 @@ def check_generation_mode(
             f"{what} does not work with {mode}: its paths must be decoded step by step. Set num_beams=1 and "
             f"leave out assistants, custom_generate and continuous batching, or set {way_out}."
         )
-    if enabled and state is not None and state.settings is not None:
-        raise ValueError(
-            "enable_cross_path=True and m3po=M3POGenerationState(settings=...) both give the numbers of cross-path "
-            "interaction; leave one of them out."
-        )
 
 
-def _check_nothing_is_lost(generation_config: GenerationConfig | None, has_gate: bool) -> None:
+def _check_nothing_is_lost(
+    generation_config: GenerationConfig | None, enabled: bool, has_gate: bool, state: M3POGenerationState | None
+) -> None:
+    """Refuses a number that the call would ignore: of a mode that is not on, or beside a state that has its own."""
     names = [*ThinkingSettings.__dataclass_fields__, "return_thinking_embeds"]
-    useful = {"mode", *((*THOUGHT_FLAGS, "return_thinking_embeds") if has_gate else ())}
-    given = [name for name in names if name not in useful and getattr(generation_config, name, None) is not None]
+    given = [name for name in names if name != "mode" and getattr(generation_config, name, None) is not None]
+    if state is not None and state.settings is not None:
+        given = ["enable_cross_path"] * enabled + [name for name in given if name != "return_thinking_embeds"]
+        if given:
+            raise ValueError(
+                f"{given[0]} and m3po=M3POGenerationState(settings=...) both give the numbers of the mode; leave one "
+                "of them out."
+            )
+        return
+    if "thought_top_k" in given and not has_gate:
+        raise ValueError("thought_top_k does nothing on a model without a residual gate; leave it out.")
+    useful = (*THOUGHT_FLAGS, "return_thinking_embeds") if has_gate else ()
+    given = [name for name in given if not enabled and name not in useful]
     if given:
         raise ValueError(
             f"{given[0]} does nothing without enable_cross_path: set enable_cross_path=True as well (False says that "
