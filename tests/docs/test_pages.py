@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from trl.trainer.grpo_m3po import M3POArguments
+from trl.trainer.grpo_m3po_config import M3POArguments
 
 from m3po_lab.compare import main as compare
 from m3po_lab.files import read_json
@@ -30,14 +30,14 @@ def logged_metrics() -> set[str]:
 def test_every_logged_metric_is_defined_on_the_metrics_page() -> None:
     text = page("docs/metrics.md").replace("`, `_min`, `_max`", "` `m3po/similarity_min` `m3po/similarity_max`")
     defined = set(re.findall(r"`m3po/(\w+)`", text))
-    assert len(logged_metrics()) == 11
+    assert len(logged_metrics()) == 15
     assert logged_metrics() == defined
 
 
 def test_every_flag_stands_in_the_table_of_flags() -> None:
     listed = set(re.findall(r"`(\w+)`", page("docs/modes.md").split("## Flags")[1].split("## In Python")[0]))
     flags = {entry.name for entry in dataclasses.fields(M3POArguments)}
-    assert len(flags) == 9
+    assert len(flags) == 15
     assert flags <= listed
 
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F403 (upstream's way to write a lazy package)
 """M3PO (arXiv 2512.01485, eq. 2-6) and HRPO (arXiv 2505.18454): thinking inputs other than the sampled token.
 
 The patches of this overlay call into this package from `_sample` (generation) and from the forward of the Llama and
@@ -12,22 +11,31 @@ A *group* is the paths of one prompt. A *bag* is a thinking vector written as to
 (B, T, K) float32: the vector is the weighted sum of the embeddings of these tokens. A position whose weights are all
 zero has no bag: there the model gets the embedding of its own token.
 
-Names are loaded when they are first asked for, as in upstream's packages: a configuration imports this package too.
+Names are loaded when they are first asked for: a configuration class imports this package too, long before torch.
 """
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import Any
 
-from ..utils import _LazyModule
-from ..utils.import_utils import define_import_structure
+_HOMES = {
+    "CHECKPOINT_FILE": "checkpoint",
+    "M3POGenerateOutput": "state",
+    "M3POGenerationState": "state",
+    "PathGroups": "interaction",
+    "ThinkingResidualLambda": "residual_gate",
+    "ThinkingSettings": "settings",
+    "apply_cross_path_interaction": "interaction",
+    "cosine_similarity": "interaction",
+    "cross_path_weights": "interaction",
+    "generate_with_m3po": "generate",
+    "read_checkpoint_info": "checkpoint",
+    "write_checkpoint_info": "checkpoint",
+}
 
-if TYPE_CHECKING:
-    from .checkpoint import *
-    from .generate import *
-    from .interaction import *
-    from .residual_gate import *
-    from .settings import *
-    from .state import *
-else:
-    import sys
+__all__ = [*_HOMES]
 
-    sys.modules[__name__] = _LazyModule(__name__, __file__, define_import_structure(__file__), module_spec=__spec__)
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -43,6 +43,3 @@ def read_checkpoint_info(folder: str | Path) -> dict[str, Any]:
     if not isinstance(info, dict) or "mode" not in info:
         raise ValueError(f"{path} does not say the mode of the checkpoint.")
     return info
-
-
-__all__ = ["CHECKPOINT_FILE", "read_checkpoint_info", "write_checkpoint_info"]

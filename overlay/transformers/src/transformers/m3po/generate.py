@@ -61,6 +61,3 @@ def generate_with_m3po(
         m3po=M3POGenerationState(gating_function=gating_function, tokenizer=tokenizer),
         **generate_kwargs,
     )
-
-
-__all__ = ["generate_with_m3po"]

@@ -171,6 +171,3 @@ def apply_cross_path_interaction(
         blended = (1.0 - lambda_blend) * own + lambda_blend * (weights @ own)
     listens = (weights > 0).any(-1, keepdim=True)
     return torch.where(listens, blended.to(embeds.dtype), embeds), weights
-
-
-__all__ = ["PathGroups", "apply_cross_path_interaction", "cosine_similarity", "cross_path_weights"]

@@ -163,6 +163,3 @@ def check_loaded_gate(model: Any, missing_keys: Iterable[str], checkpoint: Any) 
             "would be random. Save it again with its gate, or load it with thinking_residual_enabled=False as a plain "
             "model."
         )
-
-
-__all__ = ["ThinkingResidualLambda"]

@@ -152,6 +152,3 @@ class ThinkingSettings:
         if self.has_thoughts:
             told.append(f"thought_top_k={self.thought_top_k}")
         return ", ".join([*told, f"phase={self.cross_path_phase}", f"answer marker {self.answer_start!r}"])
-
-
-__all__ = ["ThinkingSettings"]

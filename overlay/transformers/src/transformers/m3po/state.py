@@ -338,6 +338,3 @@ def _check_nothing_is_lost(
             f"{given[0]} does nothing without enable_cross_path: set enable_cross_path=True as well (False says that "
             "it is off on purpose), or leave it out."
         )
-
-
-__all__ = ["M3POGenerateOutput", "M3POGenerationState"]

@@ -80,5 +80,9 @@ def residual_statistics(trace: torch.Tensor, bag_weights: torch.Tensor) -> dict[
     count = read.sum()
     ratio, norm = trace.unbind(-1)
     hidden = (1.0 - ratio.square()).clamp_min(0.0).sqrt()
-    means = {"embeds_ratio": ratio, "hidden_ratio": hidden, "mix_norm": norm}
+    means = {
+        "embeds_ratio": ratio,
+        "hidden_ratio": hidden,
+        "mix_norm": norm,
+    }
     return {name: torch.where(read, value, 0.0).sum() / count for name, value in means.items()}
