@@ -48,8 +48,10 @@ format: env ## let ruff write the formatting and the simple fixes
 test: env ## the whole test suite
 	@$(ENV) -m pytest
 
-bench: env ## tokens/s and peak memory with cross-path over plain generation
+bench: env ## rollout, memory and policy pass of each mode over plain; soft thoughts by size
 	@$(ENV) benchmarks/rollout.py
+	@$(ENV) benchmarks/policy_pass.py
+	@$(ENV) benchmarks/thoughts.py
 
 export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16]: merge LoRA, write a standalone model
 	@$(if $(and $(CHECKPOINT),$(OUT)),,echo "error: give both, e.g. make export-model CHECKPOINT=runs/x/final OUT=dir" >&2; exit 2;) \
