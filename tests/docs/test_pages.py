@@ -41,7 +41,7 @@ def test_every_flag_stands_in_the_table_of_flags() -> None:
     assert flags <= listed
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-14-steps"])
+@pytest.mark.parametrize("name", ["demo", "demo-14-steps", "demo-short"])
 def test_a_table_of_results_is_what_compare_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare([str(path) for path in RESULTS if path.parent.name == name]) == 0
     assert capsys.readouterr().out.strip() in page("docs/results.md")

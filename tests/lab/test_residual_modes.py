@@ -59,6 +59,11 @@ def test_a_checkpoint_carries_the_gate_in_float32_and_says_its_numbers(
     assert told.items() <= numbers.items() and ("cross_path_lambda" in numbers) == (run == "h3po_run")
 
 
+def test_a_run_that_starts_from_an_adapter_knows_what_its_gate_began_with(adapter_run: Path) -> None:
+    model, _ = load_model(ModelConfig(model_name_or_path=str(adapter_run / "final"), dtype="float32"))
+    assert (model.config.thinking_residual_r_min, model.config.thinking_residual_r_max) == (0.5, 0.999)
+
+
 def test_the_gate_learned(h3po_run: Path) -> None:
     """Otherwise nothing that is compared here would show whether it is the trained one."""
     _, first = weights_of(h3po_run / "checkpoint-2")
