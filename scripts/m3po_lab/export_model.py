@@ -34,7 +34,7 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
     import torch
     from peft import PeftModel
     from transformers.m3po import read_checkpoint_info, write_checkpoint_info
-    from transformers.m3po.residual_gate import GATE_MODULES
+    from transformers.m3po.residual_gate import GATE_MODULES, has_residual_gate
     from trl import ModelConfig
 
     from m3po_lab.config import UserError, one_line
@@ -52,6 +52,9 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
         raise UserError(f"OUT={out} exists already: name a new folder.")
     settings = EvalSettings.read(checkpoint)
     model, tokenizer = load_model(ModelConfig(model_name_or_path=str(checkpoint), dtype="float32"))
+    if has_residual_gate(model) != (numbers["mode"] in NOT_SERVABLE):
+        has = "a" if has_residual_gate(model) else "no"
+        raise UserError(f"CHECKPOINT={checkpoint} has {has} residual gate, which does not fit mode {numbers['mode']}.")
     plain = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:

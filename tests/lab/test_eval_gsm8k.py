@@ -175,8 +175,8 @@ def test_numbers_of_a_plain_model_come_from_the_flags(tiny_model: Path, capsys: 
     assert "--cross_path_lambda goes with --mode m3po" in capsys.readouterr().err
     assert main([str(tiny_model), "--mode", "m3po", "--cross_path_lambda", "2", "--num_paths", "4"]) == 2
     assert "--cross_path_lambda=2.0 is outside [0, 1]" in capsys.readouterr().err
-    assert main([str(tiny_model), "--mode", "hrpo"]) == 2
-    assert "mode hrpo is unknown here; the modes are none, m3po" in capsys.readouterr().err
+    assert main([str(tiny_model), "--mode", "hrpa"]) == 2
+    assert "mode hrpa is unknown here; the modes are none, m3po, hrpo, h3po" in capsys.readouterr().err
 
 
 def test_folder_of_a_run_is_not_taken_for_a_checkpoint(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

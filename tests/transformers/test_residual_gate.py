@@ -27,6 +27,12 @@ def make(request, tiny_llama, tiny_qwen2):
     return {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param]
 
 
+def assert_computes_the_same(one, other):
+    """Equal weights, but not bit for bit: where a loaded tensor lies in memory decides how its sums are split."""
+    rounding = 1e-6 if one.dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(one, other, atol=rounding, rtol=rounding)
+
+
 def thinking_logits(model, seed=0):
     """Logits of a pass with bags at the last 5 of 9 positions, one of them empty."""
     g = torch.Generator().manual_seed(seed)
@@ -222,7 +228,7 @@ def test_a_saved_gate_comes_back_bit_for_bit(make, tmp_path, dtype):
         again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=asked)
         assert {p.dtype for p in gate_parameters(again)} == {torch.float32} and again.lm_head.weight.dtype == dtype
         assert same_gate(again, model)
-        assert torch.equal(thinking_logits(again), thinking_logits(model))
+        assert_computes_the_same(thinking_logits(again), thinking_logits(model))
 
 
 @pytest.mark.parametrize("missing", sorted(NAMES))
@@ -275,7 +281,7 @@ def test_an_attached_gate_is_saved_and_loaded_as_any_other(make, tmp_path):
     model = make()
     attach_residual_gate(model, 0.3, 0.6, seed=7)
     model.save_pretrained(tmp_path)
-    assert torch.equal(thinking_logits(AutoModelForCausalLM.from_pretrained(tmp_path)), thinking_logits(model))
+    assert_computes_the_same(thinking_logits(AutoModelForCausalLM.from_pretrained(tmp_path)), thinking_logits(model))
 
 
 def test_copying_a_gate_makes_it_the_same_and_a_thing_of_its_own(make):
@@ -332,7 +338,7 @@ def test_an_adapter_carries_the_trained_gate(make, tmp_path, dtype):
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name.removeprefix("base_model.model.") for name in saved if "thinking_residual" in name} == NAMES
     again = PeftModel.from_pretrained(gated(seed=2), tmp_path / "adapter").eval()
-    assert torch.equal(thinking_logits(again), after)
+    assert_computes_the_same(thinking_logits(again), after)
 
     merged = again.merge_and_unload()
     assert {type(getattr(merged.model, name)).__name__ for name in GATE_MODULES} == {"Linear", "ThinkingResidualLambda"}
@@ -341,6 +347,6 @@ def test_an_adapter_carries_the_trained_gate(make, tmp_path, dtype):
         assert torch.equal(merged.get_parameter(plain), p)
     merged.save_pretrained(tmp_path / "merged")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
-    assert torch.equal(thinking_logits(stored), thinking_logits(merged))
+    assert_computes_the_same(thinking_logits(stored), thinking_logits(merged))
     if dtype == torch.float32:  # merging rounds once more; in bfloat16 visibly
         torch.testing.assert_close(thinking_logits(merged), after, atol=1e-5, rtol=1e-5)

@@ -153,6 +153,7 @@ def test_distinct_answers_counts_the_texts_behind_the_first_marker_group_by_grou
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=3)  # what is masked is never read
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     run = tiny.trainer(tmp_path, flags={"mode": "none"})
+    run.m3po.generate_kwargs(len(ids), 4)
     assert run.m3po._distinct_answers(ids, mask).item() == pytest.approx((2 + 0 + 4) / 3)
 
 
