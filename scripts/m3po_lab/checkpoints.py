@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
 from trl import GRPOConfig
 from trl.trainer.grpo_m3po import checkpoint_info
-from trl.trainer.grpo_residual_gate import GATE_START
+from trl.trainer.grpo_m3po_config import GATE_START
 
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json

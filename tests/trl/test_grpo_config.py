@@ -50,6 +50,13 @@ def test_the_flags_are_the_ones_of_the_design_with_its_defaults():
         "answer_start": "####",
         "gating_type": "baseline",
         "gating_config": None,
+        "aslr_enabled": None,
+        "aslr_num_paths": None,
+        "aslr_max_iterations": None,
+        "aslr_threshold": None,
+        "aslr_gumbel_temp": None,
+        "aslr_cross_path_lambda": None,
+        "aslr_cross_path_temp": None,
     }
     assert config().mode == "none" and config().enable_cross_path is False
 
@@ -75,6 +82,13 @@ VALUES = [
     ("answer_start", "ANSWER", "ANSWER"),
     ("gating_type", "baseline", "baseline"),
     ("gating_config", '{"temperature": 0.3, "debug": true}', {"temperature": 0.3, "debug": True}),
+    ("aslr_enabled", "true", True),
+    ("aslr_num_paths", "6", 6),
+    ("aslr_max_iterations", "0", 0),
+    ("aslr_threshold", "0.25", 0.25),
+    ("aslr_gumbel_temp", "0", 0.0),
+    ("aslr_cross_path_lambda", "0.75", 0.75),
+    ("aslr_cross_path_temp", "0.5", 0.5),
 ]
 
 

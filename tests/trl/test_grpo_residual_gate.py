@@ -11,8 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
+from transformers.m3po.aslr_settings import ASLR_NUMBERS
 from transformers.m3po.residual_gate import GATE_MODULES, attach_residual_gate
-from trl.trainer.grpo_residual_gate import prepare_policy
+from trl.trainer.grpo_own_modules import prepare_policy
 
 EVEN = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
 ADAPTER = {"r": 2, "target_modules": "all-linear"}
@@ -296,6 +297,6 @@ def test_an_adapter_whose_gate_the_base_model_lacks_is_refused(tiny: Any, tmp_pa
 
 def test_an_optimizer_in_the_deepspeed_configuration_is_refused(tiny: Any):
     plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
-    args = SimpleNamespace(mode="hrpo", deepspeed_plugin=plugin)
+    args = SimpleNamespace(mode="hrpo", deepspeed_plugin=plugin, aslr_enabled=None, **dict.fromkeys(ASLR_NUMBERS))
     with pytest.raises(ValueError, match="^the DeepSpeed configuration has an optimizer.*leave it out and set optim"):
         prepare_policy(tiny.model(), args, None)

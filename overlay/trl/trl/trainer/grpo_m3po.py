@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO with thinking inputs: what the hooks in `grpo_trainer.py` call.
+"""GRPO with thinking inputs and with ASLR: what the hooks in `grpo_trainer.py` call.
 
 The rollout records one bag per thinking position (`transformers.m3po`); the policy, old and reference passes get the
 same bags, each through its own model's embeddings and residual gate, because eq. 8 of the M3PO paper conditions the
-policy gradient on the blended inputs (erratum E5). Mode `none` is plain GRPO on the same code path: it records
-log-probs and nothing else.
+policy gradient on the blended inputs (erratum E5). With ASLR they get the rows' seeds too, from which each pass makes
+the same noise (E9), and ASLR runs in all of them (`is_m3po_inference` is False, E14). Mode `none` is plain GRPO on the
+same code path: it records log-probs and nothing else.
 
 Axes: B rows of this process, C completion positions of the padded batch, L input positions, K bag entries.
 """
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper
 from transformers.m3po import M3POGenerationState, write_checkpoint_info
+from transformers.m3po.aslr_settings import ASLR_NUMBERS
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.utils import logging
 
-from .grpo_m3po_config import check_model_type, thinking_settings
-from .grpo_residual_gate import GATE_START, prepare_reference
+from .grpo_aslr import latent_statistics
+from .grpo_m3po_config import GATE_START, check_model_type, thinking_settings, what_needs_generate
+from .grpo_own_modules import prepare_reference
 
 logger = logging.get_logger(__name__)
 
@@ -45,43 +48,59 @@ class GRPORollouts:
         self._trainer = trainer
         self.mode = trainer.args.mode
         self.settings = thinking_settings(trainer.args)
+        self.aslr = bool(trainer.args.aslr_enabled)
         # Rollouts that do not come from one call of `generate` leave no record that fits the batch.
         elsewhere = [name for name in _OTHER_ROLLOUTS if getattr(trainer, name, None)]
         if not elsewhere:
             # The settings come with the state; what a model's own generation_config says of them does not count.
             trainer.generation_config.update(enable_cross_path=False, return_thinking_embeds=False)
+            if self.aslr:
+                trainer.generation_config.update(is_m3po_inference=False)
             if trainer.generation_config.get_generation_mode() not in ("greedy_search", "sample"):
                 elsewhere = ["generation_kwargs"]  # beams, or an assistant
-        if self.settings is not None:
+        if self.settings is not None or self.aslr:
             self._check_trainer(elsewhere)
         reference = getattr(trainer, "ref_model", None)
-        if reference is not None and self.mode in RESIDUAL_MODES:
+        if reference is not None:
             prepare_reference(trainer.accelerator.unwrap_model(trainer.model), reference, trainer.args)
         self._records = not elsewhere
         self._state = M3POGenerationState()
         self._group_ids = torch.arange(0)
-        if self.settings is None:
-            logger.info(f"mode={self.mode}")
-        else:  # shown by default: a run says which numbers it uses
-            logger.warning(f"mode={self.mode}: {self.settings.describe()}")
+        if self.settings is not None or self.aslr:  # shown by default: a run says which numbers it uses
+            logger.warning(self.describe())
+        else:
+            logger.info(self.describe())
+
+    def describe(self) -> str:
+        """The mode, its numbers and those of ASLR, in one line."""
+        told = [f"mode={self.mode}"] if self.settings is None else [f"mode={self.mode}: {self.settings.describe()}"]
+        if self.aslr:
+            args = self._trainer.args
+            told.append("ASLR: " + ", ".join(f"{name}={getattr(args, name)}" for name in ASLR_NUMBERS))
+        return "; ".join(told)
 
     def _check_trainer(self, elsewhere: list[str]) -> None:
         from .grpo_trainer import GRPOTrainer  # it imports this module
 
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        check_model_type(model, self.mode)
+        what = what_needs_generate(self._trainer.args)
+        record = "bags" if self.mode != "none" else "seeds"
+        mend = "set mode='none'" if self.mode != "none" else "train without ASLR"
+        check_model_type(model, what)
         if elsewhere:
+            why = "where the paths interact" if self.mode != "none" else "which records the seeds of its noise"
             raise ValueError(
-                f"{elsewhere[0]} cannot be combined with mode={self.mode!r}: its rollouts are not decoded in one call "
-                "of generate, where the paths interact. Leave it out, or set mode='none'."
+                f"{elsewhere[0]} cannot be combined with {what}: its rollouts are not decoded in one call of generate, "
+                f"{why}. Leave it out, or {mend}."
             )
         kind = type(self._trainer)
         if own := [name for name in _SCORING if getattr(kind, name) is not getattr(GRPOTrainer, name)]:
             raise ValueError(
-                f"{kind.__name__} has its own {own[0]}, which does not hand the bags of mode={self.mode!r} to the "
-                "policy pass; take GRPOTrainer, or set mode='none'."
+                f"{kind.__name__} has its own {own[0]}, which does not hand the {record} of {what} to the policy pass; "
+                f"take GRPOTrainer, or {mend}."
             )
-        self._check_distribution(model)
+        if self.settings is not None:
+            self._check_distribution(model)
 
     def _check_distribution(self, model: Any) -> None:
         """Refuses what makes rollout and policy pass two distributions, wherever it was set."""
@@ -123,14 +142,15 @@ class GRPORollouts:
         return {"m3po": self._state}
 
     def scoring_kwargs(self, num_positions: int) -> dict[str, torch.Tensor]:
-        """The bags of the last rollout for its scoring passes, as long as C = `num_positions`; {} without bags."""
+        """The bags of the last rollout as long as C = `num_positions`, and its rows' seeds; {} where it has neither."""
         bag_ids, bag_weights = self._state.bag_ids, self._state.bag_weights
-        if bag_ids is None or bag_weights is None:
-            return {}
-        return {
-            "thinking_bag_ids": _fit(bag_ids, num_positions),
-            "thinking_bag_weights": _fit(bag_weights, num_positions),
-        }
+        given = {}
+        if bag_ids is not None and bag_weights is not None:
+            given["thinking_bag_ids"] = _fit(bag_ids, num_positions)
+            given["thinking_bag_weights"] = _fit(bag_weights, num_positions)
+        if self._state.row_seeds is not None:
+            given["aslr_row_seeds"] = self._state.row_seeds
+        return given
 
     def add_to_batch(self, batch: dict[str, Any]) -> None:
         """Puts what the policy pass needs beside the batch (every tensor has B rows) and logs the rollout."""
@@ -142,13 +162,21 @@ class GRPORollouts:
         # In the batch, because an evaluation may roll out between this rollout and the policy passes that read it.
         batch["rollout_step"] = torch.tensor(self._trainer.state.global_step)
         self._log("distinct_answers", self._distinct_answers(batch["completion_ids"], batch["completion_mask"]))
+        for name, value in self._state.statistics.items():
+            self._log(name, value)
         if self._state.thinking_mask is None:
             return
         tokens = batch["completion_mask"].bool()
         thinking = _fit(self._state.thinking_mask, num_positions) & tokens
         self._log("thinking_fraction", thinking.sum() / tokens.sum())
         self._log("thinking_length", thinking.sum(1).float().mean())
-        for name, value in self._state.statistics.items():
+
+    def log_gradients(self, model: Any) -> None:
+        """Logs the gradient norms of the modules of ASLR, when all gradients of an optimizer step are there."""
+        accelerator = self._trainer.accelerator
+        if not self.aslr or not accelerator.sync_gradients:
+            return
+        for name, value in latent_statistics(accelerator.unwrap_model(model)).items():
             self._log(name, value)
 
     def log_rollout_diff(self, inputs: dict[str, Any], per_token_logps: torch.Tensor, mask: torch.Tensor) -> None:
@@ -201,6 +229,7 @@ def checkpoint_info(args: Any) -> dict[str, Any]:
     return {
         **({"mode": args.mode, "answer_start": args.answer_start} if settings is None else settings.numbers()),
         **({name: getattr(args, name) for name in GATE_START} if args.mode in RESIDUAL_MODES else {}),
+        **({name: getattr(args, name) for name in ("aslr_enabled", *ASLR_NUMBERS)} if args.aslr_enabled else {}),
         "num_generations": args.num_generations,
         "sampling_temperature": args.temperature,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
@@ -208,15 +237,28 @@ def checkpoint_info(args: Any) -> dict[str, Any]:
 
 
 def scoring_inputs(
-    bag_ids: torch.Tensor, bag_weights: torch.Tensor, attention_mask: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Extra inputs of a scoring pass: the bags (B, C, K), and the position ids of the rollout from the mask (B, L)."""
-    position_ids = attention_mask.long().cumsum(-1) - 1
-    return {
-        "thinking_bag_ids": bag_ids,
-        "thinking_bag_weights": bag_weights,
-        "position_ids": position_ids.clamp_min(0),
-    }
+    rows: slice,
+    attention_mask: torch.Tensor,
+    bag_ids: torch.Tensor | None,
+    bag_weights: torch.Tensor | None,
+    row_seeds: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Extra inputs of a scoring pass over some rows; {} where the batch has neither bags nor seeds.
+
+    Args:
+        rows: which rows of the batch the pass is over.
+        attention_mask: (b, L) of these rows; the position ids of the rollout follow from it.
+        bag_ids, bag_weights: (B, C, K) of the whole batch, or None.
+        row_seeds: (B,) of the whole batch, or None.
+    """
+    given: dict[str, Any] = {}
+    if bag_ids is not None and bag_weights is not None:
+        given |= {"thinking_bag_ids": bag_ids[rows], "thinking_bag_weights": bag_weights[rows]}
+    if row_seeds is not None:
+        given |= {"aslr_row_seeds": row_seeds[rows], "is_m3po_inference": False}
+    if given:
+        given["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    return given
 
 
 def _fit(record: torch.Tensor, num_positions: int) -> torch.Tensor:

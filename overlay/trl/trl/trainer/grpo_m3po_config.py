@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.m3po import ThinkingSettings
+from transformers.m3po.aslr_settings import ASLR_NUMBERS, check_aslr_numbers
 from transformers.m3po.model_config import check_bounds
 from transformers.m3po.rollout import SUPPORTED_MODEL_TYPES
 from transformers.m3po.settings import CROSS_PATH_MODES, DEFAULT_THOUGHT_TOP_K, RESIDUAL_MODES
 
 MODES = ("none", "m3po", "hrpo", "h3po")
+# The flags that say what a fresh residual gate starts with; of a model that has one, its config says it.
+GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
 # What generate cuts off a distribution, with the value at which it cuts nothing off.
 _NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
 # What `generation_kwargs` may set besides: it changes how, or how long, tokens are sampled, but not from what.
@@ -91,6 +94,32 @@ class M3POArguments:
         default=None,
         metadata={"help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug."},
     )
+    aslr_enabled: bool | None = field(
+        default=None,
+        metadata={
+            "help": "ASLR (seed 2), on top of any mode: an inner loop over latent paths refines each final hidden "
+            "state. True gives the model the modules if it has none. Default: on if the model has them."
+        },
+    )
+    aslr_num_paths: int | None = field(
+        default=None, metadata={"help": "Latent paths of a position, P. Default, as of the next five: the model's (4)."}
+    )
+    aslr_max_iterations: int | None = field(
+        default=None, metadata={"help": "Rounds of collaboration, R (2). 0 skips the loop."}
+    )
+    aslr_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Router score at which half of the refinement is let in, in [0, 1] (0.5)."},
+    )
+    aslr_gumbel_temp: float | None = field(
+        default=None, metadata={"help": "Scale of the noise on the latent paths (1.0); 0 is deterministic."}
+    )
+    aslr_cross_path_lambda: float | None = field(
+        default=None, metadata={"help": "Share of the other latent paths in a round, in [0, 1] (0.1)."}
+    )
+    aslr_cross_path_temp: float | None = field(
+        default=None, metadata={"help": "Temperature of the attention among latent paths, above 0 (0.1)."}
+    )
 
 
 def thinking_settings(args: Any) -> ThinkingSettings | None:
@@ -139,19 +168,30 @@ def check_m3po_arguments(args: Any) -> None:
     for name in ("thinking_residual_gate_learning_rate", "thinking_residual_lambda_learning_rate"):
         if not getattr(args, name) >= 0.0:
             raise ValueError(f"{name}={getattr(args, name)} is below 0; HRPO uses 1e-4 for the gate, 1e-3 for Lambda.")
+    check_aslr_numbers({name: getattr(args, name) for name in ASLR_NUMBERS})
     if args.mode != "none":
-        _check_rollouts(args)
+        _check_distribution(args)
+    if args.mode != "none" or args.aslr_enabled:
+        _check_engine(args)
     if args.mode in CROSS_PATH_MODES:
         _check_whole_groups(args)
 
 
-def _check_rollouts(args: Any) -> None:
+def what_needs_generate(args: Any) -> str:
+    """The flag whose rollouts must come from `generate`, as a message names it."""
+    return f"mode={args.mode!r}" if args.mode != "none" else "aslr_enabled=True"
+
+
+def _check_engine(args: Any) -> None:
+    what = what_needs_generate(args)
     if args.use_vllm:
-        raise ValueError(f"use_vllm=True cannot be combined with mode={args.mode!r}: vLLM does not let paths interact.")
+        why = "vLLM does not let paths interact" if args.mode != "none" else "vLLM has no such modules"
+        raise ValueError(f"use_vllm=True cannot be combined with {what}: {why}.")
     if args.use_transformers_continuous_batching:
-        raise ValueError(
-            f"use_transformers_continuous_batching=True cannot be combined with mode={args.mode!r}: set it to False."
-        )
+        raise ValueError(f"use_transformers_continuous_batching=True cannot be combined with {what}: set it to False.")
+
+
+def _check_distribution(args: Any) -> None:
     given = {name: getattr(args, name) for name in _NO_TRUNCATION} | (args.generation_kwargs or {})
     for name, allowed in _NO_TRUNCATION.items():
         if given[name] not in allowed:
@@ -199,14 +239,15 @@ def _multiples_around(number: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
-def check_model_type(model: Any, mode: str) -> None:
-    """Refuses a model into which the modes are not built.
+def check_model_type(model: Any, what: str) -> None:
+    """Refuses a model into which a mode or ASLR is not built; `what` is the flag and its value.
 
     Raises:
         ValueError: it names the model's type and those that are.
     """
     if model.config.model_type not in SUPPORTED_MODEL_TYPES:
+        mend = "Set mode='none'" if what.startswith("mode") else "Leave it out"
         raise ValueError(
-            f"mode={mode!r} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
-            f"{model.config.model_type!r}. Set mode='none' or take another model."
+            f"{what} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
+            f"{model.config.model_type!r}. {mend} or take another model."
         )

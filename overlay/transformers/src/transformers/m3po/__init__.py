@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""M3PO (arXiv 2512.01485, eq. 2-6) and HRPO (arXiv 2505.18454): thinking inputs other than the sampled token.
+"""M3PO (arXiv 2512.01485, eq. 2-6), HRPO (arXiv 2505.18454) and ASLR (seed 2): paths that interact, soft thoughts as
+inputs, latent paths inside the model.
 
 The patches of this overlay call into this package from `_sample` (generation) and from the forward of the Llama and
 Qwen2 models; everything else lives here.
@@ -21,6 +22,9 @@ _HOMES = {
     "CHECKPOINT_FILE": "checkpoint",
     "M3POGenerateOutput": "state",
     "M3POGenerationState": "state",
+    "M3POPathAggregator": "aslr",
+    "M3POPathCollaborator": "aslr",
+    "M3PORouter": "aslr",
     "PathGroups": "interaction",
     "ThinkingResidualLambda": "residual_gate",
     "ThinkingSettings": "settings",

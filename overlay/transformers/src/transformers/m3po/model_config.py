@@ -10,12 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .aslr_settings import ASLR_DEFAULTS, check_aslr_numbers
+
 FIELDS: dict[str, tuple[type | Any, Any]] = {
     "thinking_residual_enabled": (bool, False),
     "thinking_residual_r_min": (int | float, 0.99),
     "thinking_residual_r_max": (int | float, 0.999),
+    "aslr_enabled": (bool, False),
+    **{name: (int if isinstance(value, int) else int | float, value) for name, value in ASLR_DEFAULTS.items()},
 }
-SWITCHES = {"thinking_residual_": "thinking_residual_enabled"}
+SWITCHES = {"thinking_residual_": "thinking_residual_enabled", "aslr_": "aslr_enabled"}
 
 
 def with_m3po_fields(cls: type) -> type:
@@ -23,6 +27,8 @@ def with_m3po_fields(cls: type) -> type:
 
     thinking_residual_enabled: the model has HRPO's residual gate (`transformers.m3po.residual_gate`).
     thinking_residual_r_min, thinking_residual_r_max: bounds of the decay that the gate starts with, in (0, 1).
+    aslr_enabled: the model has the modules of ASLR (`transformers.m3po.aslr`).
+    aslr_num_paths and the other five: their numbers, see `ASLRNumbers`; the defaults are seed 2's.
 
     The fields of a system that is off are left out of `to_dict`, so that saved files are upstream's.
     """
@@ -50,8 +56,13 @@ def with_m3po_fields(cls: type) -> type:
     def validate_thinking_residual(self: Any) -> None:
         check_bounds(self.thinking_residual_r_min, self.thinking_residual_r_max)
 
+    def validate_aslr(self: Any) -> None:
+        size = self.hidden_size if self.aslr_enabled else None
+        check_aslr_numbers({name: getattr(self, name) for name in ASLR_DEFAULTS}, size)
+
     cls._remove_keys_not_serialized = _remove_keys_not_serialized  # type: ignore[attr-defined]
     cls.validate_thinking_residual = validate_thinking_residual  # type: ignore[attr-defined]
+    cls.validate_aslr = validate_aslr  # type: ignore[attr-defined]
     return cls
 
 

@@ -10,7 +10,6 @@ paper prints softplus(Λ). All is float32 whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def has_residual_gate(model: Any) -> bool:
 
 
 def add_residual_gate(model: Any) -> None:
-    """Hook of `LlamaModel.__init__` and `Qwen2Model.__init__`: makes the gate's modules if the configuration has them.
+    """Makes the gate's modules on a base model if its configuration has them.
 
     W_r and W_i start as any linear layer of the model (normal with `initializer_range`, bias 0), Λ by its own rule.
     """
@@ -131,35 +130,3 @@ def attach_residual_gate(model: Any, r_min: float, r_max: float, seed: int) -> N
         layer.to(where)
     base.thinking_residual_Lambda.reset_lambda_parameters(generator=generator)
     base.thinking_residual_Lambda.to(where)
-
-
-def copy_residual_gate(source: Any, target: Any) -> None:
-    """Makes the gate of `target` that of `source`, both models that have one."""
-    for name in GATE_MODULES:
-        getattr(target.base_model, name).load_state_dict(getattr(source.base_model, name).state_dict())
-
-
-def check_loaded_gate(model: Any, missing_keys: Iterable[str], checkpoint: Any) -> None:
-    """Hook of `from_pretrained`: a checkpoint that says it has a gate must bring the gate's weights.
-
-    Args:
-        model: as loaded; nothing is looked at unless its configuration has the gate.
-        missing_keys: the parameters that the checkpoint lacks.
-        checkpoint: folder or name of the checkpoint.
-
-    Raises:
-        ValueError: the checkpoint's own `config.json` asks for the gate and a parameter of it is missing. A plain
-            checkpoint that is loaded with `thinking_residual_enabled=True` gets a fresh gate instead.
-    """
-    if not has_residual_gate(model):
-        return
-    missing = sorted(key for key in missing_keys if any(name in key for name in GATE_MODULES))
-    if not missing:
-        return
-    stored, _ = type(model.config).get_config_dict(checkpoint)
-    if stored.get("thinking_residual_enabled"):
-        raise ValueError(
-            f"{checkpoint} says thinking_residual_enabled=True in its config.json but has no {missing[0]}: its gate "
-            "would be random. Save it again with its gate, or load it with thinking_residual_enabled=False as a plain "
-            "model."
-        )

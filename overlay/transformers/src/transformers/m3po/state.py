@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..utils import ModelOutput
+from .aslr_settings import ASLR_NUMBERS, has_aslr
 from .bags import mix_bags
 from .interaction import GatingFunction
+from .latent_rollout import LatentRollout, latent_rollout
 from .residual_gate import has_residual_gate
 from .rollout import SUPPORTED_MODEL_TYPES, ThinkingRollout
 from .settings import CROSS_PATH_MODES, THOUGHT_FLAGS, ThinkingSettings
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class M3POGenerateOutput(ModelOutput):
-    """What `generate` returns in a thinking mode when an output object is asked for.
+    """What `generate` returns in a thinking mode or with ASLR when an output object is asked for.
 
     The first four fields stand in the order of seed 1's tuple (E29); T counts completion tokens.
 
@@ -40,7 +42,9 @@ class M3POGenerateOutput(ModelOutput):
         bag_ids, bag_weights: (B, T, K) int32 and float32, see `transformers.m3po`.
         rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
             the end of a row.
-        statistics: means over the rollout, 0-dim tensors by name, see `attention_statistics`, `residual_statistics`.
+        row_seeds: (B,) long, what the noise of ASLR was made of; None where it did not run.
+        statistics: means over the rollout, 0-dim tensors by name, see `attention_statistics`, `residual_statistics`
+            and `LatentRollout.end`.
         scores, logits, attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`.
     """
 
@@ -51,6 +55,7 @@ class M3POGenerateOutput(ModelOutput):
     bag_ids: torch.Tensor | None = None
     bag_weights: torch.Tensor | None = None
     rollout_logps: torch.Tensor | None = None
+    row_seeds: torch.Tensor | None = None
     statistics: dict[str, torch.Tensor] | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
@@ -71,13 +76,17 @@ class M3POGenerationState:
         gating_function: similarity (G, N, V) -> (G, N, N) in place of the gate named by `gating_type`.
         thought_temperature: temperature of the soft thoughts where tokens are chosen greedily; sampled tokens and
             their thoughts share the sampling temperature. None takes the generation config's.
+        row_seeds: (B,) integers, what ASLR's noise is made of in each row that is decoded; None draws them from torch's
+            generator.
+        aslr_overrides: numbers of ASLR for this rollout, flag: value; the others are the model configuration's.
 
     Attributes, after `generate`:
         rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
             the end of a row.
         thinking_mask: (B, T) bool, or None without a mode.
         bag_ids, bag_weights: (B, T, K) int32 and float32, or None when every input is its token's embedding.
-        statistics: 0-dim tensors by name, see `attention_statistics` and `residual_statistics`.
+        row_seeds: (B,) long where ASLR ran, given or drawn; else None.
+        statistics: 0-dim tensors by name, see `attention_statistics`, `residual_statistics` and `LatentRollout.end`.
     """
 
     def __init__(
@@ -88,6 +97,8 @@ class M3POGenerationState:
         tokenizer: Any = None,
         gating_function: GatingFunction | None = None,
         thought_temperature: float | None = None,
+        row_seeds: torch.Tensor | None = None,
+        aslr_overrides: dict[str, Any] | None = None,
     ):
         if thought_temperature is not None and not thought_temperature > 0.0:
             raise ValueError(f"thought_temperature={thought_temperature} is not above 0; set the sampling temperature.")
@@ -96,9 +107,12 @@ class M3POGenerationState:
         self.tokenizer = tokenizer
         self.gating_function = gating_function
         self.thought_temperature = thought_temperature
+        self._given_seeds = row_seeds
+        self.aslr_overrides = aslr_overrides or {}
         self.rollout_logps = torch.empty(0, 0)
         self.statistics: dict[str, torch.Tensor] = {}
         self._rollout: ThinkingRollout | None = None
+        self._latent: LatentRollout | None = None
 
     @property
     def thinking_mask(self) -> torch.Tensor | None:
@@ -113,11 +127,17 @@ class M3POGenerationState:
         return self._rollout.bag_weights if self._rollout is not None and self._rollout.has_bags else None
 
     @property
+    def row_seeds(self) -> torch.Tensor | None:
+        return None if self._latent is None else self._latent.row_seeds
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of the record of the last rollout."""
         tensors = [self.rollout_logps]
         if self._rollout is not None:
             tensors += self._rollout.tensors
+        if self._latent is not None:
+            tensors += self._latent.tensors
         return sum(tensor.nbytes for tensor in tensors)
 
     def begin(self, model: Any, input_ids: torch.Tensor, generation_config: GenerationConfig) -> None:
@@ -133,6 +153,9 @@ class M3POGenerationState:
         self.rollout_logps = torch.zeros(rows, max_new_tokens, device=input_ids.device)
         self.statistics = {}
         self._rollout = None
+        self._latent = latent_rollout(
+            model, input_ids, generation_config, max_new_tokens, self._given_seeds, self.aslr_overrides
+        )
         # What the distribution of a greedy token lacks to be that of its thought.
         given = (self.thought_temperature, generation_config.temperature, 1.0)
         greedy = next(float(value) for value in given if value is not None)
@@ -164,10 +187,21 @@ class M3POGenerationState:
         return self.group_ids
 
     def before_forward(self, model_inputs: dict[str, Any]) -> None:
-        """Adds the bags of the completion tokens among `model_inputs["input_ids"]` (B, L), from the second pass on."""
+        """Adds the bags of the completion tokens among `model_inputs["input_ids"]` (B, L), from the second pass on.
+
+        With ASLR its trace goes to the token that is predicted now; the rest of what ASLR reads is the same in every
+        pass, the prefill included, and comes from `begin_rollout`.
+        """
         if self._rollout is not None:
             recorded = slice(max(0, self._step - model_inputs["input_ids"].shape[1]), self._step)
             model_inputs.update(self._rollout.forward_kwargs(recorded))
+        if self._latent is not None:
+            model_inputs["aslr_trace"] = self._latent.trace_of(self._step)
+
+    @property
+    def aslr_inputs(self) -> dict[str, Any]:
+        """What every pass of the rollout gets for ASLR, the prefill included."""
+        return {"is_m3po_inference": True} if self._latent is None else self._latent.forward_kwargs
 
     def after_sampling(
         self,
@@ -191,6 +225,8 @@ class M3POGenerationState:
                 probs = (next_token_scores / self._thought_temperature).softmax(-1)
             completion_ids = input_ids[:, self._prompt_length :]
             self._rollout.record(self._step, probs, completion_ids, was_unfinished, self._unfinished)
+        if self._latent is not None:
+            self._latent.record(self._step, was_unfinished)
         self._step += 1
 
     def end(self, steps_to_undo: int) -> None:
@@ -198,12 +234,15 @@ class M3POGenerationState:
         steps = self._step - steps_to_undo
         self.rollout_logps = self.rollout_logps[:, :steps]
         if self._rollout is not None:
-            self.statistics = self._rollout.end(steps)
+            self.statistics |= self._rollout.end(steps)
+        if self._latent is not None:
+            self.statistics |= self._latent.end(steps)
 
     @property
     def returns_output(self) -> bool:
         """Whether `generate` answers with `M3POGenerateOutput` rather than with what upstream returns."""
-        return self._rollout is not None and (self._return_dict or self._return_embeds)
+        records = self._rollout is not None or self._latent is not None
+        return records and (self._return_dict or self._return_embeds)
 
     def output(
         self,
@@ -228,6 +267,7 @@ class M3POGenerationState:
             bag_ids=self.bag_ids,
             bag_weights=self.bag_weights,
             rollout_logps=self.rollout_logps,
+            row_seeds=self.row_seeds,
             statistics=self.statistics,
             scores=scores,
             logits=logits,
@@ -263,14 +303,35 @@ def begin_rollout(
 ) -> M3POGenerationState | None:
     """Hook of `_sample`: the state of this rollout, or None when nothing is asked for (then nothing here runs)."""
     if state is None:
-        if not generation_config.enable_cross_path and not has_residual_gate(model):
+        if not (generation_config.enable_cross_path or has_residual_gate(model) or has_aslr(model)):
             return None
         state = M3POGenerationState()
     # `generate` hands its tokenizer on to the decoding method, from where it would reach the model's forward.
     tokenizer = model_kwargs.pop("tokenizer", None)
     state.tokenizer = state.tokenizer if tokenizer is None else tokenizer
     state.begin(model, input_ids, generation_config)
+    if has_aslr(model):
+        model_kwargs.update(state.aslr_inputs)
     return state
+
+
+def take_state(generate_kwargs: dict[str, Any]) -> M3POGenerationState | None:
+    """Hook of `generate`: takes `m3po=` and the `aslr_*` overrides out of its arguments; None if there is neither.
+
+    Raises:
+        ValueError: both are given.
+    """
+    state = generate_kwargs.pop("m3po", None)
+    given = {name: generate_kwargs.pop(name) for name in ASLR_NUMBERS if name in generate_kwargs}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if not overrides:
+        return state
+    if state is not None:
+        raise ValueError(
+            f"{next(iter(overrides))} stands beside m3po=M3POGenerationState(...): give the state aslr_overrides="
+            f"{overrides} instead."
+        )
+    return M3POGenerationState(aslr_overrides=overrides)
 
 
 def check_generation_mode(
@@ -290,7 +351,7 @@ def check_generation_mode(
         custom_generate: the argument of `generate`.
 
     Raises:
-        ValueError: `enable_cross_path`, `m3po=` or a model with a residual gate with beam search, assisted or
+        ValueError: `enable_cross_path`, `m3po=` or a model with a residual gate or ASLR with beam search, assisted or
             continuous-batching generation or a decoding loop of somebody else; a number of a mode that is not on.
     """
     state = (generation_mode_kwargs or {}).get("m3po")
@@ -298,7 +359,7 @@ def check_generation_mode(
     has_gate = has_residual_gate(model)
     if enabled is not False:  # False says that the numbers are off on purpose
         _check_nothing_is_lost(generation_config, bool(enabled), has_gate, state)
-    if not enabled and state is None and not has_gate:
+    if not enabled and state is None and not has_gate and not has_aslr(model):
         return
     from ..generation import GenerationMixin
 
@@ -309,6 +370,8 @@ def check_generation_mode(
         what, way_out = "enable_cross_path", "enable_cross_path=False"
         if has_gate:
             what, way_out = "a model with a residual gate", "config.thinking_residual_enabled=False"
+        elif has_aslr(model) and not enabled:
+            what, way_out = "a model with ASLR", "config.aslr_enabled=False"
         raise ValueError(
             f"{what} does not work with {mode}: its paths must be decoded step by step. Set num_beams=1 and "
             f"leave out assistants, custom_generate and continuous batching, or set {way_out}."

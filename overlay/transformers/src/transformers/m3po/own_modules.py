@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules that this overlay gives to a base model: made with it, loaded whole or not at all, copied (E13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .aslr import ASLR_MODULES, ASLR_PARAMETERS, add_aslr
+from .residual_gate import GATE_MODULES, GATE_PARAMETERS, add_residual_gate
+
+
+@dataclass(frozen=True)
+class OwnModules:
+    """Modules that come and go together.
+
+    Args:
+        switch: the field of the model configuration that says whether a model has them.
+        noun, article: what they are called in a message, without an article and with one if there is any.
+        names: their names on the base model.
+        parameters: the parameters of a checkpoint that has them, by their names on the base model.
+        add: makes them on a base model if its configuration has them.
+    """
+
+    switch: str
+    noun: str
+    article: str
+    names: tuple[str, ...]
+    parameters: tuple[str, ...]
+    add: Callable[[Any], None]
+
+    def on(self, model: Any) -> bool:
+        """Whether the configuration of a model says that it has these modules."""
+        return bool(getattr(model.config, self.switch, False))
+
+    def among(self, keys: Iterable[str]) -> list[str]:
+        """Those of some parameter names that belong to these modules, sorted."""
+        return sorted(key for key in keys if any(part in self.names for part in key.split(".")))
+
+
+RESIDUAL_GATE = OwnModules(
+    "thinking_residual_enabled", "residual gate", "a residual gate", GATE_MODULES, GATE_PARAMETERS, add_residual_gate
+)
+ASLR = OwnModules("aslr_enabled", "ASLR", "ASLR", ASLR_MODULES, ASLR_PARAMETERS, add_aslr)
+OWN_MODULES = (RESIDUAL_GATE, ASLR)
+
+
+def add_own_modules(model: Any) -> None:
+    """Hook of `LlamaModel.__init__` and `Qwen2Model.__init__`: makes the modules that the configuration has."""
+    for own in OWN_MODULES:
+        own.add(model)
+
+
+def copy_own_modules(own: OwnModules, source: Any, target: Any) -> None:
+    """Makes these modules of `target` those of `source`, both models that have them."""
+    for name in own.names:
+        getattr(target.base_model, name).load_state_dict(getattr(source.base_model, name).state_dict())
+
+
+def check_loaded_modules(
+    model: Any, missing_keys: Iterable[str], unexpected_keys: Iterable[str], checkpoint: Any
+) -> None:
+    """Hook of `from_pretrained`: modules that a checkpoint says it has are loaded whole, and none is dropped unasked.
+
+    Args:
+        model: as loaded.
+        missing_keys: the parameters that the checkpoint lacks or has in another shape.
+        unexpected_keys: those that the model lacks.
+        checkpoint: folder or name of the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint's own `config.json` has the switch on and a parameter is missing, or has it off and
+            brings parameters. A plain checkpoint loaded with the switch on gets fresh modules instead, and a
+            checkpoint with modules loaded with the switch off loses them on purpose.
+    """
+    missing_keys, unexpected_keys = list(missing_keys), list(unexpected_keys)
+    for own in OWN_MODULES:
+        missing, unexpected = own.among(missing_keys), own.among(unexpected_keys)
+        if not (missing if own.on(model) else unexpected):
+            continue
+        stored = _stored_config(model, checkpoint)
+        if own.on(model) and stored.get(own.switch):
+            raise ValueError(
+                f"{checkpoint} says {own.switch}=True in its config.json but has no {missing[0]} of the right shape: "
+                f"its {own.noun} would be random. Save it again with its {own.noun}, or load it with "
+                f"{own.switch}=False as a plain model."
+            )
+        if not own.on(model) and not stored.get(own.switch):
+            raise ValueError(
+                f"{checkpoint} has {unexpected[0]} but its config.json does not say {own.switch}=True, so its "
+                f"{own.noun} would be lost: load it with {own.switch}=True and the numbers it was trained with."
+            )
+
+
+def _stored_config(model: Any, checkpoint: Any) -> dict[str, Any]:
+    """The `config.json` of a checkpoint; {} if it has none, as a GGUF file."""
+    try:
+        stored, _ = type(model.config).get_config_dict(checkpoint)
+    except OSError:
+        return {}
+    return stored

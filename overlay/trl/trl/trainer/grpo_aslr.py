@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training does to the modules of ASLR, in numbers; one reading per optimizer step (E12)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.m3po.aslr import ASLR_MODULES
+
+
+@torch.no_grad()
+def latent_statistics(model: Any) -> dict[str, torch.Tensor]:
+    """Numbers of the modules as they are, with their gradients before clipping; 0-dim float32 tensors on the device.
+
+    Args:
+        model: the policy, with or without an adapter (of its copies of the modules, the trained one is looked at).
+
+    Returns:
+        aggregator_weight_entropy: entropy of the path aggregator's softmax weights, in nats; log P when all paths weigh
+        the same. router_grad_norm, path_collaborator_grad_norm, path_aggregator_grad_norm: L2 norms of the modules'
+        gradients; left out where an engine does not keep them in `.grad` (ZeRO-3).
+    """
+    trained: dict[str, list[torch.Tensor]] = {name: [] for name in ASLR_MODULES}
+    shares = None
+    for name, parameter in model.named_parameters():
+        owner = next((module for module in ASLR_MODULES if module in name), None)
+        if owner is None or not parameter.requires_grad:
+            continue
+        if parameter.grad is not None:
+            trained[owner].append(_whole(parameter.grad))
+        if owner == "m3po_path_aggregator" and parameter.dim() == 1 and "weight_proj" not in name:
+            shares = _whole(parameter).float().softmax(-1)
+    statistics = {} if shares is None else {"aggregator_weight_entropy": torch.special.entr(shares).sum()}
+    for name, gradients in trained.items():
+        if gradients:
+            norms = torch.stack([gradient.float().norm() for gradient in gradients])
+            statistics[f"{name.removeprefix('m3po_')}_grad_norm"] = norms.norm()
+    return statistics
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """A parameter or gradient, put together from its parts where the processes share it (FSDP2)."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
