@@ -53,9 +53,9 @@ bench: env ## rollout, memory and policy pass of each mode over plain; soft thou
 	@$(ENV) benchmarks/policy_pass.py
 	@$(ENV) benchmarks/thoughts.py
 
-export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16]: merge LoRA, write a standalone model
+export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16] [ASLR=off]: merge LoRA, write a standalone model
 	@$(if $(and $(CHECKPOINT),$(OUT)),,echo "error: give both, e.g. make export-model CHECKPOINT=runs/x/final OUT=dir" >&2; exit 2;) \
-		$(ENV) -m m3po_lab.export_model "$(CHECKPOINT)" "$(OUT)" --dtype "$(or $(DTYPE),float32)"
+		$(ENV) -m m3po_lab.export_model "$(CHECKPOINT)" "$(OUT)" --dtype "$(or $(DTYPE),float32)" --aslr "$(or $(ASLR),on)"
 
 clean: ## remove caches (scripts/rebuild_env.sh renews .venv and vendor/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

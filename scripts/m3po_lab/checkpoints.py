@@ -17,6 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
+from transformers.m3po.aslr_settings import ASLR_NUMBERS
 from trl import GRPOConfig
 from trl.trainer.grpo_m3po import checkpoint_info
 from trl.trainer.grpo_m3po_config import GATE_START
@@ -28,6 +29,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("m3po.json", "trainer_state.json")
 STATES = ("optimizer", "scheduler")  # files or folders whose names begin so, whatever the engine
 DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
+OF_ASLR = ("aslr_enabled", *ASLR_NUMBERS)  # left out of m3po.json without ASLR
 OWN_FILES = ("baseline.json", "summary.json", "reward.png", "completions.jsonl")
 
 
@@ -164,7 +166,7 @@ def check_same_run(checkpoint: Path, training: GRPOConfig, settled: bool = False
 
     Args:
         settled: the trainer has been made, so that `training` says what the start model's residual gate began with,
-            if that model has one. Before, this is not compared.
+            if that model has one, and what ASLR it has. Before, this is not compared.
 
     Raises:
         UserError: for the first one that differs; it names both values.
@@ -176,8 +178,10 @@ def check_same_run(checkpoint: Path, training: GRPOConfig, settled: bool = False
             f"--model_name_or_path {checkpoint}."
         )
     stored = read_checkpoint_info(checkpoint)
-    for name, now in checkpoint_info(training).items():
-        open_yet = name in GATE_START and not settled
+    running = checkpoint_info(training)
+    for name in [*running, *(name for name in OF_ASLR if name in stored and name not in running)]:
+        now = running.get(name)
+        open_yet = name in (*GATE_START, *OF_ASLR) and not settled
         if name not in DESCRIPTION and not open_yet and stored.get(name) != now:
             flag = {"sampling_temperature": "temperature"}.get(name, name)
             raise UserError(

@@ -2,9 +2,9 @@
 """Compare finished runs over seeds: ``.venv/bin/python -m m3po_lab.compare runs/*`` prints Markdown.
 
 One row a run, then each mode against the control (`none`) over the seeds that both have: the mean difference of the
-accuracy after training, its 95 % interval and p by the paired t-test. Runs are compared only if their problems, model
-and number of steps are the same, and in the modes that decode plainly also the accuracy before. The prompts of a seed
-are the same in both, the samples are not.
+accuracy after training, its 95 % interval and p by the paired t-test. With ASLR a mode is one of its own (`m3po+aslr`).
+Runs are compared only if their problems, model and number of steps are the same, and in the modes that decode plainly
+also the accuracy before. The prompts of a seed are the same in both, the samples are not.
 """
 
 import argparse
@@ -36,9 +36,10 @@ def load_runs(folders: Sequence[str]) -> list[dict[str, Any]]:
         summary = read_json(path)
         if summary is None:
             raise UserError(f"{path} is not there: give the folders of finished runs.")
-        runs.append(summary)
-    runs.sort(key=lambda run: (run["mode"] != CONTROL, run["mode"], run["seed"]))
-    names = [(run["mode"], run["seed"]) for run in runs]
+        aslr = "+aslr" if summary.get("aslr_enabled") else ""
+        runs.append({**summary, "variant": f"{summary['mode']}{aslr}"})
+    runs.sort(key=lambda run: (run["variant"] != CONTROL, run["variant"], run["seed"]))
+    names = [(run["variant"], run["seed"]) for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"mode {twice[0][0]} with seed {twice[0][1]} occurs twice: give one run of each.")
@@ -58,7 +59,7 @@ def run_table(runs: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{run['mode']}` | {run['seed']} | {run['accuracy_before']:.3f} | {run['accuracy_after']:.3f} | "
+        f"| `{run['variant']}` | {run['seed']} | {run['accuracy_before']:.3f} | {run['accuracy_after']:.3f} | "
         f"{run['gained']} / {run['lost']} | {run['p_value']:.1e} | {run['format_before']:.3f} | "
         f"{run['format_after']:.3f} | {run['seconds_per_step']:.1f} |"
         for run in runs
@@ -70,7 +71,7 @@ def against_control(runs: Sequence[dict[str, Any]]) -> list[str]:
     """One sentence for each mode that shares seeds with the control."""
     after: dict[str, dict[int, float]] = {}
     for run in runs:
-        after.setdefault(run["mode"], {})[run["seed"]] = run["accuracy_after"]
+        after.setdefault(run["variant"], {})[run["seed"]] = run["accuracy_after"]
     sentences = []
     for mode in sorted(set(after) - {CONTROL}):
         seeds = sorted(set(after[mode]) & set(after.get(CONTROL, {})))

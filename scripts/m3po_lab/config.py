@@ -164,8 +164,8 @@ def check_unknown(parser: RunParser, from_yaml: list[str], from_command_line: li
 def parse_run(argv: list[str]) -> Run:
     """Read ``[X.yaml] [--flag value ...]``; without a YAML, `configs/demo.yaml`.
 
-    The command line wins over the YAML. An output_dir that neither gives becomes ``runs/<config>-<mode>-seed<seed>``
-    in the project's root.
+    The command line wins over the YAML. An output_dir that neither gives becomes
+    ``runs/<config>-<mode>[-aslr]-seed<seed>`` in the project's root.
 
     Raises:
         UserError: for anything that cannot be read, is unknown or fails the validation of an argument group.
@@ -190,7 +190,8 @@ def parse_run(argv: list[str]) -> Run:
         raise UserError("--trust_remote_code true is refused: code that comes with a model is never run here.")
     check_model_flags(model)
     if training.output_dir == UNSET_OUTPUT_DIR:
-        name = f"{config_file.stem}-{training.mode}-seed{training.seed}"
+        aslr = "-aslr" if training.aslr_enabled else ""
+        name = f"{config_file.stem}-{training.mode}{aslr}-seed{training.seed}"
         training.output_dir = str(PROJECT_ROOT / "runs" / name)
     return Run(script, training, model, config_file)
 

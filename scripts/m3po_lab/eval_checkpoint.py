@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
+from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers, has_aslr
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
 from m3po_lab.config import UserError, one_line
-from m3po_lab.evaluate import Paths, Thoughts
+from m3po_lab.decoding import LatentPaths, Paths, Thoughts
 
 # How each mode decodes when it is evaluated (design, section 4).
 INFERENCE = {
@@ -55,6 +56,43 @@ def checkpoint_numbers(model: str, given: dict[str, Any]) -> dict[str, Any]:
     if numbers["mode"] not in INFERENCE:
         raise UserError(f"mode {numbers['mode']} is unknown here; the modes are {', '.join(INFERENCE)}.")
     return numbers
+
+
+def aslr_of(numbers: dict[str, Any], name: str, model: Any, on: bool, seed: int) -> LatentPaths | None:
+    """The latent paths of a model that was asked to run ASLR; None without.
+
+    Args:
+        numbers: of `checkpoint_numbers`.
+        name: of the model.
+        model: as loaded; its configuration says what ASLR it has.
+        on: whether `--aslr on` was given.
+        seed: of the noise.
+
+    Raises:
+        UserError: `m3po.json` or a flag says another number than the model's configuration, or the model has no ASLR
+            to turn on.
+    """
+    has = {"aslr_enabled": has_aslr(model), **{key: getattr(model.config, key, None) for key in ASLR_NUMBERS}}
+    told = {key: numbers[key] for key in has if key in numbers}
+    if (Path(name) / CHECKPOINT_FILE).is_file():
+        told.setdefault("aslr_enabled", False)
+    for key, value in told.items():
+        if value != has[key]:
+            raise UserError(
+                f"{key}: {name} was trained with {value}, and the configuration of the model says {has[key]}; evaluate "
+                "the folder that its run saved, as it is."
+            )
+    if on and not has_aslr(model):
+        raise UserError(f"--aslr on: {name} has no ASLR; leave the flag out, or train with --aslr_enabled true.")
+    return LatentPaths(seed) if on else None
+
+
+def aslr_line(model: Any, aslr: LatentPaths | None) -> str:
+    """Whether ASLR runs in an evaluation, to follow `mode_line`; empty on a model without it."""
+    if not has_aslr(model):
+        return ""
+    numbers = ASLRNumbers.of(model.config, {}).describe()
+    return f"; ASLR {'off (is_m3po_inference=True)' if aslr is None else 'on (is_m3po_inference=False)'}: {numbers}"
 
 
 def paths_of(numbers: dict[str, Any], num_paths: int, seed: int) -> Paths | None:

@@ -9,10 +9,18 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-NUMBERS = {
+
+def _truth(word: str) -> bool:
+    """true or false, as flags of a training say it."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word} is neither true nor false")
+    return word.lower() == "true"
+
+
+NUMBERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "mode": (str, "mode of a model without m3po.json: none or m3po"),
     "cross_path_lambda": (float, "λ of a model without m3po.json, with --mode m3po"),
     "cross_path_temp": (float, "T, likewise"),
@@ -21,6 +29,13 @@ NUMBERS = {
     "gating_type": (str, "the gate, likewise"),
     "answer_start": (str, "answer marker of a model without m3po.json (default: ####)"),
     "sampling_temperature": (float, "of --num_paths, for a model without m3po.json (default: 1.0)"),
+    "aslr_enabled": (_truth, "whether the model has ASLR; this and the next six only check that it is so"),
+    "aslr_num_paths": (int, "latent paths"),
+    "aslr_max_iterations": (int, "rounds"),
+    "aslr_threshold": (float, "the router's threshold"),
+    "aslr_gumbel_temp": (float, "scale of the noise"),
+    "aslr_cross_path_lambda": (float, "share of the other latent paths"),
+    "aslr_cross_path_temp": (float, "temperature among latent paths"),
 }
 
 
@@ -61,9 +76,16 @@ def parser() -> Parser:
     flags.add_argument("--num_fewshot", type=int, default=0, choices=(0, 8), help="solved problems shown before each")
     flags.add_argument("--limit", type=int, help="evaluate the first so many problems of each dataset")
     flags.add_argument("--num_paths", type=int, default=1, help="paths sampled for each problem (default: 1, greedy)")
+    flags.add_argument(
+        "--aslr",
+        default="off",
+        choices=("on", "off"),
+        help="run the loop of a model trained with ASLR, or leave it out and see what training has internalised "
+        "(default: off)",
+    )
     flags.add_argument("--batch_size", type=int, help="rows decoded together (default: the run's, else the demo's)")
     flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    flags.add_argument("--seed", type=int, default=0, help="seed of sampled paths")
+    flags.add_argument("--seed", type=int, default=0, help="seed of sampled paths and of ASLR's noise")
     flags.add_argument("--output_dir", help="folder of the results (default: evals/<model and options>)")
     for name, (kind, text) in NUMBERS.items():
         flags.add_argument(f"--{name}", type=kind, help=text)

@@ -19,7 +19,7 @@ from trl import ModelConfig
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data_sources import GSM8K
 from m3po_lab.eval_agreement import agreement
-from m3po_lab.eval_checkpoint import checkpoint_numbers, mode_line, paths_of, thoughts_of
+from m3po_lab.eval_checkpoint import aslr_line, aslr_of, checkpoint_numbers, mode_line, paths_of, thoughts_of
 from m3po_lab.eval_report import write_report
 from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import SETTINGS_FILE, EvalSettings
@@ -56,14 +56,15 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
             f"{numbers['mode']}: evaluate the folder that its run saved, with its m3po.json."
         )
     thoughts = thoughts_of(numbers)
+    aslr = aslr_of(numbers, given.model, model, given.aslr == "on", given.seed)
     whose = f"those of the run, {settings.dataset}" if known else "those of configs/demo.yaml, since the model has none"
-    print(f"{given.model}: {mode_line(numbers, paths)}")
+    print(f"{given.model}: {mode_line(numbers, paths)}{aslr_line(model, aslr)}")
     print(f"{reason}{f'; problems: {whose}' if 'problems' in names else ''}")
     decoding = {"dtype": given.dtype, "precision": settings.precision, "device": model.device.type}
     folder = Path(given.output_dir) if given.output_dir else default_folder(given)
     digest = model_digest(ModelConfig(model_name_or_path=given.model))
     finished = FinishedBatches(
-        folder / "partial.jsonl", [digest, decoding, *(asdict(how) if how else None for how in (paths, thoughts))]
+        folder / "partial.jsonl", [digest, decoding, *(asdict(how) if how else None for how in (paths, thoughts, aslr))]
     )
     try:
         results = run_tasks(
@@ -76,6 +77,7 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
             chat_template_kwargs=settings.chat_template_kwargs,
             thoughts=thoughts,
             paths=paths,
+            aslr=aslr,
             limit=given.limit,
             finished=finished,
         )
@@ -86,11 +88,12 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
         "checkpoint": numbers,
         "num_paths": given.num_paths,
         "seed": given.seed,
+        "aslr": given.aslr,
         **decoding,
         "command": command,
         "agreement": None,
     }
-    if paths is None and "problems" in results["samples"]:
+    if paths is None and aslr is None and "problems" in results["samples"]:
         about["agreement"] = agreement(given.model, given.problems_of, results["samples"]["problems"])
     write_report(results, about, folder)
     finished.remove()
@@ -163,5 +166,6 @@ def default_folder(given: argparse.Namespace) -> Path:
     datasets = [Path(name).name for name in given.dataset]
     paths = given.num_paths if given.num_paths > 1 else None
     options = {"mode": given.mode, "shot": given.num_fewshot, "paths": paths, "seed": given.seed, "limit": given.limit}
+    options["aslr"] = given.aslr if given.aslr == "on" else None
     told = [f"{name}{value}" for name, value in options.items() if value]
     return PROJECT_ROOT / "evals" / "-".join([*parts, *datasets, *told])

@@ -4,7 +4,7 @@
 The report of a training run and `scripts/eval_gsm8k.sh` both go through `run_tasks`, so they build prompts, decode and
 score alike. Of a training in several processes, all take part, in turns of one batch. Decoding is single-path and
 greedy, plain in the modes none and m3po (M3PO paper, section 6) and with soft thoughts in hrpo and h3po (`Thoughts`),
-unless `Paths` asks for N sampled completions of each problem.
+unless `Paths` asks for N sampled completions of each problem. ASLR is off unless `LatentPaths` asks for it.
 
 `evaluate` rather than `simple_evaluate`, its wrapper: that one seeds the global random generators, which would change
 a training that goes on afterwards, and spends seconds on a description of the machine (torch's collect_env).
@@ -15,7 +15,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.m3po import M3POGenerationState, ThinkingSettings
+from transformers.m3po import M3POGenerationState
 
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data import Message
 from m3po_lab.data_sources import Problem
+from m3po_lab.decoding import LatentPaths, Paths, Thoughts
 from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import AUTOCAST, EvalSettings
 from m3po_lab.files import read_json, write_json
@@ -52,73 +53,8 @@ class Answered:
     formatted: bool
 
 
-@dataclass(frozen=True)
-class Thoughts:
-    """One greedy path whose thinking inputs stay on, as in training but without peers (modes hrpo and h3po).
-
-    Args:
-        settings: of mode `hrpo`.
-        temperature: of the distributions that the thoughts are made of: what the run sampled at.
-    """
-
-    settings: ThinkingSettings
-    temperature: float
-
-    @classmethod
-    def of_mode(cls, settings: ThinkingSettings | None, temperature: float) -> "Thoughts | None":
-        """The thoughts of a checkpoint with these settings; None in the modes that decode plainly."""
-        if settings is None or not settings.has_thoughts:
-            return None
-        return cls(replace(settings, mode="hrpo"), temperature)
-
-    def state(self, tokenizer: PreTrainedTokenizerBase) -> M3POGenerationState:
-        """The state of a rollout."""
-        return M3POGenerationState(settings=self.settings, tokenizer=tokenizer, thought_temperature=self.temperature)
-
-
-@dataclass(frozen=True)
-class Paths:
-    """N completions of each problem: plain independent samples, or with `settings` as the mode decodes in training.
-
-    That is a group whose paths interact (m3po, h3po), or samples with soft thoughts (hrpo).
-
-    Nothing is cut off the distribution (top_k 0, top_p 1), as in training. Every batch has a seed of its own, made of
-    `seed` and its number, so that an evaluation that was stopped goes on with the same samples.
-    """
-
-    number: int
-    temperature: float
-    settings: ThinkingSettings | None
-    seed: int = 0
-
-    def configure(self, task: Task) -> None:
-        """Make a task ask for N samples of each problem."""
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        task.set_config("generation_kwargs", sampling, update=True)
-        task.set_config("repeats", self.number)
-
-    def seed_batch(self, number: int) -> None:
-        """Set torch's generators for a batch."""
-        torch.manual_seed(random.Random(f"{self.seed}-{number}").getrandbits(63))
-
-    def state(self, rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> M3POGenerationState | None:
-        """The state of a rollout of the prompts `rows` (B, L); None for independent samples.
-
-        Raises:
-            ValueError: when the rows are not whole groups of one prompt each, side by side.
-        """
-        if self.settings is None:
-            return None
-        whole = len(rows) % self.number == 0
-        if not whole or not torch.equal(rows[:: self.number].repeat_interleave(self.number, 0), rows):
-            raise ValueError(f"a batch of {len(rows)} rows is not made of whole groups of {self.number} paths.")
-        return M3POGenerationState(
-            group_ids=torch.arange(len(rows)) // self.number, settings=self.settings, tokenizer=tokenizer
-        )
-
-
 class EvaluatedModel(HFLM):
-    """lm-eval's `HFLM` on a model in memory, with our progress bar; see `Thoughts` and `Paths` for the modes.
+    """lm-eval's `HFLM` on a model in memory, with our progress bar; see `decoding` for how it decodes.
 
     Args:
         batch_size: rows decoded together, of similar length; with `paths`, rounded to whole groups.
@@ -126,6 +62,7 @@ class EvaluatedModel(HFLM):
         label: text of the progress bar.
         chat_template_kwargs: what the chat template is given besides the turns.
         thoughts: of a greedy path; not looked at with `paths`.
+        aslr: makes ASLR run, on a model that has it.
         finished: keeps the batches that are done.
     """
 
@@ -140,6 +77,7 @@ class EvaluatedModel(HFLM):
         chat_template_kwargs: dict[str, Any] | None = None,
         thoughts: Thoughts | None = None,
         paths: Paths | None = None,
+        aslr: LatentPaths | None = None,
         finished: FinishedBatches | None = None,
     ) -> None:
         if paths is not None:
@@ -158,6 +96,7 @@ class EvaluatedModel(HFLM):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.thoughts = thoughts
         self.paths = paths
+        self.aslr = aslr
         self.finished = finished
         self.processes = PartialState()
 
@@ -229,11 +168,17 @@ class EvaluatedModel(HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
         """One batch: what a model's own generation config would add to plain decoding is switched off."""
-        state = None
+        state, seeds = None, None
+        if self.aslr is not None:
+            number = 1 if self.paths is None else self.paths.number
+            seeds = self.aslr.row_seeds(context, generation_kwargs["attention_mask"], number)
         if self.paths is not None:
-            state = self.paths.state(context, self.tokenizer)
+            state = self.paths.state(context, self.tokenizer, seeds)
         elif self.thoughts is not None:
-            state = self.thoughts.state(self.tokenizer)
+            state = self.thoughts.state(self.tokenizer, seeds)
+        elif seeds is not None:
+            state = M3POGenerationState(row_seeds=seeds)
+        generation_kwargs["is_m3po_inference"] = self.aslr is None
         if state is not None:
             generation_kwargs["m3po"] = state
         words = [word for word in stop if word != self.tokenizer.eos_token]  # that one ends a row by its id
@@ -270,6 +215,7 @@ def run_tasks(
     chat_template_kwargs: dict[str, Any] | None = None,
     thoughts: Thoughts | None = None,
     paths: Paths | None = None,
+    aslr: LatentPaths | None = None,
     limit: int | None = None,
     finished: FinishedBatches | None = None,
 ) -> dict[str, Any]:
@@ -292,6 +238,7 @@ def run_tasks(
         chat_template_kwargs=chat_template_kwargs,
         thoughts=thoughts,
         paths=paths,
+        aslr=aslr,
         finished=finished,
     )
     for task in tasks:

@@ -25,8 +25,17 @@ NOT_SERVABLE = {
 }
 
 
-def export(checkpoint: Path, out: Path, dtype: str) -> str:
-    """Write `checkpoint` to `out`, whole or not at all; returns the checkpoint's mode.
+# Why a model that keeps the modules of ASLR cannot be served, whatever its mode.
+ASLR_NOT_SERVABLE = (
+    "it has the modules of ASLR, which vLLM does not know; with ASLR=off they are left out, as they are when the "
+    "checkpoint is evaluated"
+)
+
+
+def export(checkpoint: Path, out: Path, dtype: str, aslr: bool) -> tuple[str, bool]:
+    """Write `checkpoint` to `out`, whole or not at all; returns its mode and whether `out` has ASLR.
+
+    `aslr`: keep the modules of ASLR if the checkpoint has them.
 
     Raises:
         UserError: the checkpoint is none of ours or of a mode that cannot stand alone, or `out` is in use.
@@ -34,7 +43,9 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
     import torch
     from peft import PeftModel
     from transformers.m3po import read_checkpoint_info, write_checkpoint_info
-    from transformers.m3po.residual_gate import GATE_MODULES, has_residual_gate
+    from transformers.m3po.aslr_settings import ASLR_NUMBERS, has_aslr
+    from transformers.m3po.own_modules import ASLR, OWN_MODULES
+    from transformers.m3po.residual_gate import has_residual_gate
     from trl import ModelConfig
 
     from m3po_lab.config import UserError, one_line
@@ -56,10 +67,15 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
         has = "a" if has_residual_gate(model) else "no"
         raise UserError(f"CHECKPOINT={checkpoint} has {has} residual gate, which does not fit mode {numbers['mode']}.")
     plain = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    if has_aslr(plain) and not aslr:
+        for name in ASLR.names:
+            delattr(plain.base_model, name)
+        plain.config.aslr_enabled = False
+        numbers = {name: value for name, value in numbers.items() if name not in (ASLR.switch, *ASLR_NUMBERS)}
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         for name, weight in plain.named_parameters():
-            if not any(gate in name for gate in GATE_MODULES):  # the residual gate is float32 in any model
+            if not any(own.among([name]) for own in OWN_MODULES):  # those are float32 in any model
                 weight.data = weight.data.to(getattr(torch, dtype))
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -69,7 +85,7 @@ def export(checkpoint: Path, out: Path, dtype: str) -> str:
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return str(numbers["mode"])
+    return str(numbers["mode"]), has_aslr(plain)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,17 +94,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="folder of full weights or of a LoRA adapter, with m3po.json")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    parser.add_argument(
+        "--aslr", default="on", choices=("on", "off"), help="keep the modules of ASLR, or leave them out (default: on)"
+    )
     given = parser.parse_args(argv)
     from m3po_lab.config import UserError
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
     try:
-        mode = export(given.checkpoint, given.out, given.dtype)
+        mode, aslr = export(given.checkpoint, given.out, given.dtype, given.aslr == "on")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if mode in SERVABLE:
+    if aslr:
+        print(f"written to {given.out}: a checkpoint with ASLR, {given.dtype}; trained in mode {mode}")
+        print(f"stock vLLM cannot serve it: {NOT_SERVABLE.get(mode, ASLR_NOT_SERVABLE)}")
+    elif mode in SERVABLE:
         print(f"written to {given.out}: an ordinary checkpoint, {given.dtype}; trained in mode {mode}")
         print(f"stock vLLM can serve it (vllm serve {given.out}): {SERVABLE[mode]}")
     else:

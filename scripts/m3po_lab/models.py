@@ -11,6 +11,7 @@ only, and code that comes with a model is never run.
 import hashlib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -23,8 +24,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.m3po.aslr import attach_aslr
+from transformers.m3po.aslr_settings import ASLR_NUMBERS
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
-from transformers.m3po.residual_gate import GATE_MODULES, GATE_PARAMETERS, attach_residual_gate
+from transformers.m3po.own_modules import ASLR, OWN_MODULES, RESIDUAL_GATE, OwnModules
+from transformers.m3po.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
 from m3po_lab.config import UserError, one_line
@@ -186,31 +190,51 @@ def _base_config(folder: Path, config: ModelConfig) -> ModelConfig:
 
 
 def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base model an adapter names, with the adapter on it and trainable; with its residual gate if it has one."""
+    """The base model an adapter names, with the adapter on it and trainable; with the modules that it brings."""
     base, tokenizer = load_model(_base_config(folder, config))
     try:
-        saved = PeftConfig.from_pretrained(str(folder)).modules_to_save or ()
-        if set(GATE_MODULES) & set(saved):
-            _check_adapter_gate(folder)
-            # The adapter brings the gate; the bounds say what it began with.
-            told = {"r_min": 0.99, "r_max": 0.999, **_gate_bounds(folder)}
-            attach_residual_gate(base, **told, seed=0)
+        for own in _brought_modules(folder):
+            _attach(own, base, read_json(folder / CHECKPOINT_FILE) or {})
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--model_name_or_path {folder}: {one_line(error)[:200]}") from error
 
 
-def _gate_bounds(folder: Path) -> dict[str, float]:
-    """The bounds that `m3po.json` of an adapter gives for the start of its gate; none without that file."""
-    numbers = read_json(folder / CHECKPOINT_FILE) or {}
-    names = ("r_min", "r_max")
-    return {name: numbers[f"thinking_residual_{name}"] for name in names if f"thinking_residual_{name}" in numbers}
+def _attach(own: OwnModules, base: PreTrainedModel, numbers: dict[str, Any]) -> None:
+    """Give the base model the modules that an adapter will fill, with the numbers of its `m3po.json`.
+
+    Raises:
+        ValueError: the file does not say the numbers of ASLR, or they are none.
+    """
+    if own is RESIDUAL_GATE:  # the bounds only say what the gate began with
+        start = {"r_min": 0.99, "r_max": 0.999}
+        told = {name: numbers.get(f"thinking_residual_{name}", value) for name, value in start.items()}
+        attach_residual_gate(base, **told, seed=0)
+        return
+    missing = [name for name in (ASLR.switch, *ASLR_NUMBERS) if name not in numbers]
+    if missing:
+        raise ValueError(f"its adapter brings ASLR, and its {CHECKPOINT_FILE} does not say {missing[0]}")
+    attach_aslr(base, **{name: numbers[name] for name in ASLR_NUMBERS})
 
 
-def _check_adapter_gate(folder: Path) -> None:
-    """Refuse an adapter that says it has a residual gate and does not bring all of it: PEFT would leave it random."""
+def _brought_modules(folder: Path) -> list[OwnModules]:
+    """The modules that an adapter trains whole.
+
+    Raises:
+        ValueError: it says so and does not bring all of one, which PEFT would leave as it is, or it brings one that it
+            does not name, which PEFT would drop.
+    """
+    saved = set(PeftConfig.from_pretrained(str(folder)).modules_to_save or ())
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
         keys = list(weights.keys())
-    missing = [name for name in GATE_PARAMETERS if not any(key.endswith(name) for key in keys)]
-    if missing:
-        raise ValueError(f"its adapter_config.json names a residual gate, and its weights lack {missing[0]}")
+    brought = []
+    for own in OWN_MODULES:
+        named, found = saved & set(own.names), own.among(keys)
+        if named:
+            missing = [name for name in own.parameters if not any(key.endswith(name) for key in found)]
+            if missing:
+                raise ValueError(f"its adapter_config.json names {own.article}, and its weights lack {missing[0]}")
+            brought.append(own)
+        elif found:
+            raise ValueError(f"its weights have {found[0]}, and its adapter_config.json does not name {own.article}")
+    return brought

@@ -63,6 +63,7 @@ def summarise(
     commit, dirty = git_state(PROJECT_ROOT)
     return {
         "mode": run.training.mode,
+        "aslr_enabled": bool(run.training.aslr_enabled),
         "engine": engine_name(trainer.accelerator),
         "num_processes": trainer.accelerator.num_processes,
         "accuracy_before": accuracy.before,
@@ -166,9 +167,11 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], c
     """Result, files, and what one can do next."""
     folder = shown_path(run.folder)
     more = command if "--resume_from_checkpoint" in command else f"{command} --resume_from_checkpoint true"
+    told = " with ASLR (off in the evaluations)" if summary["aslr_enabled"] else ""
+    aslr = [f"with ASLR    bash scripts/eval_gsm8k.sh {folder}/final --dataset problems --aslr on"]
     return [
         "",
-        f"mode {summary['mode']}, {summary['steps']} steps in {summary['train_seconds']:.0f} s "
+        f"mode {summary['mode']}{told}, {summary['steps']} steps in {summary['train_seconds']:.0f} s "
         f"({summary['seconds_per_step'] or 0:.1f} s each), seed {summary['seed']}",
         table(parts),
         summary["verdict"],
@@ -177,4 +180,5 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], c
         f"report       {folder}/summary.json  reward.png  completions.jsonl",
         f"train more   {more} --max_steps {2 * summary['steps']}",
         f"curves       .venv/bin/tensorboard --logdir {folder}",
+        *(aslr if summary["aslr_enabled"] else []),
     ]

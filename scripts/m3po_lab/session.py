@@ -23,6 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.m3po.aslr_settings import ASLRNumbers, has_aslr
 from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
 from trl.models import unwrap_model_for_generation
@@ -31,8 +32,9 @@ from m3po_lab.checkpoints import check_same_run, check_save_steps, claim_run_fol
 from m3po_lab.config import Run, UserError, one_line
 from m3po_lab.data import chat_prompt, load_problems, training_rows
 from m3po_lab.data_sources import Problem
+from m3po_lab.decoding import Thoughts
 from m3po_lab.eval_settings import EvalSettings, KeepSettings
-from m3po_lab.evaluate import Answered, Thoughts, answer_problems, cache_key, load_cached, store
+from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.files import shown_path
 from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
 from m3po_lab.processes import check_engine
@@ -176,8 +178,12 @@ def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume
     """What runs, in one line: mode with its numbers and answer marker, model, data, steps, where from."""
     settings = trainer.m3po.settings
     numbers = f"answer marker {run.training.answer_start!r}" if settings is None else settings.describe()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    aslr = ""
+    if has_aslr(model):
+        aslr = f" with ASLR ({ASLRNumbers.of(model.config, {}).describe()}; on in training, off in the evaluations)"
     return (
-        f"mode {run.training.mode} ({numbers}); {run.model.model_name_or_path or EMBEDDED_MODEL}; "
+        f"mode {run.training.mode} ({numbers}){aslr}; {run.model.model_name_or_path or EMBEDDED_MODEL}; "
         f"{run.script.dataset}: {train} training and {held_out} held-out problems; "
         f"{'from the start' if resume is None else f'from {resume.name}'} into {shown_path(run.folder)}"
     )

@@ -16,12 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
+def mode_words(mode: str) -> list[str]:
+    """The flags of a mode, with ASLR where the name ends in `+aslr`."""
+    name, *extra = mode.split("+")
+    if extra not in ([], ["aslr"]):
+        from m3po_lab.config import UserError
+
+        raise UserError(f"--modes {mode} is unknown: give a mode, or a mode and +aslr.")
+    return ["--mode", name, *(["--aslr_enabled", "true"] if extra else [])]
+
+
 def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[str]) -> list[str]:
     """The command-line words of one run; it resumes where there is something to resume."""
     from m3po_lab.checkpoints import checkpoints, missing_part
     from m3po_lab.files import shown_path
 
-    words = [shown_path(config), *more, "--mode", mode, "--seed", str(seed), "--output_dir", shown_path(folder)]
+    words = [shown_path(config), *more, *mode_words(mode), "--seed", str(seed), "--output_dir", shown_path(folder)]
     found = checkpoints(folder)
     if any(missing_part(path) is None for path in found):
         return [*words, "--resume_from_checkpoint", "true"]
@@ -64,14 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     flags.add_argument("config", nargs="?", default="configs/demo_short.yaml", help="YAML of the runs")
-    flags.add_argument("--modes", nargs="+", default=["none", "m3po", "hrpo", "h3po"])
+    flags.add_argument(
+        "--modes",
+        nargs="+",
+        default=["none", "m3po", "hrpo", "h3po"],
+        help="modes, the control among them; with ASLR as none+aslr, m3po+aslr ... (default: the four without)",
+    )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/sweep-<config>)")
     given, more = flags.parse_known_args(argv)
     try:
         config = find_config(given.config)
         for mode in given.modes:  # a wrong flag stops the sweep here and not after the first mode
-            parse_run([str(config), *more, "--mode", mode])
+            parse_run([str(config), *more, *mode_words(mode)])
         folder = given.output_dir or PROJECT_ROOT / "runs" / f"sweep-{config.stem}"
         return sweep(config, given.modes, given.seeds, folder.resolve(), more)
     except UserError as error:

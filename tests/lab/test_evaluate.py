@@ -16,7 +16,7 @@ import yaml
 from transformers.m3po import ThinkingSettings
 from trl import ModelConfig
 
-from m3po_lab import evaluate
+from m3po_lab import decoding, evaluate
 from m3po_lab.config import UserError
 from m3po_lab.data import chat_prompt, load_problems
 from m3po_lab.eval_settings import EvalSettings
@@ -242,7 +242,7 @@ def test_paths_of_a_problem_are_one_group_in_one_batch(
     tiny: tuple[Any, Any], settings: EvalSettings, batches: list[tuple[torch.Tensor, Any]]
 ) -> None:
     cross = ThinkingSettings(cross_path_lambda=0.5, cross_path_phase="all")
-    together = sampled(tiny, settings, evaluate.Paths(4, 0.9, cross))
+    together = sampled(tiny, settings, decoding.Paths(4, 0.9, cross))
     assert [len(group) for group in together] == [4] * 5
     assert [len(prompts) for prompts, _ in batches] == [8, 8, 4]
     for prompts, state in batches:
@@ -256,21 +256,21 @@ def test_paths_of_a_problem_are_one_group_in_one_batch(
 def test_lambda_zero_samples_what_independent_paths_do(
     tiny: tuple[Any, Any], settings: EvalSettings, batches: list[tuple[torch.Tensor, Any]]
 ) -> None:
-    alone = sampled(tiny, settings, evaluate.Paths(4, 0.9, None))
+    alone = sampled(tiny, settings, decoding.Paths(4, 0.9, None))
     assert all(state is None for _, state in batches)
-    assert alone == sampled(tiny, settings, evaluate.Paths(4, 0.9, ThinkingSettings(cross_path_lambda=0.0)))
+    assert alone == sampled(tiny, settings, decoding.Paths(4, 0.9, ThinkingSettings(cross_path_lambda=0.0)))
     assert alone != sampled(
-        tiny, settings, evaluate.Paths(4, 0.9, ThinkingSettings(cross_path_lambda=0.5, cross_path_phase="all"))
+        tiny, settings, decoding.Paths(4, 0.9, ThinkingSettings(cross_path_lambda=0.5, cross_path_phase="all"))
     )
     assert max(len(set(group)) for group in alone) > 1
 
 
 def test_seed_of_the_paths_decides_and_nothing_else_does(tiny: tuple[Any, Any], settings: EvalSettings) -> None:
     torch.manual_seed(1)
-    first = sampled(tiny, settings, evaluate.Paths(4, 0.9, None, seed=1))
+    first = sampled(tiny, settings, decoding.Paths(4, 0.9, None, seed=1))
     torch.manual_seed(2)
-    assert first == sampled(tiny, settings, evaluate.Paths(4, 0.9, None, seed=1))
-    assert first != sampled(tiny, settings, evaluate.Paths(4, 0.9, None, seed=2))
+    assert first == sampled(tiny, settings, decoding.Paths(4, 0.9, None, seed=1))
+    assert first != sampled(tiny, settings, decoding.Paths(4, 0.9, None, seed=2))
 
 
 def test_tasks_share_no_batch(tiny: tuple[Any, Any]) -> None:
@@ -282,7 +282,7 @@ def test_tasks_share_no_batch(tiny: tuple[Any, Any]) -> None:
 
 
 def test_batch_that_splits_a_group_is_refused(tiny: tuple[Any, Any]) -> None:
-    paths = evaluate.Paths(2, 1.0, ThinkingSettings())
+    paths = decoding.Paths(2, 1.0, ThinkingSettings())
     assert paths.state(torch.tensor([[1], [1], [2], [2]]), tiny[1]) is not None
     for split in ([[1], [2], [2], [3]], [[1], [1], [2]]):
         with pytest.raises(ValueError, match="not made of whole groups of 2 paths"):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper
 from transformers.m3po import M3POGenerationState, write_checkpoint_info
-from transformers.m3po.aslr_settings import ASLR_NUMBERS
+from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.utils import logging
 
@@ -75,8 +75,7 @@ class GRPORollouts:
         """The mode, its numbers and those of ASLR, in one line."""
         told = [f"mode={self.mode}"] if self.settings is None else [f"mode={self.mode}: {self.settings.describe()}"]
         if self.aslr:
-            args = self._trainer.args
-            told.append("ASLR: " + ", ".join(f"{name}={getattr(args, name)}" for name in ASLR_NUMBERS))
+            told.append(f"ASLR: {ASLRNumbers.of(self._trainer.args, {}).describe()}")
         return "; ".join(told)
 
     def _check_trainer(self, elsewhere: list[str]) -> None:

@@ -32,6 +32,7 @@ _HOMES = {
     "cosine_similarity": "interaction",
     "cross_path_weights": "interaction",
     "generate_with_m3po": "generate",
+    "load_seed_modules": "seed_modules",
     "read_checkpoint_info": "checkpoint",
     "write_checkpoint_info": "checkpoint",
 }

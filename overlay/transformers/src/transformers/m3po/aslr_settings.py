@@ -37,6 +37,10 @@ class ASLRNumbers(NamedTuple):
         """The numbers of a model configuration, with those of `overrides` (flag: value) in their place."""
         return cls(*[overrides.get(name, getattr(config, name)) for name in ASLR_NUMBERS])
 
+    def describe(self) -> str:
+        """One line: the numbers under their flags."""
+        return ", ".join(f"{name}={value}" for name, value in zip(ASLR_NUMBERS, self, strict=True))
+
     @property
     def runs(self) -> bool:
         """Whether there is a loop at all: more than one latent path and at least one round."""

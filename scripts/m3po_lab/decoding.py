@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model decodes when it is evaluated: with its soft thoughts, as N paths, with the latent paths of ASLR."""
+
+import random
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+from lm_eval.api.task import Task
+from transformers import PreTrainedTokenizerBase
+from transformers.m3po import M3POGenerationState, ThinkingSettings
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """One greedy path whose thinking inputs stay on, as in training but without peers (modes hrpo and h3po).
+
+    Args:
+        settings: of mode `hrpo`.
+        temperature: of the distributions that the thoughts are made of: what the run sampled at.
+    """
+
+    settings: ThinkingSettings
+    temperature: float
+
+    @classmethod
+    def of_mode(cls, settings: ThinkingSettings | None, temperature: float) -> "Thoughts | None":
+        """The thoughts of a checkpoint with these settings; None in the modes that decode plainly."""
+        if settings is None or not settings.has_thoughts:
+            return None
+        return cls(replace(settings, mode="hrpo"), temperature)
+
+    def state(self, tokenizer: PreTrainedTokenizerBase, row_seeds: torch.Tensor | None = None) -> M3POGenerationState:
+        """The state of a rollout."""
+        return M3POGenerationState(
+            settings=self.settings,
+            tokenizer=tokenizer,
+            thought_temperature=self.temperature,
+            row_seeds=row_seeds,
+        )
+
+
+@dataclass(frozen=True)
+class Paths:
+    """N completions of each problem: plain independent samples, or with `settings` as the mode decodes in training.
+
+    That is a group whose paths interact (m3po, h3po), or samples with soft thoughts (hrpo).
+
+    Nothing is cut off the distribution (top_k 0, top_p 1), as in training. Every batch has a seed of its own, made of
+    `seed` and its number, so that an evaluation that was stopped goes on with the same samples.
+    """
+
+    number: int
+    temperature: float
+    settings: ThinkingSettings | None
+    seed: int = 0
+
+    def configure(self, task: Task) -> None:
+        """Make a task ask for N samples of each problem."""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        task.set_config("generation_kwargs", sampling, update=True)
+        task.set_config("repeats", self.number)
+
+    def seed_batch(self, number: int) -> None:
+        """Set torch's generators for a batch."""
+        torch.manual_seed(random.Random(f"{self.seed}-{number}").getrandbits(63))
+
+    def state(
+        self, rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase, row_seeds: torch.Tensor | None = None
+    ) -> M3POGenerationState | None:
+        """The state of a rollout of the prompts `rows` (B, L); None for independent samples without ASLR.
+
+        Raises:
+            ValueError: when the rows are not whole groups of one prompt each, side by side.
+        """
+        if self.settings is None:
+            return None if row_seeds is None else M3POGenerationState(row_seeds=row_seeds)
+        whole = len(rows) % self.number == 0
+        if not whole or not torch.equal(rows[:: self.number].repeat_interleave(self.number, 0), rows):
+            raise ValueError(f"a batch of {len(rows)} rows is not made of whole groups of {self.number} paths.")
+        return M3POGenerationState(
+            group_ids=torch.arange(len(rows)) // self.number,
+            settings=self.settings,
+            tokenizer=tokenizer,
+            row_seeds=row_seeds,
+        )
+
+
+@dataclass(frozen=True)
+class LatentPaths:
+    """ASLR on, as in training; without this an evaluation leaves its loop out (`is_m3po_inference`, erratum E14).
+
+    The noise of a row depends on its prompt, the number of the path and `seed`, not on the batch it is decoded in.
+    """
+
+    seed: int = 0
+
+    def row_seeds(self, rows: torch.Tensor, mask: torch.Tensor, num_paths: int) -> torch.Tensor:
+        """The seeds (B,) of the prompts `rows` (B, L) with their mask, the paths of a prompt side by side."""
+        prompts = zip(rows.cpu(), mask.bool().cpu(), strict=True)
+        texts = [ids[kept].numpy().tobytes() for ids, kept in prompts]
+        return torch.tensor(
+            [zlib.crc32(f"{self.seed}-{index % num_paths}-".encode() + text) for index, text in enumerate(texts)]
+        )
