@@ -29,8 +29,8 @@ def shown_commands(start: str, *pages: str) -> list[list[str]]:
     return [words[len(start.split()) :] for words in found if "--help" not in words]
 
 
-TRAININGS = shown_commands(TRAIN, "README.md")
-EVALUATIONS = shown_commands(EVALUATE, "README.md", "docs/evaluation.md")
+TRAININGS = shown_commands(TRAIN, "README.md", "docs/aslr.md")
+EVALUATIONS = shown_commands(EVALUATE, "README.md", "docs/evaluation.md", "docs/aslr.md")
 ENGINES = [f"ACCELERATE_CONFIG=configs/accelerate/{file.name}" for file in (ROOT / "configs/accelerate").iterdir()]
 PAGES = ("README.md", "docs/processes.md")
 SEVERAL = [words for engine in ENGINES for words in shown_commands(f"{engine} {TRAIN}", *PAGES)]
@@ -39,7 +39,7 @@ LAUNCHES = shown_commands(LAUNCH, *PAGES)
 
 def test_the_commands_are_found() -> None:
     """A search that finds too few would let the next tests pass on nothing."""
-    assert (len(TRAININGS), len(EVALUATIONS), len(SEVERAL), len(LAUNCHES)) == (5, 9, 3, 2)
+    assert (len(TRAININGS), len(EVALUATIONS), len(SEVERAL), len(LAUNCHES)) == (6, 11, 3, 2)
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)

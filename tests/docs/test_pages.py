@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers.m3po.aslr import ASLR_MODULES
 from trl.trainer.grpo_m3po_config import M3POArguments
 
 from m3po_lab.compare import main as compare
@@ -24,20 +25,23 @@ def logged_metrics() -> set[str]:
     glue = page("overlay/trl/trl/trainer/grpo_m3po.py")
     statistics = page("overlay/transformers/src/transformers/m3po/statistics.py")
     names = re.findall(r'_log\("(\w+)"', glue) + re.findall(r'"m3po/(\w+)"', glue)
+    latent = page("overlay/transformers/src/transformers/m3po/latent_rollout.py").split("means = {")[1]
+    names += re.findall(r'^            "(\w+)": ', latent, flags=re.MULTILINE)
+    names += ["aggregator_weight_entropy", *(f"{name.removeprefix('m3po_')}_grad_norm" for name in ASLR_MODULES)]
     return set(names) | set(re.findall(r'^        "(\w+)": ', statistics, flags=re.MULTILINE))
 
 
 def test_every_logged_metric_is_defined_on_the_metrics_page() -> None:
     text = page("docs/metrics.md").replace("`, `_min`, `_max`", "` `m3po/similarity_min` `m3po/similarity_max`")
     defined = set(re.findall(r"`m3po/(\w+)`", text))
-    assert len(logged_metrics()) == 15
+    assert len(logged_metrics()) == 23
     assert logged_metrics() == defined
 
 
 def test_every_flag_stands_in_the_table_of_flags() -> None:
     listed = set(re.findall(r"`(\w+)`", page("docs/modes.md").split("## Flags")[1].split("## In Python")[0]))
     flags = {entry.name for entry in dataclasses.fields(M3POArguments)}
-    assert len(flags) == 15
+    assert len(flags) == 22
     assert flags <= listed
 
 

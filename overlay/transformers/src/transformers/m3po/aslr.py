@@ -205,6 +205,19 @@ def runs_aslr(is_m3po_inference: bool | None) -> bool:
     return not is_m3po_inference
 
 
+def check_row_seeds(row_seeds: torch.Tensor, rows: int) -> None:
+    """Refuses anything but one whole number for each row.
+
+    Raises:
+        ValueError: shape or dtype is another.
+    """
+    if row_seeds.shape != (rows,) or row_seeds.is_floating_point() or row_seeds.dtype == torch.bool:
+        raise ValueError(
+            f"row_seeds has {len(row_seeds)} entries, shape {tuple(row_seeds.shape)} and dtype {row_seeds.dtype}, for "
+            f"{rows} rows; give a 1-D tensor with one integer per row."
+        )
+
+
 def take_aslr_inputs(forward_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Hook at the top of the forward: what is meant for `refine_states`, taken out so that no layer sees it."""
     return {name: forward_kwargs.pop(name) for name in ASLR_INPUTS if name in forward_kwargs}
@@ -229,7 +242,7 @@ def refine_states(
         with P = 1 or R = 0.
 
     Raises:
-        ValueError: see `check_aslr_overrides`.
+        ValueError: see `check_aslr_overrides` and `check_row_seeds`.
     """
     overrides = {name: inputs[name] for name in ASLR_NUMBERS if inputs.get(name) is not None}
     check_aslr_overrides(model, overrides)
@@ -239,7 +252,9 @@ def refine_states(
     if not numbers.runs:
         return hidden_states
     seeds = inputs.get("aslr_row_seeds")
-    if seeds is None and numbers.gumbel_temp > 0:
+    if seeds is not None:
+        check_row_seeds(seeds, hidden_states.shape[0])
+    elif numbers.gumbel_temp > 0:
         seeds = torch.randint(MAX_SEED, hidden_states.shape[:1], device=hidden_states.device)
     loop = partial(_inner_loop, model, position_ids, seeds, numbers, inputs.get("aslr_trace"))
     if model.gradient_checkpointing and model.training and torch.is_grad_enabled():

@@ -76,7 +76,7 @@ def check_aslr_numbers(numbers: Mapping[str, Any], hidden_size: int | None = Non
     }
     for name, (holds, complaint) in rules.items():
         value = numbers.get(name)
-        if value is not None and not holds(value):
+        if value is not None and not (isinstance(value, int | float) and holds(value)):
             raise ValueError(f"{name}={value} {complaint}; seed 2 uses {ASLR_DEFAULTS[name]}.")
     if hidden_size is not None and hidden_size % NUM_HEADS:
         raise ValueError(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .aslr import MAX_SEED, runs_aslr
-from .aslr_settings import ASLRNumbers, check_aslr_overrides, has_aslr
+from .aslr import MAX_SEED, check_row_seeds, runs_aslr
+from .aslr_settings import ASLRNumbers, has_aslr
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
@@ -27,15 +27,15 @@ class LatentRollout:
         max_new_tokens: T at most.
         device: of the rollout.
         row_seeds: (B,) integers; None draws them from torch's generator.
-        overrides: flag: value, of the call.
+        overrides: flag: value, of the call, checked by `check_generation_mode`.
 
     Attributes:
-        row_seeds: (B,) long, on the device.
+        row_seeds: (B,) long, on the device; zeros where there is no noise to make.
         trace: (B, T, 3) float32: router score, spread of the latent paths after expansion and after the last round, at
             the state that each completion token was sampled from.
 
     Raises:
-        ValueError: an override breaks a rule, or there is not one seed for each row.
+        ValueError: there is not one seed for each row, or they are no integers.
     """
 
     def __init__(
@@ -47,14 +47,15 @@ class LatentRollout:
         row_seeds: torch.Tensor | None,
         overrides: Mapping[str, Any],
     ):
-        check_aslr_overrides(model, overrides)
         self._overrides = dict(overrides)
         self._numbers = ASLRNumbers.of(model.config, overrides)
-        if row_seeds is None:
-            row_seeds = torch.randint(MAX_SEED, (rows,), device=device)
-        if len(row_seeds) != rows:
-            raise ValueError(f"row_seeds has {len(row_seeds)} entries for {rows} decoded rows; give one per row.")
-        self.row_seeds = row_seeds.to(device).long()
+        if row_seeds is not None:
+            check_row_seeds(row_seeds, rows)
+            self.row_seeds = row_seeds.to(device).long()
+        elif self._numbers.runs and self._numbers.gumbel_temp > 0:
+            self.row_seeds = torch.randint(MAX_SEED, (rows,), device=device)
+        else:  # without noise nothing is drawn, so that torch's generator is left where plain decoding leaves it
+            self.row_seeds = torch.zeros(rows, dtype=torch.long, device=device)
         self.trace = torch.zeros(rows, max_new_tokens, TRACE_WIDTH, device=device)
         self._sampled = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
 
@@ -112,9 +113,6 @@ def latent_rollout(
     overrides: Mapping[str, Any],
 ) -> LatentRollout | None:
     """The ASLR side of a rollout of `input_ids` (B, L); None on a model without ASLR and at inference."""
-    if not has_aslr(model):
-        check_aslr_overrides(model, overrides)
-        return None
-    if not runs_aslr(generation_config.is_m3po_inference):
+    if not has_aslr(model) or not runs_aslr(generation_config.is_m3po_inference):
         return None
     return LatentRollout(model, len(input_ids), max_new_tokens, input_ids.device, row_seeds, overrides)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..utils import ModelOutput
-from .aslr_settings import ASLR_NUMBERS, has_aslr
+from .aslr_settings import ASLR_NUMBERS, check_aslr_overrides, has_aslr
 from .bags import mix_bags
 from .interaction import GatingFunction
 from .latent_rollout import LatentRollout, latent_rollout
@@ -102,6 +102,9 @@ class M3POGenerationState:
     ):
         if thought_temperature is not None and not thought_temperature > 0.0:
             raise ValueError(f"thought_temperature={thought_temperature} is not above 0; set the sampling temperature.")
+        unknown = sorted(set(aslr_overrides or {}) - set(ASLR_NUMBERS))
+        if unknown:
+            raise ValueError(f"aslr_overrides has {unknown[0]}; it takes {', '.join(ASLR_NUMBERS)}.")
         self.group_ids = group_ids
         self.settings = settings
         self.tokenizer = tokenizer
@@ -352,9 +355,12 @@ def check_generation_mode(
 
     Raises:
         ValueError: `enable_cross_path`, `m3po=` or a model with a residual gate or ASLR with beam search, assisted or
-            continuous-batching generation or a decoding loop of somebody else; a number of a mode that is not on.
+            continuous-batching generation or a decoding loop of somebody else; a number of a mode that is not on, or
+            one of ASLR that breaks its rule or does nothing on this model.
     """
     state = (generation_mode_kwargs or {}).get("m3po")
+    if state is not None:
+        check_aslr_overrides(model, state.aslr_overrides)
     enabled = getattr(generation_config, "enable_cross_path", None)
     has_gate = has_residual_gate(model)
     if enabled is not False:  # False says that the numbers are off on purpose
