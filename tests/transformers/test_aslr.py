@@ -157,7 +157,7 @@ def test_a_million_numbers_are_finite_gumbel_numbers_of_mean_zero_and_variance_o
 @pytest.mark.parametrize("axis", ["seed", "token", "round", "path", "unit"])
 def test_the_noise_is_independent_along_every_axis(axis):
     """Neighbours, and numbers 2 and 16 apart: for a hash of small whole numbers these are the hardest."""
-    rounds = torch.stack([latent_noise(torch.arange(17), torch.arange(33)[None], 17, r, 32) for r in range(17)])
+    rounds = torch.stack([latent_noise(torch.arange(17), torch.arange(20)[None], 17, r, 20) for r in range(17)])
     numbers = rounds.movedim({"round": 0, "seed": 1, "token": 2, "path": 3, "unit": 4}[axis], 0).flatten(1)
     for apart in (1, 2, 16):
         one, other = numbers[:-apart].flatten(), numbers[apart:].flatten()
@@ -725,15 +725,11 @@ def test_the_model_compiles_in_one_graph_with_its_noise(make):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_the_loop_gives_the_same_through_inductor(tiny_llama):
-    model = with_aslr(tiny_llama(num_hidden_layers=1))
-    tokens, latent = batch()
-    states = torch.randn(3, 4, 32)
-    expected = refine_states(model.model, states, tokens["position_ids"], latent)
-    compiled = torch.compile(refine_states, fullgraph=True)
-    with torch.no_grad():
-        got = compiled(model.model, states, tokens["position_ids"], latent)
-    torch.testing.assert_close(got, expected, atol=CLOSE, rtol=CLOSE)
+def test_the_noise_is_the_same_through_inductor():
+    """Its whole numbers must not be narrowed, nor its products overflow."""
+    where = (torch.tensor([1, 2**31 - 1, 0]), torch.arange(12).view(3, 4), 4, 1, 32)
+    compiled = torch.compile(latent_noise, fullgraph=True)(*where)
+    torch.testing.assert_close(compiled, latent_noise(*where), atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("steps", [[4], [2, 1, 1], [1, 3]])
