@@ -172,7 +172,7 @@ def test_the_noise_is_independent_along_every_axis(axis):
         one, other = numbers[:-apart].flatten(), numbers[apart:].flatten()
         both = torch.stack([one, other])
         size = one.numel()
-        assert size > 2**17
+        assert size > 10**5
         # The numbers, their squares and their signs, up to 4.5 standard errors (45 correlations are looked at).
         for change in (torch.clone, torch.square, torch.sign):
             assert abs(torch.corrcoef(change(both))[0, 1]) < 4.5 / size**0.5, (apart, change)
@@ -728,9 +728,8 @@ def test_the_model_compiles_in_one_graph_with_its_noise(make):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     tokens, latent = batch()
     with torch.no_grad():
-        for is_m3po_inference in (False, None):
-            got = compiled(**tokens, aslr_row_seeds=latent["aslr_row_seeds"], is_m3po_inference=is_m3po_inference)
-            torch.testing.assert_close(got.logits, expected, atol=1e-6, rtol=1e-6)
+        got = compiled(**tokens, aslr_row_seeds=latent["aslr_row_seeds"])  # unset: nothing is logged in a graph
+    torch.testing.assert_close(got.logits, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
