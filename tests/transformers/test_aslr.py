@@ -255,12 +255,13 @@ def assert_refines_as(expected, states, trace, real, tolerance=CLOSE):
 )
 def test_a_forward_refines_as_the_reference_does(make, numbers):
     plain = make(initializer_range=0.2)
+    plain.model.norm.weight.data.uniform_(0.2, 0.8)  # else ρ is 1
     model = with_aslr(plain, **numbers)
     states, expected = states_and_reference(plain, model)
     refined, trace, real = refined_with_trace(model)
     assert_refines_as(expected, refined, trace, real)
     moved = (refined - states)[real].abs().mean()
-    assert moved > (1e-3 if numbers.get("threshold") == 1.0 else 0.1), "a poor case"
+    assert moved > (1e-3 if numbers.get("threshold") == 1.0 else 0.05), "a poor case"
 
 
 def test_a_wider_model_refines_as_the_reference_does(make):
