@@ -92,6 +92,18 @@ def model(kind: str = "llama") -> LlamaForCausalLM | Qwen2ForCausalLM:
     return net
 
 
+def with_aslr(kind: str = "llama", scale: float = 0.2, **numbers: Any) -> LlamaForCausalLM | Qwen2ForCausalLM:
+    """The tiny model with modules of ASLR that have trained: by random amounts, 0.2 on average, off their start."""
+    from transformers.m3po.aslr import ASLR_MODULES, attach_aslr  # this file runs on the pristine upstreams too
+
+    net, draws = model(kind), torch.Generator().manual_seed(1)
+    attach_aslr(net, **numbers)
+    for name in ASLR_MODULES:
+        for value in getattr(net.model, name).parameters():
+            value.data += scale * torch.randn(value.shape, generator=draws)
+    return net
+
+
 def prompts() -> Dataset:
     """16 prompts of 4 to 19 tokens."""
     return Dataset.from_dict({"prompt": ["12+" * (k % 6) + f"{k:x}+3=" for k in range(16)]})
