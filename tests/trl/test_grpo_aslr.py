@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ASLR in training: its start, who gets gradient, its place beside an adapter, what is saved and what is logged.
+"""ASLR in training: who gets gradient, its start, its place beside an adapter, what is saved.
 
-That rollout and scoring passes agree is tested in test_grpo_aslr_agreement.py.
+That rollout and scoring passes agree is in test_grpo_aslr_agreement.py; its numbers are worked out again in
+test_grpo_aslr_numbers.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
-from transformers.m3po import M3POGenerationState, aslr, read_checkpoint_info
+from transformers.m3po import aslr, read_checkpoint_info
 from transformers.m3po.aslr import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr
 from transformers.m3po.aslr_settings import ASLR_DEFAULTS, ASLR_NUMBERS
-from transformers.m3po.latent_noise import latent_noise
 
 ON = {"aslr_enabled": True, "answer_start": "#"}
 ADAPTER = {"r": 2, "target_modules": "all-linear"}
@@ -33,23 +30,10 @@ GIVEN = {
     "aslr_cross_path_lambda": 0.3,
     "aslr_cross_path_temp": 0.2,
 }
-ROUTED = ("router_weight_mean", "activation_rate_actual", "latent_diversity_before", "latent_diversity_after")
-TRAINED = ("aggregator_weight_entropy", *(f"{name}_grad_norm" for name in ("router", "path_collaborator")))
-METRICS = {f"m3po/{name}" for name in (*ROUTED, *TRAINED, "path_aggregator_grad_norm")}
 
 
 def lora() -> LoraConfig:
     return LoraConfig(**ADAPTER)
-
-
-def ours(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters of ASLR that are used, by their names on the base model."""
-    return {
-        name.split("model.")[-1].replace("modules_to_save.default.", ""): value
-        for name, value in model.named_parameters()
-        if any(module in name for module in ASLR_MODULES)
-        and not any(part in name for part in ("original_module", "modules_to_save.ref"))
-    }
 
 
 def copies(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -64,24 +48,6 @@ def logits(model: Any) -> torch.Tensor:
 
 
 # Who gets gradient
-
-
-class Gradients(TrainerCallback):
-    """The gradients of the modules at every optimizer step; max_grad_norm is 0, so that they are not clipped."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.steps.append({name: value.grad.clone() for name, value in ours(model).items()})  # none is None
-
-
-def gradients_of(run: Any) -> list[dict[str, torch.Tensor]]:
-    """Trains the run."""
-    callback = Gradients()
-    run.add_callback(callback)
-    run.train()
-    return callback.steps
 
 
 def blind_key(name: str, gradient: torch.Tensor) -> torch.Tensor:
@@ -102,16 +68,16 @@ def test_the_open_part_gets_gradient_at_once_the_rest_from_the_second_step_and_a
         flags={**ON, "mode": mode, "max_steps": 20, "max_grad_norm": 0.0, "max_completion_length": 6},
         peft_config=lora() if adapted else None,
     )
-    start = copies(ours(run.model))
-    first, *later = gradients_of(run)
+    start = copies(tiny.aslr_of(run.model))
+    first, *later = tiny.aslr_gradients(run)
     assert first.keys() == set(ASLR_PARAMETERS)
     assert {name for name, gradient in first.items() if gradient.any()} == OPEN
     seen = [[name for name, value in step.items() if blind_key(name, value).any()] for step in later]
     assert set(seen[0]) == set(ASLR_PARAMETERS)
     # A step whose groups got equal rewards has no gradient at all.
     assert {len(names) for names in seen} <= {0, 9} and sum(map(bool, seen)) > 5
-    for name, value in ours(run.model).items():
-        assert (blind_key(name, value - start[name]).abs() > 1e-4).all(), name  # each entry, not one alone
+    for name, value in tiny.aslr_of(run.model).items():
+        assert (blind_key(name, value - start[name]).abs() > 1e-4).float().mean() > 0.95, name
 
 
 def test_refining_the_last_position_alone_as_the_seed_did_leaves_the_modules_without_gradient(
@@ -126,76 +92,10 @@ def test_refining_the_last_position_alone_as_the_seed_did_leaves_the_modules_wit
     steps = {}
     for name in ("ours", "the seed's"):
         run = tiny.trainer(tmp_path, flags={**ON, "max_grad_norm": 0.0}, model=tiny.with_aslr())
-        steps[name] = gradients_of(run)
+        steps[name] = tiny.aslr_gradients(run)
         monkeypatch.setattr(aslr, "_inner_loop", last_alone)
     assert not any(value.any() for gradients in steps["the seed's"] for value in gradients.values())
     assert all(value.any() for gradients in steps["ours"] for value in gradients.values())
-
-
-def test_the_gradient_is_that_of_the_written_out_loss_in_float64(tiny: Any, tmp_path: Path):
-    """Of every position at which a token was sampled, weighed by its advantage."""
-    run = tiny.trainer(tmp_path, flags={**ON, "max_steps": 1, "max_grad_norm": 0.0}, model=tiny.with_aslr())
-    batches = tiny.keep_batches(run)
-    (found,) = gradients_of(run)
-    (batch,) = batches
-    net = tiny.with_aslr().double()
-    states, refined = written_out(net, batch, ASLR_DEFAULTS)[:2]
-    assert (refined - states).abs().max() > 0.1
-    logps = net.lm_head(refined).log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    gain = (logps - logps.detach()).exp() * batch["advantages"].double().unsqueeze(1) * batch["completion_mask"]
-    (-gain.sum() / batch["completion_mask"].sum()).backward()
-    for name, value in ours(net).items():
-        expected = blind_key(name, value.grad)
-        assert (blind_key(name, found[name]) - expected).abs().max() < 1e-4 * expected.abs().max(), name
-
-
-def written_out(net: Any, batch: dict[str, Any], numbers: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The equations of ASLR in the dtype of `net`, at the states that the completion tokens were sampled from.
-
-    States and refined states (B, C, H), router score (B, C), spread of the latent paths at the start and the end.
-    """
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    base, cut = net.model, slice(batch["prompt_ids"].size(1) - 1, -1)
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "is_m3po_inference": True}
-    s = base(**given).last_hidden_state[:, cut]
-    count, size = numbers["aslr_num_paths"], s.shape[-1]
-    scale = s.pow(2).mean(-1, keepdim=True).sqrt()
-    router, attention, aggregator = (getattr(base, name) for name in ASLR_MODULES)
-    g = torch.sigmoid(F.linear(s, router.gate.weight, router.gate.bias)).squeeze(-1)
-
-    def noise(k: int) -> list[torch.Tensor]:
-        drawn = latent_noise(batch["aslr_row_seeds"], positions[:, cut], count, k, size).to(s.dtype)
-        return list((0.1 * numbers["aslr_gumbel_temp"] * drawn).unbind(-2))
-
-    paths = begin = [s / scale + n for n in noise(0)]
-    for k in range(numbers["aslr_max_iterations"]):
-        heard = [x + n for x, n in zip(paths, noise(k), strict=True)] if k else paths
-        queries, keys, values = zip(
-            *[F.linear(x, attention.in_proj.weight, attention.in_proj.bias).chunk(3, -1) for x in heard], strict=True
-        )
-        said = []
-        for query in queries:
-            heads = []
-            for part in range(8):
-                own = slice(part * size // 8, (part + 1) * size // 8)
-                scores = torch.stack([(query[..., own] * key[..., own]).sum(-1) for key in keys], -1)
-                weights = (scores / math.sqrt(size // 8) / numbers["aslr_cross_path_temp"]).softmax(-1)
-                heads.append(sum(weights[..., j, None] * values[j][..., own] for j in range(count)))
-            said.append(F.linear(torch.cat(heads, -1), attention.out_proj.weight, attention.out_proj.bias))
-        share = numbers["aslr_cross_path_lambda"]
-        paths = [(1 - share) * x + share * y for x, y in zip(paths, said, strict=True)]
-    weights = aggregator.weight.softmax(0)
-    mean = sum(weight * x for weight, x in zip(weights, paths, strict=True))
-    added = F.linear(mean, aggregator.weight_proj.weight, aggregator.weight_proj.bias)
-    refined = s + torch.sigmoid(10 * (g - numbers["aslr_threshold"])).unsqueeze(-1) * scale * added
-
-    def spread(of: list[torch.Tensor]) -> torch.Tensor:
-        center = sum(of) / count
-        return (sum((x - center).pow(2) for x in of) / count).mean(-1).sqrt()
-
-    return s, refined, g, spread(begin), spread(paths)
 
 
 # The start
@@ -238,13 +138,14 @@ def test_one_latent_path_or_no_round_is_a_run_without_the_loop(
     tiny: Any, tmp_path: Path, adapted: bool, skipped: dict[str, int]
 ):
     run = tiny.trainer(tmp_path, flags={**ON, **skipped}, peft_config=lora() if adapted else None)
-    start = copies(ours(run.model))
+    start = copies(tiny.aslr_of(run.model))
     run.train()
     assert all(map(math.isfinite, tiny.logged(run, "loss"))) and len(tiny.logged(run, "loss")) == 2
     assert max(tiny.logged(run, "m3po/rollout_logp_diff_max")) < 1e-4
-    logged = {key for entry in run.state.log_history for key in entry} & METRICS
-    assert logged == {"m3po/aggregator_weight_entropy"}
-    assert all(torch.equal(value, start[name]) for name, value in ours(run.model).items())
+    logged = {key for entry in run.state.log_history for key in entry if key.startswith("m3po/")}
+    expected = {"rollout_logp_diff", "rollout_logp_diff_max", "distinct_answers", "aggregator_weight_entropy"}
+    assert logged == {f"m3po/{name}" for name in expected}  # of the modules, what they are; nothing of the loop
+    assert all(torch.equal(value, start[name]) for name, value in tiny.aslr_of(run.model).items())
 
 
 # Beside the model's dtype and an adapter
@@ -258,12 +159,12 @@ def test_the_modules_are_float32_and_train_whatever_the_dtype_of_the_model(
     model = tiny.model() if autocast else tiny.model().to(torch.bfloat16)
     flags = {**ON, "bf16": autocast, "max_steps": 3}
     run = tiny.trainer(tmp_path, flags=flags, model=model, peft_config=lora() if adapted else None)
-    start = copies(ours(run.model))
+    start = copies(tiny.aslr_of(run.model))
     assert {value.dtype for value in start.values()} == {torch.float32} and len(start) == 9
-    assert all(value.requires_grad for value in ours(run.model).values())
+    assert all(value.requires_grad for value in tiny.aslr_of(run.model).values())
     run.train()
-    assert {value.dtype for value in ours(run.model).values()} == {torch.float32}
-    assert not any(torch.equal(value, start[name]) for name, value in ours(run.model).items())
+    assert {value.dtype for value in tiny.aslr_of(run.model).values()} == {torch.float32}
+    assert not any(torch.equal(value, start[name]) for name, value in tiny.aslr_of(run.model).items())
     assert 0 < max(tiny.logged(run, "m3po/rollout_logp_diff")) < 0.1  # rounding to 8 bits
     trained = [value for value in run.model.parameters() if value.requires_grad]
     held = [value for group in run.optimizer.param_groups for value in group["params"]]
@@ -292,9 +193,9 @@ def test_the_adapter_saves_the_modules_whole_and_lays_no_lora_on_them(tiny: Any,
 @pytest.mark.parametrize("said", [None, True])
 def test_a_model_with_aslr_lends_its_numbers_to_a_run_that_leaves_them_open(tiny: Any, tmp_path: Path, said: Any):
     model = tiny.with_aslr(**GIVEN)
-    start = copies(ours(model))
+    start = copies(tiny.aslr_of(model))
     run = tiny.trainer(tmp_path, flags={"aslr_enabled": said, "aslr_threshold": 0.6, "max_steps": 1}, model=model)
-    assert all(torch.equal(value, start[name]) for name, value in ours(run.model).items())  # not made anew
+    assert all(torch.equal(value, start[name]) for name, value in tiny.aslr_of(run.model).items())  # not made anew
     expected = GIVEN | {"aslr_enabled": True, "aslr_threshold": 0.6}
     assert {name: getattr(run.args, name) for name in expected} == expected
     assert {name: getattr(run.model.config, name) for name in expected} == expected
@@ -305,7 +206,7 @@ def test_a_model_with_aslr_lends_its_numbers_to_a_run_that_leaves_them_open(tiny
 @pytest.mark.parametrize("said", [None, False])
 def test_a_plain_model_stays_plain_unless_asked(tiny: Any, tmp_path: Path, said: Any):
     run = tiny.trainer(tmp_path, flags={"aslr_enabled": said})
-    assert not ours(run.model) and run.args.aslr_enabled is False
+    assert not tiny.aslr_of(run.model) and run.args.aslr_enabled is False
     assert all(getattr(run.args, name) is None for name in ASLR_NUMBERS)
     run.save_model()
     for file in ("m3po.json", "config.json"):
@@ -398,118 +299,3 @@ def test_what_is_saved_has_the_logits_of_the_run_and_its_numbers(tiny: Any, tmp_
         loaded = type(tiny.model()).from_pretrained(tmp_path / "export")
     assert torch.equal(logits(loaded), logits(run.model))
     assert (logits(tiny.with_aslr(**GIVEN)) - logits(run.model)).abs().max() > 0.1  # it has trained
-
-
-# What is logged
-
-
-@pytest.mark.parametrize("flags", [{}, {"mode": "m3po"}, {"mode": "h3po"}], ids=["none", "m3po", "h3po"])
-def test_a_run_logs_the_numbers_of_aslr_at_each_step_and_the_same_run_without_logs_none(
-    tiny: Any, tmp_path: Path, flags: dict[str, Any]
-):
-    found = []
-    for more in (ON, {"answer_start": "#"}):
-        run = tiny.trainer(tmp_path, flags={**flags, **more, "thinking_residual_r_min": 0.3, "max_steps": 3})
-        run.train()
-        found.append([{key for key in entry if key.startswith("m3po/")} for entry in run.state.log_history[:3]])
-    for with_aslr, without in zip(*found, strict=True):
-        assert with_aslr - without == METRICS and without < with_aslr
-
-
-@pytest.mark.parametrize("mode", ["none", "m3po"])
-def test_the_numbers_of_the_loop_are_those_of_the_equations_at_the_sampled_tokens(tiny: Any, tmp_path: Path, mode: str):
-    """Worked out again in float64, a path at a time; λ = 0, so that mode m3po reads plain tokens as the check does."""
-    numbers = GIVEN | {"aslr_num_paths": 3}
-    flags = {**ON, "mode": mode, "cross_path_lambda": 0.0, "max_steps": 1}
-    run = tiny.trainer(tmp_path, flags=flags, model=tiny.with_aslr(**numbers))
-    batches = tiny.keep_batches(run)
-    run.train()
-    (batch,) = batches
-    with torch.no_grad():
-        _, _, score, before, after = written_out(tiny.with_aslr(**numbers).double(), batch, numbers)
-    sampled = batch["completion_mask"].bool()
-    assert 20 < sampled.sum() < sampled.numel()
-    values = dict(zip(ROUTED, (score, (score > 0.4).double(), before, after), strict=True))
-    assert 0.1 < values["activation_rate_actual"][sampled].mean() < 0.9
-    for name, value in values.items():
-        assert tiny.logged(run, f"m3po/{name}") == pytest.approx([value[sampled].mean().item()], rel=1e-5), name
-
-
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_the_gradient_norms_are_those_of_the_whole_step_before_clipping(tiny: Any, tmp_path: Path, adapted: bool):
-    flags = {**ON, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_grad_norm": 1e-3}
-    run = tiny.trainer(tmp_path, flags={**flags, "max_steps": 3}, peft_config=lora() if adapted else None)
-    clip, expected, entropies = run.accelerator.clip_grad_norm_, [], []
-
-    def watched_clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-        squares = dict.fromkeys(ASLR_MODULES, 0.0)
-        for name, value in ours(run.model).items():
-            squares[name.split(".")[0]] += value.grad.double().pow(2).sum().item()
-        expected.append([math.sqrt(square) for square in squares.values()])
-        shares = ours(run.model)["m3po_path_aggregator.weight"].detach().double().softmax(0)
-        entropies.append(-(shares * shares.log()).sum().item())
-        return clip(parameters, *args, **kwargs)
-
-    run.accelerator.clip_grad_norm_ = watched_clip
-    run.train()
-    names = [f"m3po/{name.removeprefix('m3po_')}_grad_norm" for name in ASLR_MODULES]
-    found = [tiny.logged(run, name) for name in names]
-    assert [len(values) for values in found] == [3, 3, 3]
-    for step, (norms, logged) in enumerate(zip(expected, zip(*found, strict=True), strict=True)):
-        assert list(logged) == pytest.approx(norms, rel=1e-5), step
-        assert (logged[0] == logged[1] == 0) == (step == 0)
-        assert logged[2] > 1e-2  # above what clipping leaves
-    assert tiny.logged(run, "m3po/aggregator_weight_entropy") == pytest.approx(entropies, rel=1e-6)
-    assert entropies[0] == pytest.approx(math.log(4)) and entropies[2] < entropies[0]
-
-
-def test_the_gradient_norm_beside_a_reference_adapter_is_that_of_the_trained_copy(tiny: Any, tmp_path: Path):
-    first = tiny.trainer(tmp_path, flags={**ON, "max_steps": 1}, model=tiny.with_aslr(), peft_config=lora())
-    first.train()
-    first.save_model(str(tmp_path / "adapter"))
-    loaded = PeftModel.from_pretrained(tiny.with_aslr(), tmp_path / "adapter", is_trainable=True)
-    run = tiny.trainer(tmp_path, flags={**ON, "beta": 0.1, "max_steps": 2, "max_grad_norm": 0.0}, model=loaded)
-    steps = gradients_of(run)
-    for name in ASLR_MODULES:
-        norms = [torch.stack([g.norm() for key, g in step.items() if name in key]).norm().item() for step in steps]
-        assert tiny.logged(run, f"m3po/{name.removeprefix('m3po_')}_grad_norm") == pytest.approx(norms, rel=1e-5)
-        assert min(norms) > 0
-
-
-def test_the_numbers_of_the_loop_are_logged_in_an_evaluation_too(tiny: Any, tmp_path: Path):
-    flags = {**ON, "per_device_eval_batch_size": 4}
-    run = tiny.trainer(tmp_path, flags=flags, model=tiny.with_aslr(), eval_dataset=tiny.prompts().select(range(2)))
-    found = run.evaluate()
-    assert {key for key in found if key.removeprefix("eval_") in METRICS} == {f"eval_m3po/{name}" for name in ROUTED}
-
-
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for the device: `.item()`, `bool()` and the like, and sizes that depend on data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
-        self.count += any(name in str(func) for name in waits)
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_loop_never_makes_the_host_wait_for_the_device(tiny: Any):
-    """As many reads with 8 rows as with 2, in a rollout of 6 steps and in a scoring pass, and as many as without it."""
-    counts = {}
-    for name, model in (("plain", tiny.model()), ("aslr", tiny.with_aslr())):
-        model.generation_config.eos_token_id = None
-        for rows in (2, 8):
-            ids, extra = torch.full((rows, 5), 7), {}
-            if name == "aslr":
-                extra = {"aslr_row_seeds": torch.arange(rows), "is_m3po_inference": False}
-            with Reads() as rollout:
-                state = M3POGenerationState()
-                out = model.generate(ids, do_sample=True, max_new_tokens=6, top_k=0, pad_token_id=0, m3po=state)
-            assert out.shape == (rows, 11) and len(state.statistics) == (4 if name == "aslr" else 0)
-            with Reads() as scoring:
-                model(out, **extra).logits.logsumexp(-1).sum().backward()
-            counts[name, rows] = rollout.count, scoring.count
-    assert counts["aslr", 2] == counts["aslr", 8] == counts["plain", 8]

@@ -33,6 +33,7 @@ from transformers import (
     PrinterCallback,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
 
@@ -93,7 +94,7 @@ def model(kind: str = "llama") -> LlamaForCausalLM | Qwen2ForCausalLM:
 
 
 def with_aslr(kind: str = "llama", scale: float = 0.2, **numbers: Any) -> LlamaForCausalLM | Qwen2ForCausalLM:
-    """The tiny model with modules of ASLR that have trained: by random amounts, 0.2 on average, off their start."""
+    """The tiny model with modules of ASLR as if trained: every entry is off its start by `scale` or so."""
     from transformers.m3po.aslr import ASLR_MODULES, attach_aslr  # this file runs on the pristine upstreams too
 
     net, draws = model(kind), torch.Generator().manual_seed(1)
@@ -102,6 +103,31 @@ def with_aslr(kind: str = "llama", scale: float = 0.2, **numbers: Any) -> LlamaF
         for value in getattr(net.model, name).parameters():
             value.data += scale * torch.randn(value.shape, generator=draws)
     return net
+
+
+def aslr_of(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of ASLR that are used, not their frozen copies, by their names on the base model."""
+    return {
+        name.split("model.")[-1].replace("modules_to_save.default.", ""): value
+        for name, value in model.named_parameters()
+        if "m3po_" in name and not any(part in name for part in ("original_module", "modules_to_save.ref"))
+    }
+
+
+class _Gradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.steps.append({name: value.grad.clone() for name, value in aslr_of(model).items()})  # none is None
+
+
+def aslr_gradients(run: GRPOTrainer) -> list[dict[str, torch.Tensor]]:
+    """Trains; returns the gradients of ASLR's parameters at every step, not clipped if max_grad_norm is 0."""
+    kept = _Gradients()
+    run.add_callback(kept)
+    run.train()
+    return kept.steps
 
 
 def prompts() -> Dataset:
