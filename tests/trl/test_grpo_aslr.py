@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,43 @@ def test_one_latent_path_or_no_round_is_a_run_without_the_loop(
     expected = {"rollout_logp_diff", "rollout_logp_diff_max", "distinct_answers", "aggregator_weight_entropy"}
     assert logged == {f"m3po/{name}" for name in expected}  # of the modules, what they are; nothing of the loop
     assert all(torch.equal(value, start[name]) for name, value in tiny.aslr_of(run.model).items())
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {},
+        *(
+            pytest.param(
+                skipped,
+                marks=pytest.mark.xfail(
+                    raises=RuntimeError,
+                    strict=True,
+                    reason="modules that the forward skips get no gradient, and DDP stops: 'Expected to have finished "
+                    "reduction in the prior iteration'; so does a run with gradient checkpointing (TRL's default), "
+                    "under which Transformers' trainer tells DDP not to look for unused parameters",
+                ),
+            )
+            for skipped in ({"aslr_num_paths": 1}, {"aslr_max_iterations": 0})
+        ),
+    ],
+    ids=str,
+)
+def test_ddp_that_does_not_look_for_unused_parameters_finds_none(tiny: Any, numbers: dict[str, int]):
+    model = tiny.model()
+    attach_aslr(model, **numbers)
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        model(torch.full((2, 5), 7), is_m3po_inference=False).logits.logsumexp(-1).sum().backward()
 
 
 # Beside the model's dtype and an adapter

@@ -216,7 +216,10 @@ def replay(run: GRPOTrainer, batches: list[dict[str, torch.Tensor]]) -> None:
 
 
 def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
-    """Trains; returns every sampled token, every loss of a micro-batch, the last weights and RNG state, and the log."""
+    """Trains; returns every sampled token, every loss of a micro-batch, the last weights and RNG state, and the log.
+
+    With ASLR, the seeds of the rows too, in the order of the rollouts.
+    """
     tokens: list[list[int]] = []
     losses: list[float] = []
 
@@ -233,6 +236,7 @@ def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
         return loss
 
     run.compute_loss = compute_loss
+    batches = keep_batches(run)
     run.train()
     weights = {name: whole(value).detach().clone() for name, value in run.model.state_dict().items()}
     return {
@@ -241,6 +245,7 @@ def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
         "weights": weights,
         "rng": torch.get_rng_state(),
         "log": run.state.log_history,
+        "seeds": [seed for batch in batches for seed in batch.get("aslr_row_seeds", torch.tensor([])).tolist()],
         "shared": all(hasattr(value, "full_tensor") for value in run.model.parameters()),
     }
 
