@@ -189,6 +189,17 @@ REFUSED = [
         "cross_path_temp=0.2 and gating_config temperature=0.3",
         "set one of them",
     ),
+    ({"aslr_num_paths": 0}, "aslr_num_paths=0 is no whole number from 1 on", "seed 2 uses 4"),
+    ({"aslr_num_paths": 2.5}, "aslr_num_paths=2.5 is no whole number from 1 on", "seed 2 uses 4"),
+    ({"aslr_max_iterations": -1}, "aslr_max_iterations=-1 is no whole number from 0 on", "seed 2 uses 2"),
+    ({"aslr_threshold": 1.1}, "aslr_threshold=1.1 is outside [0, 1]", "seed 2 uses 0.5"),
+    ({"aslr_threshold": float("nan")}, "aslr_threshold=nan is outside [0, 1]", "seed 2 uses 0.5"),
+    ({"aslr_gumbel_temp": -0.1}, "aslr_gumbel_temp=-0.1 is not 0 or a positive number", "seed 2 uses 1.0"),
+    ({"aslr_gumbel_temp": float("inf")}, "aslr_gumbel_temp=inf is not 0 or a positive number", "seed 2 uses 1.0"),
+    ({"aslr_cross_path_lambda": -0.1}, "aslr_cross_path_lambda=-0.1 is outside [0, 1]", "seed 2 uses 0.1"),
+    ({"aslr_cross_path_lambda": 1.5}, "aslr_cross_path_lambda=1.5 is outside [0, 1]", "seed 2 uses 0.1"),
+    ({"aslr_cross_path_temp": 0.0}, "aslr_cross_path_temp=0.0 is not above 0", "seed 2 uses 0.1"),
+    ({"aslr_cross_path_temp": float("nan")}, "aslr_cross_path_temp=nan is not above 0", "seed 2 uses 0.1"),
     ({"use_vllm": True}, "use_vllm=True", "vLLM does not let paths interact"),
     (
         {"use_transformers_continuous_batching": True},
@@ -251,7 +262,7 @@ def test_bad_input_gets_one_line_with_the_flag_and_the_mend(
 
 
 GROUPS = [case for case in REFUSED if "world" in case[0]]
-NUMBERS, FEATURES = REFUSED[1:19], [case for case in REFUSED[19:] if case not in GROUPS]
+NUMBERS, FEATURES = REFUSED[1:30], [case for case in REFUSED[30:] if case not in GROUPS]
 
 
 @pytest.mark.parametrize("mode", ["none", "hrpo"])
@@ -269,6 +280,33 @@ def test_without_peers_a_rollout_needs_upstreams_loop_and_distribution_too(
 ):
     said = refused_config(monkeypatch, flags, "hrpo")
     assert said.startswith(start) and "\n" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"use_vllm": True}, "use_vllm=True cannot be combined with aslr_enabled=True: vLLM has no such modules."),
+        (
+            {"use_transformers_continuous_batching": True},
+            "use_transformers_continuous_batching=True cannot be combined with aslr_enabled=True: set it to False.",
+        ),
+    ],
+    ids=["vLLM", "continuous batching"],
+)
+def test_aslr_needs_upstreams_loop_in_the_control_too(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], said: str
+):
+    assert refused_config(monkeypatch, {"aslr_enabled": True, **flags}, "none") == said
+    for mode in ("m3po", "hrpo", "h3po"):  # there the mode is named, which needs it as much
+        assert f"mode='{mode}'" in refused_config(monkeypatch, {"aslr_enabled": True, **flags}, mode)
+
+
+def test_aslr_in_the_control_may_cut_the_distribution_and_split_groups_as_upstream_does(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
+    flags = {"top_k": 5, "top_p": 0.9, "per_device_train_batch_size": 2, "num_generations": 4}
+    assert config(aslr_enabled=True, **flags).aslr_enabled
 
 
 @pytest.mark.parametrize("flags", [flags for flags, _, _ in GROUPS], ids=[start for _, start, _ in GROUPS])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run in mode h3po that stops at a checkpoint and resumes is the uninterrupted run, bit for bit (design 5.6)."""
+"""A run that stops at a checkpoint and resumes is the uninterrupted run, bit for bit: h3po, and ASLR (design 5.6)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig
 
 FLAGS = {
-    "mode": "h3po",
     "answer_start": "#",
     "thinking_residual_r_min": 0.3,
     "thinking_residual_r_max": 0.6,
@@ -22,15 +21,30 @@ FLAGS = {
 }
 
 
-def begin(tiny: Any, folder: Path, kind: str, name: str) -> Any:
-    """A trainer whose gate moves by much more than HRPO's rates would move it in four steps."""
+# name: flags, and what the names of its modules have in common
+RUNS = {
+    "h3po": ({"mode": "h3po"}, "thinking_residual"),
+    "none with ASLR": ({"mode": "none", "aslr_enabled": True}, "m3po_"),
+    "m3po with ASLR": ({"mode": "m3po", "aslr_enabled": True}, "m3po_"),
+}
+
+
+def begin(tiny: Any, folder: Path, kind: str, name: str, flags: dict[str, Any]) -> tuple[Any, list[list[int]]]:
+    """A trainer whose gate moves by much more than HRPO's rates would move it in four steps, and what it samples."""
+    tokens: list[list[int]] = []
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        tokens.extend(completion_ids)
+        return tiny.reward(completions)
+
     start = folder / "start"
     if not start.is_dir():
         tiny.model().save_pretrained(start)
     rates = {"thinking_residual_gate_learning_rate": 1e-2, "thinking_residual_lambda_learning_rate": 1e-1}
     adapter = LoraConfig(r=4, target_modules="all-linear") if kind == "lora" else None
     model = type(tiny.model()).from_pretrained(start)
-    return tiny.trainer(folder / name, flags={**FLAGS, **rates}, model=model, peft_config=adapter)
+    given = {"model": model, "peft_config": adapter, "reward_funcs": reward}
+    return tiny.trainer(folder / name, flags={**FLAGS, **rates, **flags}, **given), tokens
 
 
 def state(run: Any) -> dict[str, torch.Tensor]:
@@ -42,22 +56,27 @@ def state(run: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_has_the_weights_the_reference_and_the_log_of_the_uninterrupted_one(
-    tiny: Any, tmp_path: Path, kind: str
+    tiny: Any, tmp_path: Path, kind: str, name: str
 ):
-    whole = begin(tiny, tmp_path, kind, "whole")
+    flags, ours = RUNS[name]
+    whole, tokens = begin(tiny, tmp_path, kind, "whole", flags)
     start = state(whole)
     whole.train()
     torch.manual_seed(12345)
-    resumed = begin(tiny, tmp_path, kind, "resumed")
+    resumed, later_tokens = begin(tiny, tmp_path, kind, "resumed", flags)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected, found = state(whole), state(resumed)
     assert expected.keys() == found.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
-    for key in ("loss", "kl", "m3po/embeds_ratio", "completions/mean_length"):
-        assert tiny.logged(resumed, key) == tiny.logged(whole, key), key
-    # The comparison is one of moved gates with the gate of step 0, not of two that stood still.
-    gate = [name for name in start if "thinking_residual" in name]
-    kept = [name for name in gate if any(part in name for part in ("reference: ", "original_module"))]
-    assert len(gate) == 10 and len(kept) == 5
-    assert all(torch.equal(start[name], found[name]) == (name in kept) for name in gate)
+    assert len(tokens) == 32 and later_tokens == tokens[16:]
+    logged = {"loss", "kl", "completions/mean_length"}
+    logged |= {"m3po/embeds_ratio"} if name == "h3po" else {"m3po/router_weight_mean", "m3po/latent_diversity_after"}
+    for key in logged:
+        assert len(tiny.logged(whole, key)) == 4 and tiny.logged(resumed, key) == tiny.logged(whole, key), key
+    # The comparison is one of moved modules with those of step 0, not of two that stood still.
+    modules = [name for name in start if ours in name]
+    kept = [name for name in modules if any(part in name for part in ("reference: ", "original_module"))]
+    assert len(modules) == 2 * len(kept) == (10 if name == "h3po" else 18)
+    assert all(torch.equal(start[name], found[name]) == (name in kept) for name in modules)

@@ -21,6 +21,10 @@ TOOL_TEMPLATE = (
 )
 
 
+# What needs rollouts of one call of generate, as a message names it.
+NEEDS_GENERATE = [({"mode": "m3po"}, "mode='m3po'"), ({"aslr_enabled": True}, "aslr_enabled=True")]
+
+
 def add(a: int, b: int) -> int:
     """Adds.
 
@@ -50,6 +54,15 @@ def test_a_family_without_the_hook_is_refused_by_name(tiny: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma"])
+def test_a_family_without_the_hook_is_refused_by_aslr_in_the_control_too(tiny: Any, tmp_path: Path, kind: str):
+    model = other_family(kind)
+    said = f"^aslr_enabled=True is built into llama, qwen2 models; this one is '{kind}'. Leave it out or take another"
+    with pytest.raises(ValueError, match=said):
+        tiny.trainer(tmp_path, flags={"aslr_enabled": True}, model=model)
+    assert not any("m3po_" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma"])
 def test_a_family_without_the_hook_still_trains_as_a_control(tiny: Any, tmp_path: Path, kind: str):
     run = tiny.trainer(tmp_path, flags={"mode": "none"}, model=other_family(kind))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -61,22 +74,39 @@ def test_a_family_without_the_hook_still_trains_as_a_control(tiny: Any, tmp_path
 
 def test_rollouts_from_a_function_are_refused(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    with pytest.raises(ValueError, match="^rollout_func cannot be combined with mode='m3po'.*[Ll]eave it out"):
-        tiny.trainer(tmp_path, flags={"mode": "m3po"}, rollout_func=lambda prompts, trainer: {})
+    for flags, what in NEEDS_GENERATE:
+        with pytest.raises(ValueError, match=f"^rollout_func cannot be combined with {what}.*[Ll]eave it out"):
+            tiny.trainer(tmp_path, flags=flags, rollout_func=lambda prompts, trainer: {})
 
 
 def test_tools_are_refused(tiny: Any, tmp_path: Path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TOOL_TEMPLATE
     tokenizer.response_schema = {"type": "object", "properties": {"content": {"type": "string"}}}
-    with pytest.raises(ValueError, match="^tools cannot be combined with mode='m3po'.*[Ll]eave it out"):
-        tiny.trainer(tmp_path, flags={"mode": "m3po"}, tools=[add], processing_class=tokenizer)
+    for flags, what in NEEDS_GENERATE:
+        with pytest.raises(ValueError, match=f"^tools cannot be combined with {what}.*[Ll]eave it out"):
+            tiny.trainer(tmp_path, flags=flags, tools=[add], processing_class=tokenizer)
 
 
 def test_assisted_decoding_is_refused_at_the_start(tiny: Any, tmp_path: Path):
     flags = {"mode": "m3po", "generation_kwargs": {"prompt_lookup_num_tokens": 2}}
     with pytest.raises(ValueError, match="^generation_kwargs has prompt_lookup_num_tokens"):
         tiny.trainer(tmp_path, flags=flags)
+
+
+@pytest.mark.parametrize("given", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=["beams", "an assistant"])
+def test_aslr_in_a_control_refuses_a_decoding_that_records_no_seeds(tiny: Any, tmp_path: Path, given: dict[str, int]):
+    flags = {"generation_kwargs": given}
+    said = "^generation_kwargs cannot be combined with aslr_enabled=True.*seeds.*or train without ASLR"
+    for more, model in (({"aslr_enabled": True}, tiny.model()), ({}, tiny.with_aslr())):
+        with pytest.raises(ValueError, match=said):
+            tiny.trainer(tmp_path, flags={**flags, **more}, model=model)
+
+
+def test_continuous_batching_is_refused_for_a_model_that_brings_aslr(tiny: Any, tmp_path: Path):
+    """The config cannot know: `aslr_enabled` is left open and becomes the model's."""
+    with pytest.raises(ValueError, match="^use_transformers_continuous_batching cannot be .* aslr_enabled=True"):
+        tiny.trainer(tmp_path, flags={"use_transformers_continuous_batching": True}, model=tiny.with_aslr())
 
 
 def test_a_control_may_decode_with_beams_as_upstream_does(tiny: Any, tmp_path: Path):
@@ -153,13 +183,12 @@ def test_a_trainer_that_scores_in_its_own_way_is_refused(tiny: Any, tmp_path: Pa
 
     given = {"model": tiny.model(), "reward_funcs": tiny.reward, "train_dataset": tiny.prompts()}
     given["processing_class"] = tiny.tokenizer()
-    for mode in ("none", "m3po"):
-        args = GRPOConfig(output_dir=str(tmp_path), mode=mode, **tiny.FLAGS)
-        if mode == "none":
+    Own(args=GRPOConfig(output_dir=str(tmp_path), mode="none", **tiny.FLAGS), **given)
+    for flags, what in NEEDS_GENERATE:
+        args = GRPOConfig(output_dir=str(tmp_path), **flags, **tiny.FLAGS)
+        said = f"^Own has its own _compute_loss, which does not hand the (bags|seeds) of {what} to .*take GRPOTrainer"
+        with pytest.raises(ValueError, match=said):
             Own(args=args, **given)
-        else:
-            with pytest.raises(ValueError, match="^Own has its own _compute_loss, .*take GRPOTrainer"):
-                Own(args=args, **given)
 
 
 @pytest.mark.parametrize("where", ["adapter", "model"])
@@ -183,8 +212,11 @@ def test_the_start_of_a_run_says_its_mode_and_numbers_in_one_line(
     with caplog.at_level("INFO", logger="trl.trainer.grpo_m3po"):
         tiny.trainer(tmp_path, flags={"mode": "m3po", "cross_path_lambda": 0.2})
         tiny.trainer(tmp_path, flags={"mode": "none"})
+        tiny.trainer(tmp_path, flags={"aslr_enabled": True, "aslr_threshold": 0.25})
     said = [record.getMessage() for record in caplog.records if record.name == "trl.trainer.grpo_m3po"]
     assert said == [
         "mode=m3po: lambda=0.2, temperature=0.1, gate=baseline, phase=thinking, answer marker '####'",
         "mode=none",
+        "mode=none; ASLR: aslr_num_paths=4, aslr_max_iterations=2, aslr_threshold=0.25, aslr_gumbel_temp=1.0, "
+        "aslr_cross_path_lambda=0.1, aslr_cross_path_temp=0.1",
     ]

@@ -33,6 +33,7 @@ from transformers import (
     PrinterCallback,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
 
@@ -90,6 +91,43 @@ def model(kind: str = "llama") -> LlamaForCausalLM | Qwen2ForCausalLM:
     net.model.embed_tokens.weight.data.mul_(50)
     net.lm_head.weight.data.mul_(15)
     return net
+
+
+def with_aslr(kind: str = "llama", scale: float = 0.2, **numbers: Any) -> LlamaForCausalLM | Qwen2ForCausalLM:
+    """The tiny model with modules of ASLR as if trained: every entry is off its start by `scale` or so."""
+    from transformers.m3po.aslr import ASLR_MODULES, attach_aslr  # this file runs on the pristine upstreams too
+
+    net, draws = model(kind), torch.Generator().manual_seed(1)
+    attach_aslr(net, **numbers)
+    for name in ASLR_MODULES:
+        for value in getattr(net.model, name).parameters():
+            value.data += scale * torch.randn(value.shape, generator=draws)
+    return net
+
+
+def aslr_of(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of ASLR that are used, not their frozen copies, by their names on the base model."""
+    return {
+        name.split("model.")[-1].replace("modules_to_save.default.", ""): value
+        for name, value in model.named_parameters()
+        if "m3po_" in name and not any(part in name for part in ("original_module", "modules_to_save.ref"))
+    }
+
+
+class _Gradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.steps.append({name: value.grad.clone() for name, value in aslr_of(model).items()})  # none is None
+
+
+def aslr_gradients(run: GRPOTrainer) -> list[dict[str, torch.Tensor]]:
+    """Trains; returns the gradients of ASLR's parameters at every step, not clipped if max_grad_norm is 0."""
+    kept = _Gradients()
+    run.add_callback(kept)
+    run.train()
+    return kept.steps
 
 
 def prompts() -> Dataset:
@@ -178,7 +216,10 @@ def replay(run: GRPOTrainer, batches: list[dict[str, torch.Tensor]]) -> None:
 
 
 def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
-    """Trains; returns every sampled token, every loss of a micro-batch, the last weights and RNG state, and the log."""
+    """Trains; returns every sampled token, every loss of a micro-batch, the last weights and RNG state, and the log.
+
+    With ASLR, the seeds of the rows too, in the order of the rollouts.
+    """
     tokens: list[list[int]] = []
     losses: list[float] = []
 
@@ -195,6 +236,7 @@ def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
         return loss
 
     run.compute_loss = compute_loss
+    batches = keep_batches(run)
     run.train()
     weights = {name: whole(value).detach().clone() for name, value in run.model.state_dict().items()}
     return {
@@ -203,6 +245,7 @@ def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
         "weights": weights,
         "rng": torch.get_rng_state(),
         "log": run.state.log_history,
+        "seeds": [seed for batch in batches for seed in batch.get("aslr_row_seeds", torch.tensor([])).tolist()],
         "shared": all(hasattr(value, "full_tensor") for value in run.model.parameters()),
     }
 
