@@ -10,11 +10,12 @@ from transformers.m3po.aslr import ASLR_MODULES
 
 
 @torch.no_grad()
-def latent_statistics(model: Any) -> dict[str, torch.Tensor]:
+def latent_statistics(model: Any, scale: float) -> dict[str, torch.Tensor]:
     """Numbers of the modules as they are, with their gradients before clipping; 0-dim float32 tensors on the device.
 
     Args:
         model: the policy, with or without an adapter (of its copies of the modules, the trained one is looked at).
+        scale: what the loss was multiplied with before the backward pass.
 
     Returns:
         aggregator_weight_entropy: entropy of the path aggregator's softmax weights, in nats; log P when all paths weigh
@@ -35,7 +36,7 @@ def latent_statistics(model: Any) -> dict[str, torch.Tensor]:
     for name, gradients in trained.items():
         if gradients:
             norms = torch.stack([gradient.float().norm() for gradient in gradients])
-            statistics[f"{name.removeprefix('m3po_')}_grad_norm"] = norms.norm()
+            statistics[f"{name.removeprefix('m3po_')}_grad_norm"] = norms.norm() / scale
     return statistics
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .grpo_aslr import latent_statistics
 from .grpo_m3po_config import GATE_START, check_model_type, thinking_settings, what_needs_generate
-from .grpo_own_modules import prepare_reference
+from .grpo_own_modules import prepare_reference, settle_modules
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +60,7 @@ class GRPORollouts:
                 elsewhere = ["generation_kwargs"]  # beams, or an assistant
         if self.settings is not None or self.aslr:
             self._check_trainer(elsewhere)
+        settle_modules(trainer.model, trainer.args)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             prepare_reference(trainer.accelerator.unwrap_model(trainer.model), reference, trainer.args)
@@ -175,7 +176,8 @@ class GRPORollouts:
         accelerator = self._trainer.accelerator
         if not self.aslr or not accelerator.sync_gradients:
             return
-        for name, value in latent_statistics(accelerator.unwrap_model(model)).items():
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # fp16 scales the loss
+        for name, value in latent_statistics(accelerator.unwrap_model(model), scale).items():
             self._log(name, value)
 
     def log_rollout_diff(self, inputs: dict[str, Any], per_token_logps: torch.Tensor, mask: torch.Tensor) -> None:

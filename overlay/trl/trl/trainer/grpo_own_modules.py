@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers.m3po.aslr import attach_aslr
-from transformers.m3po.aslr_settings import ASLR_NUMBERS, check_aslr_overrides
+from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_overrides
 from transformers.m3po.own_modules import ASLR, OWN_MODULES, RESIDUAL_GATE, OwnModules, copy_own_modules
 from transformers.m3po.residual_gate import attach_residual_gate
 from transformers.m3po.settings import RESIDUAL_MODES
@@ -123,6 +123,20 @@ def _with_modules(given: PeftConfig, wanted: list[OwnModules]) -> PeftConfig:
     names = [name for own in wanted for name in own.names]
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     return config
+
+
+def settle_modules(model: Any, args: Any) -> None:
+    """Makes the modules of the policy what they must be when the optimizer is made, in place.
+
+    They are float32, whatever has cast the model since (TRL casts all that is trainable on quantised base weights); and
+    where the loop of ASLR is skipped its modules are frozen: no gradient will reach them, for which DDP would wait.
+    """
+    for own in wanted_modules(args):
+        trains = own is not ASLR or ASLRNumbers.of(args, {}).runs
+        named = dict(model.named_parameters())
+        for name in own.among(named):
+            named[name].data = named[name].data.float()
+            named[name].requires_grad_(named[name].requires_grad and trains)
 
 
 def prepare_reference(policy: Any, reference: Any, args: Any) -> None:
