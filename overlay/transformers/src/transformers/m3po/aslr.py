@@ -213,8 +213,8 @@ def check_row_seeds(row_seeds: torch.Tensor, rows: int) -> None:
     """
     if row_seeds.shape != (rows,) or row_seeds.is_floating_point() or row_seeds.dtype == torch.bool:
         raise ValueError(
-            f"row_seeds of shape {tuple(row_seeds.shape)} and dtype {row_seeds.dtype} for {rows} rows: give a 1-D tensor "
-            "with one integer per row."
+            f"row_seeds of shape {tuple(row_seeds.shape)} and dtype {row_seeds.dtype} for {rows} rows: give a 1-D "
+            "tensor with one integer per row."
         )
 
 
