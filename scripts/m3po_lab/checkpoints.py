@@ -18,6 +18,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.aslr_settings import ASLR_NUMBERS
+from transformers.m3po.own_modules import ASLR, RESIDUAL_GATE
+from transformers.m3po.settings import RESIDUAL_MODES
 from trl import GRPOConfig
 from trl.trainer.grpo_m3po import checkpoint_info
 from trl.trainer.grpo_m3po_config import GATE_START
@@ -99,12 +101,24 @@ def missing_part(checkpoint: Path) -> str | None:
     for archive in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
         if not zipfile.is_zipfile(archive):
             return archive.name
+    keys: list[str] = []
     for weights in checkpoint.glob("*.safetensors"):
         try:
-            with safe_open(weights, framework="pt"):
-                pass
+            with safe_open(weights, framework="pt") as content:
+                keys += content.keys()
         except (SafetensorError, OSError):
             return weights.name
+    return missing_module(checkpoint, keys) if keys else None  # other engines have files of their own
+
+
+def missing_module(checkpoint: Path, keys: list[str]) -> str | None:
+    """The first parameter of a residual gate or of ASLR that `m3po.json` tells of and that is not among the weights."""
+    numbers = read_json(checkpoint / "m3po.json") or {}
+    told = {RESIDUAL_GATE: numbers.get("mode") in RESIDUAL_MODES, ASLR: numbers.get(ASLR.switch)}
+    for own, has in told.items():
+        for name in own.parameters if has else ():
+            if not any(key.endswith(f".{name}") for key in keys):
+                return name
     return None
 
 

@@ -35,7 +35,7 @@ ASLR_NOT_SERVABLE = (
 def export(checkpoint: Path, out: Path, dtype: str, aslr: bool) -> tuple[str, bool]:
     """Write `checkpoint` to `out`, whole or not at all; returns its mode and whether `out` has ASLR.
 
-    `aslr`: keep the modules of ASLR if the checkpoint has them.
+    With `aslr` the modules of ASLR are kept where the checkpoint has them.
 
     Raises:
         UserError: the checkpoint is none of ours or of a mode that cannot stand alone, or `out` is in use.

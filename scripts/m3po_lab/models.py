@@ -213,7 +213,10 @@ def _attach(own: OwnModules, base: PreTrainedModel, numbers: dict[str, Any]) -> 
         return
     missing = [name for name in (ASLR.switch, *ASLR_NUMBERS) if name not in numbers]
     if missing:
-        raise ValueError(f"its adapter brings ASLR, and its {CHECKPOINT_FILE} does not say {missing[0]}")
+        raise ValueError(
+            f"its adapter brings ASLR, and its {CHECKPOINT_FILE} does not say {missing[0]}; take the folder as its run "
+            "saved it"
+        )
     attach_aslr(base, **{name: numbers[name] for name in ASLR_NUMBERS})
 
 
@@ -233,8 +236,14 @@ def _brought_modules(folder: Path) -> list[OwnModules]:
         if named:
             missing = [name for name in own.parameters if not any(key.endswith(name) for key in found)]
             if missing:
-                raise ValueError(f"its adapter_config.json names {own.article}, and its weights lack {missing[0]}")
+                raise ValueError(
+                    f"its adapter_config.json names {own.article}, and its weights lack {missing[0]}; take the folder "
+                    "as its run saved it"
+                )
             brought.append(own)
         elif found:
-            raise ValueError(f"its weights have {found[0]}, and its adapter_config.json does not name {own.article}")
+            raise ValueError(
+                f"its weights have {found[0]}, and its adapter_config.json does not name {own.article}; take the "
+                "folder as its run saved it"
+            )
     return brought

@@ -23,7 +23,7 @@ def mode_words(mode: str) -> list[str]:
         from m3po_lab.config import UserError
 
         raise UserError(f"--modes {mode} is unknown: give a mode, or a mode and +aslr.")
-    return ["--mode", name, *(["--aslr_enabled", "true"] if extra else [])]
+    return ["--mode", name, "--aslr_enabled", "true" if extra else "false"]
 
 
 def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[str]) -> list[str]:

@@ -207,6 +207,18 @@ def test_resuming_with_other_aslr_is_refused(
     assert "checkpoint-2 was trained with" in error and "aslr_" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_that_lacks_a_module_is_not_resumed(
+    kind: str, run_of: Runs, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(run_of(kind, "m3po", True) / "checkpoint-2", tmp_path / "run" / "checkpoint-2"))
+    file, weights = next(folder.glob("*.safetensors")), weights_of(folder)
+    save_file({name: value for name, value in weights.items() if "m3po_router" not in name}, file, {"format": "pt"})
+    given = [*words(kind, "m3po", True), "--output_dir", str(folder.parent), "--resume_from_checkpoint", str(folder)]
+    assert main([str(tiny_config), *given]) == 2
+    assert "cannot be resumed: m3po_router.gate.weight is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("kind", "mode"), WITH_ASLR)
 def test_exported_model_keeps_its_aslr_or_leaves_it_out(
     kind: str, mode: str, run_of: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -9,12 +9,13 @@ import pytest
 from m3po_lab.compare import comparison
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_json
-from m3po_lab.sweep import main, run_words
+from m3po_lab.sweep import main, mode_words, run_words
 
 
 def test_a_run_starts_resumes_or_starts_anew_as_its_folder_says(finished_run: Path, tmp_path: Path) -> None:
     config, folder = Path("x.yaml"), tmp_path / "none-seed3"
-    start = ["x.yaml", "--max_steps", "6", "--mode", "none", "--seed", "3", "--output_dir", str(folder)]
+    start = ["x.yaml", "--max_steps", "6", "--mode", "none", "--aslr_enabled", "false", "--seed", "3"]
+    start += ["--output_dir", str(folder)]
     assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == start
     shutil.copytree(finished_run / "checkpoint-2", folder / "checkpoint-2")
     assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == [*start, "--resume_from_checkpoint", "true"]
@@ -58,3 +59,14 @@ def test_start_accuracy_may_differ_where_the_residual_gate_is_fresh(finished_run
     write_json(Path(files[2]), {**summary, "mode": "m3po", "accuracy_before": 0.25})
     with pytest.raises(UserError, match="differ in accuracy_before"):
         comparison(files)
+
+
+def test_a_mode_with_aslr_is_one_of_its_own_in_flags_and_comparison(finished_run: Path, tmp_path: Path) -> None:
+    assert mode_words("m3po+aslr") == ["--mode", "m3po", "--aslr_enabled", "true"]
+    with pytest.raises(UserError, match="--modes m3po.alsr is unknown: give a mode, or a mode and .aslr"):
+        mode_words("m3po+alsr")
+    summary = read_json(finished_run / "summary.json") or {}
+    write_json(tmp_path / "plain.json", summary)
+    write_json(tmp_path / "aslr.json", summary | {"aslr_enabled": True})
+    text = comparison([str(tmp_path / "plain.json"), str(tmp_path / "aslr.json")])
+    assert "| `none` |" in text and "| `none+aslr` |" in text and "`none+aslr` against `none`: 1 common seeds" in text

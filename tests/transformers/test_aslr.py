@@ -917,3 +917,27 @@ def test_the_classes_of_seed_2_can_be_imported_from_the_model_files(home, tiny_l
     assert torch.equal(base.m3po_router(states), torch.full((2, 4, 1), 0.5))
     assert base.m3po_path_collaborator(states, 0.1).shape == (2, 4, 32)
     assert torch.equal(base.m3po_path_aggregator(states), torch.zeros(2, 32))
+
+
+def test_a_quantised_layer_is_refused(make):
+    model = with_aslr(make())
+    gate = model.model.m3po_router.gate
+    gate.weight = torch.nn.Parameter(gate.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="was quantised to torch.int8: load the plain model quantised"):
+        model(torch.ones(1, 3, dtype=torch.long), is_m3po_inference=False)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_checkpoint_in_a_subfolder_is_judged_by_its_own_configuration(make, tmp_path, on):
+    model = with_aslr(make())
+    model.save_pretrained(tmp_path / "deep")
+    loaded = type(model).from_pretrained(tmp_path, subfolder="deep", **({} if on else {"aslr_enabled": False}))
+    assert hasattr(loaded.model, "m3po_router") == on
+
+
+def test_a_state_dict_without_a_checkpoint_is_not_looked_for_elsewhere(make):
+    model = make()
+    config = copy.deepcopy(model.config)
+    config.aslr_enabled = True
+    loaded = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
+    assert torch.equal(loaded.model.m3po_path_aggregator.weight_proj.weight, torch.zeros(32, 32))

@@ -11,7 +11,14 @@ import torch
 from reference.gated import STRONG, narrow_tokenizer
 from reference.latent import positions_of, with_aslr
 from reference.tiny import alive_before, left_padded, teacher_forced_logps
-from transformers import GenerationConfig, StaticCache
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StaticCache,
+)
 from transformers.generation import ContinuousBatchingManager
 from transformers.m3po import M3POGenerateOutput, M3POGenerationState
 
@@ -232,9 +239,9 @@ def test_the_seeds_alone_tell_greedy_rollouts_apart(make):
 @pytest.mark.parametrize("count", [1, 5, 7])
 def test_there_is_a_seed_for_each_row_or_an_error(make, count):
     model = with_aslr(make())
-    with pytest.raises(ValueError, match=rf"^row_seeds of shape \({count},\) .* for 6 rows: give a 1-D tensor"):
+    with pytest.raises(ValueError, match=rf"^aslr_row_seeds of shape \({count},\) .* for 6 rows: give a 1-D tensor"):
         rollout(model, m3po=M3POGenerationState(row_seeds=torch.arange(count)))
-    with pytest.raises(ValueError, match=rf"^row_seeds of shape \({count},\) .* for 12 rows"):
+    with pytest.raises(ValueError, match=rf"^aslr_row_seeds of shape \({count},\) .* for 12 rows"):
         rollout(model, num_return_sequences=2, m3po=M3POGenerationState(row_seeds=torch.arange(count)))
 
 
@@ -528,3 +535,35 @@ def test_the_position_ids_of_a_scoring_pass_are_those_of_the_rollout(make):
     assert (right - wrong)[real].abs().max() > 1e-2
     unpadded = real.all(1)
     torch.testing.assert_close(right[unpadded], wrong[unpadded], atol=CLOSE, rtol=CLOSE)
+
+
+def test_numbers_in_a_generation_config_are_refused(make):
+    model = with_aslr(make())
+    config = GenerationConfig(aslr_max_iterations=0, max_new_tokens=2)
+    with pytest.raises(ValueError, match="^aslr_max_iterations in a generation config is not read"):
+        model.generate(**left_padded([4, 2, 3]), generation_config=config, is_m3po_inference=False)
+
+
+def test_seeds_on_a_plain_model_are_refused(make):
+    assert "row_seeds do nothing" in refusal(make(), m3po=M3POGenerationState(row_seeds=torch.arange(6)))
+
+
+def test_an_override_of_a_loop_that_is_skipped_is_refused(make):
+    said = refusal(with_aslr(make()), is_m3po_inference=True, aslr_threshold=0.25)
+    assert "aslr_threshold does nothing with is_m3po_inference=True" in said
+
+
+def test_aslr_inside_a_composite_model_is_refused():
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        aslr_enabled=True,
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63))
+    with pytest.raises(ValueError, match="aslr_enabled=True in the text_config of a 'llava' model"):
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=1, is_m3po_inference=True)

@@ -68,6 +68,14 @@ def test_every_tensor_reaches_its_module(content: dict[str, Any], tmp_path: Path
     assert torch.equal(base.m3po_path_aggregator.weight_proj.weight, projection)
 
 
+def test_the_copy_that_peft_keeps_of_the_start_is_left_out(tmp_path: Path) -> None:
+    start = {name: torch.zeros_like(value) for name, value in flat("model.", "original_module.").items()}
+    torch.save(start | flat("model.", "modules_to_save.default."), tmp_path / "m3po_modules.bin")
+    net = model()
+    load_seed_modules(net, tmp_path / "m3po_modules.bin")
+    assert torch.equal(net.model.m3po_router.gate.weight, seed_weights()["m3po_router"]["gate.weight"])
+
+
 def test_collaborator_computes_what_the_seeds_attention_does(tmp_path: Path) -> None:
     """At temperature 1, where ours is `nn.MultiheadAttention`."""
     torch.save(seed_weights(), tmp_path / "m3po_modules.bin")
@@ -88,6 +96,7 @@ def test_collaborator_computes_what_the_seeds_attention_does(tmp_path: Path) -> 
         (lambda content: content.update({"m3po_router.extra": torch.ones(1)}), "has m3po_router.extra"),
         (lambda content: content.update({"lm_head.weight": torch.ones(1)}), "has lm_head.weight"),
         (lambda content: content.update({"m3po_path_aggregator.weight": torch.ones(4)}), "the aslr_num_paths"),
+        (lambda content: content.update({"model.m3po_router.gate.bias": torch.ones(1)}), "gate.bias twice"),
     ],
 )
 def test_file_that_does_not_fit_is_refused_and_changes_nothing(change: Any, said: str, tmp_path: Path) -> None:

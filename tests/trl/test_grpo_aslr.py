@@ -342,3 +342,20 @@ def test_what_is_saved_has_the_logits_of_the_run_and_its_numbers(tiny: Any, tmp_
         loaded = type(tiny.model()).from_pretrained(tmp_path / "export")
     assert torch.equal(logits(loaded), logits(run.model))
     assert (logits(tiny.with_aslr(**GIVEN)) - logits(run.model)).abs().max() > 0.1  # it has trained
+
+
+def test_a_policy_loaded_without_its_aslr_has_a_reference_without_it(tiny: Any, tmp_path: Path):
+    """TRL loads the reference by the policy's name, where ASLR is on."""
+    trained = tiny.with_aslr()
+    trained.save_pretrained(tmp_path / "start")
+    plain = type(trained).from_pretrained(tmp_path / "start", aslr_enabled=False)
+    run = tiny.trainer(tmp_path / "run", flags={"beta": 0.1, "max_steps": 1}, model=plain)
+    run.train()
+    assert tiny.logged(run, "kl")[0] < 1e-8
+
+
+@pytest.mark.parametrize("mode", ["none", "m3po"])
+def test_a_number_among_the_generation_kwargs_is_refused(tiny: Any, tmp_path: Path, mode: str):
+    flags = {**ON, "mode": mode, "generation_kwargs": {"aslr_max_iterations": 0}, "max_steps": 1}
+    with pytest.raises(ValueError, match="aslr_max_iterations"):
+        tiny.trainer(tmp_path, flags=flags).train()

@@ -25,7 +25,7 @@ def latent_statistics(model: Any, scale: float) -> dict[str, torch.Tensor]:
     trained: dict[str, list[torch.Tensor]] = {name: [] for name in ASLR_MODULES}
     shares = None
     for name, parameter in model.named_parameters():
-        owner = next((module for module in ASLR_MODULES if module in name), None)
+        owner = next((part for part in name.split(".") if part in ASLR_MODULES), None)
         if owner is None or not parameter.requires_grad:
             continue
         if parameter.grad is not None:

@@ -85,7 +85,7 @@ class GRPORollouts:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         what = what_needs_generate(self._trainer.args)
         record = "bags" if self.mode != "none" else "seeds"
-        mend = "set mode='none'" if self.mode != "none" else "train without ASLR"
+        mend = " and ".join(["set mode='none'"] * (self.mode != "none") + ["train without ASLR"] * self.aslr)
         check_model_type(model, what)
         if elsewhere:
             why = "where the paths interact" if self.mode != "none" else "which records the seeds of its noise"
@@ -174,7 +174,8 @@ class GRPORollouts:
     def log_gradients(self, model: Any) -> None:
         """Logs the gradient norms of the modules of ASLR, when all gradients of an optimizer step are there."""
         accelerator = self._trainer.accelerator
-        if not self.aslr or not accelerator.sync_gradients:
+        trains = self.aslr and ASLRNumbers.of(self._trainer.args, {}).runs
+        if not trains or not accelerator.sync_gradients:
             return
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # fp16 scales the loss
         for name, value in latent_statistics(accelerator.unwrap_model(model), scale).items():

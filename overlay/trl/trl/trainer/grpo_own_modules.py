@@ -86,8 +86,9 @@ def _settle_aslr(base: Any, args: Any) -> None:
     if not args.aslr_enabled:
         if ASLR.on(base):
             raise ValueError(
-                "aslr_enabled=False, and the model has ASLR (aslr_enabled in its config): leave the flag out, or load "
-                "the model with aslr_enabled=False."
+                "aslr_enabled=False, and the model has ASLR (aslr_enabled in its config): leave the flag out, or start "
+                "from the model without it (make export-model ... ASLR=off, or from_pretrained(..., aslr_enabled="
+                "False))."
             )
         if given:
             raise ValueError(f"{next(iter(given))} does nothing without ASLR: set aslr_enabled=True, or leave it out.")
@@ -129,7 +130,8 @@ def settle_modules(model: Any, args: Any) -> None:
     """Makes the modules of the policy what they must be when the optimizer is made, in place.
 
     They are float32, whatever has cast the model since (TRL casts all that is trainable on quantised base weights); and
-    where the loop of ASLR is skipped its modules are frozen: no gradient will reach them, for which DDP would wait.
+    where the loop of ASLR is skipped its modules are not among what DDP and the optimizer take, since no gradient would
+    reach them and DDP would wait for it.
     """
     for own in wanted_modules(args):
         trains = own is not ASLR or ASLRNumbers.of(args, {}).runs
@@ -140,8 +142,15 @@ def settle_modules(model: Any, args: Any) -> None:
 
 
 def prepare_reference(policy: Any, reference: Any, args: Any) -> None:
-    """Gives the reference model, loaded with such modules or without, those that the policy starts with."""
-    for own in wanted_modules(args):
+    """Gives the reference model, loaded with such modules or without, those that the policy starts with, and no other.
+
+    TRL loads it by the policy's name, so it may have modules that the policy was loaded without.
+    """
+    for own in OWN_MODULES:
+        if own not in wanted_modules(args):
+            if own.on(reference):
+                setattr(reference.config, own.switch, False)
+            continue
         if not own.on(reference):
             _attach(own, reference, args)
         copy_own_modules(own, policy, reference)

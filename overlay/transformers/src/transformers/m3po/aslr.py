@@ -12,7 +12,8 @@ With s the hidden state after the last norm, ρ its RMS and z = s / ρ:
 n is `latent_noise`. The modules start as the identity: the collaborator's four projections are unit matrices, so that a
 path begins by listening to those like it, and W = 0 and c = 0, so that s' is s bit for bit; W and c get gradient at
 once and the rest from the second step, as with LoRA. The seed's form, a blend of s with its aggregate, would carry the
-noise into the output from the start. All of it is float32 whatever the model's dtype.
+noise into the output from the start. All of it is float32 whatever the model's dtype
+(an engine that hands out parameters in bf16 is the exception, see `float32`).
 
 Axes besides those of the package: P latent paths, R rounds.
 """
@@ -29,7 +30,6 @@ from torch import nn
 from .. import initialization as init
 from ..utils import logging
 from .aslr_settings import (
-    ASLR_DEFAULTS,
     ASLR_NUMBERS,
     NUM_HEADS,
     ASLRNumbers,
@@ -37,6 +37,7 @@ from .aslr_settings import (
     check_aslr_overrides,
     has_aslr,
 )
+from .float32 import linear
 from .latent_noise import latent_noise
 
 logger = logging.get_logger(__name__)
@@ -58,11 +59,6 @@ GATE_SLOPE = 10.0  # of the soft gate, as in seed 2
 MAX_SEED = 1 << 31
 
 
-def _linear(layer: nn.Linear, values: torch.Tensor) -> torch.Tensor:
-    """A layer in its own dtype: float32, unless somebody has cast the whole model."""
-    return layer(values.to(layer.weight.dtype)).float()
-
-
 class M3PORouter(nn.Module):
     """Says how much a position needs the loop: one linear layer and a sigmoid, 0.5 everywhere at the start.
 
@@ -77,7 +73,7 @@ class M3PORouter(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., H) float32 -> the score g (..., 1) float32 in (0, 1)."""
-        return torch.sigmoid(_linear(self.gate, states))
+        return torch.sigmoid(linear(self.gate, states))
 
     @torch.no_grad()
     def m3po_init_weights(self) -> None:
@@ -108,10 +104,10 @@ class M3POPathCollaborator(nn.Module):
             temperature: divides the attention's logits (`aslr_cross_path_temp`), above 0.
         """
         heads = (*paths.shape[:-1], 3, NUM_HEADS, paths.shape[-1] // NUM_HEADS)
-        queries, keys, values = _linear(self.in_proj, paths).view(heads).transpose(-4, -2).unbind(-3)
+        queries, keys, values = linear(self.in_proj, paths).view(heads).transpose(-4, -2).unbind(-3)
         scale = 1.0 / (math.sqrt(heads[-1]) * temperature)
         weights = (queries * scale @ keys.transpose(-1, -2)).softmax(-1)  # (..., heads, P, P)
-        return _linear(self.out_proj, (weights @ values).transpose(-3, -2).flatten(-2))
+        return linear(self.out_proj, (weights @ values).transpose(-3, -2).flatten(-2))
 
     @torch.no_grad()
     def m3po_init_weights(self) -> None:
@@ -147,7 +143,7 @@ class M3POPathAggregator(nn.Module):
                 f"aslr_num_paths={paths.shape[-2]}: this path aggregator was built for {self.weight.shape[0]}."
             )
         shares = self.weight.float().softmax(-1)
-        return _linear(self.weight_proj, (shares.unsqueeze(-1) * paths).sum(-2))
+        return linear(self.weight_proj, (shares.unsqueeze(-1) * paths).sum(-2))
 
     @torch.no_grad()
     def m3po_init_weights(self) -> None:
@@ -183,7 +179,7 @@ def attach_aslr(model: Any, **numbers: Any) -> None:
         ValueError: a number breaks its rule.
     """
     base = model.base_model
-    given = ASLR_DEFAULTS | {name: getattr(base.config, name) for name in ASLR_NUMBERS} | numbers
+    given = {name: getattr(base.config, name) for name in ASLR_NUMBERS} | numbers
     check_aslr_numbers(given, base.config.hidden_size)
     for config in {id(net.config): net.config for net in (model, base)}.values():
         config.aslr_enabled = True
@@ -192,7 +188,7 @@ def attach_aslr(model: Any, **numbers: Any) -> None:
     with torch.random.fork_rng(devices=[]):  # a layer draws a start of its own, which is replaced
         add_aslr(base)
     for name in ASLR_MODULES:
-        getattr(base, name).to(base.embed_tokens.weight.device)
+        getattr(base, name).to(base.norm.weight.device)  # where the states come from
 
 
 def runs_aslr(is_m3po_inference: bool | None) -> bool:
@@ -213,7 +209,7 @@ def check_row_seeds(row_seeds: torch.Tensor, rows: int) -> None:
     """
     if row_seeds.shape != (rows,) or row_seeds.is_floating_point() or row_seeds.dtype == torch.bool:
         raise ValueError(
-            f"row_seeds of shape {tuple(row_seeds.shape)} and dtype {row_seeds.dtype} for {rows} rows: give a 1-D "
+            f"aslr_row_seeds of shape {tuple(row_seeds.shape)} and dtype {row_seeds.dtype} for {rows} rows: give a 1-D "
             "tensor with one integer per row."
         )
 

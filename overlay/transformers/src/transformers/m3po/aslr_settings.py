@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 NUM_HEADS = 8  # of the path collaborator, as in seed 2
+MAX_PATHS = 1 << 16  # what the noise can number
 
 
 class ASLRNumbers(NamedTuple):
@@ -67,7 +68,7 @@ def check_aslr_numbers(numbers: Mapping[str, Any], hidden_size: int | None = Non
         ValueError: one line that names the flag, its rule and what to set.
     """
     rules = {
-        "aslr_num_paths": (lambda value: _whole(value) and value >= 1, "is no whole number from 1 on"),
+        "aslr_num_paths": (lambda value: _whole(value) and 1 <= value < MAX_PATHS, "is no whole number from 1 on"),
         "aslr_max_iterations": (lambda value: _whole(value) and value >= 0, "is no whole number from 0 on"),
         "aslr_threshold": (lambda value: 0.0 <= value <= 1.0, "is outside [0, 1]"),
         "aslr_gumbel_temp": (lambda value: 0.0 <= value < float("inf"), "is not 0 or a positive number"),
@@ -76,7 +77,11 @@ def check_aslr_numbers(numbers: Mapping[str, Any], hidden_size: int | None = Non
     }
     for name, (holds, complaint) in rules.items():
         value = numbers.get(name)
-        if value is not None and not (isinstance(value, int | float) and holds(value)):
+        if value is None:
+            continue
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give a Python number.")
+        if not holds(value):
             raise ValueError(f"{name}={value} {complaint}; seed 2 uses {ASLR_DEFAULTS[name]}.")
     if hidden_size is not None and hidden_size % NUM_HEADS:
         raise ValueError(

@@ -59,6 +59,21 @@ class LatentRollout:
         self.trace = torch.zeros(rows, max_new_tokens, TRACE_WIDTH, device=device)
         self._sampled = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
 
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        max_new_tokens: int,
+        row_seeds: torch.Tensor | None,
+        overrides: Mapping[str, Any],
+    ) -> LatentRollout | None:
+        """The ASLR side of a rollout of `input_ids` (B, L); None on a model without ASLR and at inference."""
+        if not has_aslr(model) or not runs_aslr(generation_config.is_m3po_inference):
+            return None
+        return cls(model, len(input_ids), max_new_tokens, input_ids.device, row_seeds, overrides)
+
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The record."""
@@ -102,17 +117,3 @@ class LatentRollout:
         }
         count = self._sampled.sum()
         return {name: torch.where(self._sampled, value, 0.0).sum() / count for name, value in means.items()}
-
-
-def latent_rollout(
-    model: Any,
-    input_ids: torch.Tensor,
-    generation_config: GenerationConfig,
-    max_new_tokens: int,
-    row_seeds: torch.Tensor | None,
-    overrides: Mapping[str, Any],
-) -> LatentRollout | None:
-    """The ASLR side of a rollout of `input_ids` (B, L); None on a model without ASLR and at inference."""
-    if not has_aslr(model) or not runs_aslr(generation_config.is_m3po_inference):
-        return None
-    return LatentRollout(model, len(input_ids), max_new_tokens, input_ids.device, row_seeds, overrides)

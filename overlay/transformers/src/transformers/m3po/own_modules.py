@@ -42,7 +42,7 @@ class OwnModules:
 RESIDUAL_GATE = OwnModules(
     "thinking_residual_enabled", "residual gate", "a residual gate", GATE_MODULES, GATE_PARAMETERS, add_residual_gate
 )
-ASLR = OwnModules("aslr_enabled", "ASLR", "ASLR", ASLR_MODULES, ASLR_PARAMETERS, add_aslr)
+ASLR = OwnModules("aslr_enabled", "ASLR modules", "ASLR", ASLR_MODULES, ASLR_PARAMETERS, add_aslr)
 OWN_MODULES = (RESIDUAL_GATE, ASLR)
 
 
@@ -58,8 +58,23 @@ def copy_own_modules(own: OwnModules, source: Any, target: Any) -> None:
         getattr(target.base_model, name).load_state_dict(getattr(source.base_model, name).state_dict())
 
 
+def refuse_nested(model: Any) -> None:
+    """Refuses modules in the language model of a composite one, whose own configuration does not speak of them.
+
+    Raises:
+        ValueError: it names the switch.
+    """
+    text = model.config.get_text_config()
+    for own in OWN_MODULES:
+        if text is not model.config and getattr(text, own.switch, False):
+            raise ValueError(
+                f"{own.switch}=True in the text_config of a {model.config.model_type!r} model: decoding would not know "
+                "of it. Take a Llama or Qwen2 model, or set it to False."
+            )
+
+
 def check_loaded_modules(
-    model: Any, missing_keys: Iterable[str], unexpected_keys: Iterable[str], checkpoint: Any
+    model: Any, missing_keys: Iterable[str], unexpected_keys: Iterable[str], load_config: Any
 ) -> None:
     """Hook of `from_pretrained`: modules that a checkpoint says it has are loaded whole, and none is dropped unasked.
 
@@ -67,7 +82,7 @@ def check_loaded_modules(
         model: as loaded.
         missing_keys: the parameters that the checkpoint lacks or has in another shape.
         unexpected_keys: those that the model lacks.
-        checkpoint: folder or name of the checkpoint.
+        load_config: upstream's description of what is loaded, with the checkpoint's name and where to look for it.
 
     Raises:
         ValueError: the checkpoint's own `config.json` has the switch on and a parameter is missing, or has it off and
@@ -79,7 +94,7 @@ def check_loaded_modules(
         missing, unexpected = own.among(missing_keys), own.among(unexpected_keys)
         if not (missing if own.on(model) else unexpected):
             continue
-        stored = _stored_config(model, checkpoint)
+        checkpoint, stored = load_config.pretrained_model_name_or_path, _stored_config(model, load_config)
         if own.on(model) and stored.get(own.switch):
             raise ValueError(
                 f"{checkpoint} says {own.switch}=True in its config.json but has no {missing[0]} of the right shape: "
@@ -93,10 +108,13 @@ def check_loaded_modules(
             )
 
 
-def _stored_config(model: Any, checkpoint: Any) -> dict[str, Any]:
-    """The `config.json` of a checkpoint; {} if it has none, as a GGUF file."""
+def _stored_config(model: Any, load_config: Any) -> dict[str, Any]:
+    """The `config.json` of a checkpoint; {} if it has none, as a GGUF file or a state dict."""
+    if load_config.pretrained_model_name_or_path is None:
+        return {}
     try:
-        stored, _ = type(model.config).get_config_dict(checkpoint)
+        where = load_config.pretrained_model_name_or_path, load_config.download_kwargs or {}
+        stored, _ = type(model.config).get_config_dict(where[0], **where[1])
     except OSError:
         return {}
     return stored

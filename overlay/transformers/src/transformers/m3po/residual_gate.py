@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import initialization as init
+from .float32 import linear
 from .model_config import check_bounds
 
 # The gate's modules on the base model, in HRPO's names; a checkpoint with the gate has all of their parameters.
@@ -95,16 +96,11 @@ def thinking_residual(model: Any, embeds: torch.Tensor, residual: torch.Tensor) 
     """
     with torch.autocast(embeds.device.type, enabled=False):
         own = embeds.float()
-        gate = torch.sigmoid(_linear(model.thinking_residual_gate_r, own))
-        share = torch.sigmoid(_linear(model.thinking_residual_gate_i, own))
+        gate = torch.sigmoid(linear(model.thinking_residual_gate_r, own))
+        share = torch.sigmoid(linear(model.thinking_residual_gate_i, own))
         decay = model.thinking_residual_Lambda(gate)
         mixed = decay * own + torch.sqrt(1.0 - decay.square() + 1e-8) * (share * residual.float())
     return mixed.to(embeds.dtype), decay
-
-
-def _linear(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    """A layer in its own dtype: float32, unless somebody has cast the whole model."""
-    return layer(values.to(layer.weight.dtype)).float()
 
 
 def attach_residual_gate(model: Any, r_min: float, r_max: float, seed: int) -> None:

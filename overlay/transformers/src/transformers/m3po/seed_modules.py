@@ -29,7 +29,8 @@ def load_seed_modules(model: Any, file: str | Path) -> None:
 
     Seed 2 aggregates to W x and ours to s + (W - 1) x, so the unit matrix is taken off its `weight_proj.weight`. It is
     a start for a training and not the same function: seed 2 refines the last position alone (E8), with other noise
-    (E9), without a temperature, and its attention reads states that are not divided by their RMS.
+    (E9), without a temperature, and its attention reads states that are not divided by their RMS, by which the
+    aggregator's bias is multiplied here.
 
     Args:
         model: a Llama or Qwen2 model with ASLR.
@@ -41,7 +42,14 @@ def load_seed_modules(model: Any, file: str | Path) -> None:
     if not has_aslr(model):
         raise ValueError(f"{file} holds ASLR modules and the model has none; load it with aslr_enabled=True.")
     stored = torch.load(file, map_location="cpu", weights_only=True)
-    found = {RENAMED.get(name, name): tensor for name, tensor in _tensors(stored)}
+    found: dict[str, torch.Tensor] = {}
+    for given, tensor in _tensors(stored):
+        if "original_module." in given:  # PEFT's copy of what the training began with
+            continue
+        name = RENAMED.get(given, given)
+        if name in found:
+            raise ValueError(f"{file} has {name} twice; leave one copy of each module in it.")
+        found[name] = tensor
     targets = {name: model.base_model.get_parameter(name) for name in ASLR_PARAMETERS}
     for name, target in targets.items():
         if name not in found:

@@ -17,7 +17,8 @@ from ..utils import ModelOutput
 from .aslr_settings import ASLR_NUMBERS, check_aslr_overrides, has_aslr
 from .bags import mix_bags
 from .interaction import GatingFunction
-from .latent_rollout import LatentRollout, latent_rollout
+from .latent_rollout import LatentRollout
+from .own_modules import refuse_nested
 from .residual_gate import has_residual_gate
 from .rollout import SUPPORTED_MODEL_TYPES, ThinkingRollout
 from .settings import CROSS_PATH_MODES, THOUGHT_FLAGS, ThinkingSettings
@@ -130,6 +131,11 @@ class M3POGenerationState:
         return self._rollout.bag_weights if self._rollout is not None and self._rollout.has_bags else None
 
     @property
+    def has_given_seeds(self) -> bool:
+        """Whether the seeds of the rows were given."""
+        return self._given_seeds is not None
+
+    @property
     def row_seeds(self) -> torch.Tensor | None:
         return None if self._latent is None else self._latent.row_seeds
 
@@ -156,7 +162,7 @@ class M3POGenerationState:
         self.rollout_logps = torch.zeros(rows, max_new_tokens, device=input_ids.device)
         self.statistics = {}
         self._rollout = None
-        self._latent = latent_rollout(
+        self._latent = LatentRollout.of(
             model, input_ids, generation_config, max_new_tokens, self._given_seeds, self.aslr_overrides
         )
         # What the distribution of a greedy token lacks to be that of its thought.
@@ -359,8 +365,8 @@ def check_generation_mode(
             one of ASLR that breaks its rule or does nothing on this model.
     """
     state = (generation_mode_kwargs or {}).get("m3po")
-    if state is not None:
-        check_aslr_overrides(model, state.aslr_overrides)
+    refuse_nested(model)
+    _check_aslr(model, generation_config, state)
     enabled = getattr(generation_config, "enable_cross_path", None)
     has_gate = has_residual_gate(model)
     if enabled is not False:  # False says that the numbers are off on purpose
@@ -376,12 +382,29 @@ def check_generation_mode(
         what, way_out = "enable_cross_path", "enable_cross_path=False"
         if has_gate:
             what, way_out = "a model with a residual gate", "config.thinking_residual_enabled=False"
-        elif has_aslr(model) and not enabled:
-            what, way_out = "a model with ASLR", "config.aslr_enabled=False"
+        why = "its paths must be decoded step by step"
+        if has_aslr(model) and not enabled and not has_gate:
+            what, way_out = "a model with ASLR", "config.aslr_enabled=False for this call"
+            why = "its rows must keep the seeds of their noise"
         raise ValueError(
-            f"{what} does not work with {mode}: its paths must be decoded step by step. Set num_beams=1 and "
-            f"leave out assistants, custom_generate and continuous batching, or set {way_out}."
+            f"{what} does not work with {mode}: {why}. Set num_beams=1 and leave out assistants, custom_generate and "
+            f"continuous batching, or set {way_out}."
         )
+
+
+def _check_aslr(model: Any, generation_config: GenerationConfig | None, state: M3POGenerationState | None) -> None:
+    """Refuses what a call says of ASLR and would not be heeded."""
+    for name in ASLR_NUMBERS:
+        if getattr(generation_config, name, None) is not None:
+            raise ValueError(f"{name} in a generation config is not read: give it to the call, generate({name}=...).")
+    if state is None:
+        return
+    check_aslr_overrides(model, state.aslr_overrides)
+    if state.has_given_seeds and not has_aslr(model):
+        raise ValueError("row_seeds do nothing on a model without ASLR; leave them out.")
+    if state.aslr_overrides and getattr(generation_config, "is_m3po_inference", None):
+        name = next(iter(state.aslr_overrides))
+        raise ValueError(f"{name} does nothing with is_m3po_inference=True, which skips ASLR; leave one of them out.")
 
 
 def _check_nothing_is_lost(
