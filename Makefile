@@ -48,11 +48,12 @@ format: env ## let ruff write the formatting and the simple fixes
 test: env ## the whole test suite
 	@$(ENV) -m pytest
 
-bench: env ## rollout, memory and policy pass of each mode and of ASLR over plain; soft thoughts by size
+bench: env ## rollout, memory and policy pass of each mode and of ASLR over plain; soft thoughts by size; gates
 	@$(ENV) benchmarks/rollout.py
 	@$(ENV) benchmarks/policy_pass.py
 	@$(ENV) benchmarks/thoughts.py
 	@$(ENV) benchmarks/aslr.py
+	@$(ENV) benchmarks/gates.py
 
 export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16] [ASLR=off]: merge LoRA, write a standalone model
 	@$(if $(and $(CHECKPOINT),$(OUT)),,echo "error: give both, e.g. make export-model CHECKPOINT=runs/x/final OUT=dir" >&2; exit 2;) \

@@ -13,6 +13,7 @@ from m3po_lab.compare import main as compare
 from m3po_lab.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "overlay/transformers/src/transformers/m3po"
 RESULTS = sorted((ROOT / "docs" / "results").glob("*/*.json"))
 
 
@@ -23,10 +24,11 @@ def page(name: str) -> str:
 def logged_metrics() -> set[str]:
     """The names after `m3po/` in the trainer's glue and in the statistics it passes on."""
     glue = page("overlay/trl/trl/trainer/grpo_m3po.py")
-    statistics = page("overlay/transformers/src/transformers/m3po/statistics.py")
+    statistics = page(f"{PACKAGE}/statistics.py")
     names = re.findall(r'_log\("(\w+)"', glue) + re.findall(r'"m3po/(\w+)"', glue)
-    latent = page("overlay/transformers/src/transformers/m3po/latent_rollout.py").split("means = {")[1]
+    latent = page(f"{PACKAGE}/latent_rollout.py").split("means = {")[1]
     names += re.findall(r'^            "(\w+)": ', latent, flags=re.MULTILINE)
+    names += re.findall(r'"(similarity_error)": ', page(f"{PACKAGE}/gating/parameter_free_gates.py"))
     names += ["aggregator_weight_entropy", *(f"{name.removeprefix('m3po_')}_grad_norm" for name in ASLR_MODULES)]
     return set(names) | set(re.findall(r'^        "(\w+)": ', statistics, flags=re.MULTILINE))
 
@@ -34,7 +36,7 @@ def logged_metrics() -> set[str]:
 def test_every_logged_metric_is_defined_on_the_metrics_page() -> None:
     text = page("docs/metrics.md").replace("`, `_min`, `_max`", "` `m3po/similarity_min` `m3po/similarity_max`")
     defined = set(re.findall(r"`m3po/(\w+)`", text))
-    assert len(logged_metrics()) == 23
+    assert len(logged_metrics()) == 24
     assert logged_metrics() == defined
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from transformers.m3po.gating import list_gating_functions
 from transformers.m3po.residual_gate import attach_residual_gate
 
 # The largest difference of log-probs, in fp32, that rounding explains (design 5.3).
@@ -89,6 +90,15 @@ def test_rollout_and_policy_pass_agree_for_equal_weights(tiny: Any, tmp_path: Pa
     run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": mode, **flags})
     run.train()
     check_agreement(tiny, run, expected_steps)
+
+
+@pytest.mark.parametrize("mode", CROSSING)
+@pytest.mark.parametrize("gate", [name for name in list_gating_functions() if name != "baseline"])
+def test_they_agree_with_every_gate(tiny: Any, tmp_path: Path, gate: str, mode: str):
+    flags = {**MARKER, "mode": mode, "gating_type": gate, "cross_path_lambda": 0.5}
+    run = tiny.trainer(tmp_path, flags=flags)
+    run.train()
+    check_agreement(tiny, run, [1, 2])
 
 
 @pytest.mark.parametrize(("mode", "kind"), MODES)

@@ -88,11 +88,17 @@ class M3POArguments:
     )
     gating_type: str = field(
         default="baseline",
-        metadata={"help": "Similarity of two paths' distributions: `baseline` is the paper's cosine (eq. 3)."},
+        metadata={
+            "help": "The gate, a similarity of two paths' distributions: `baseline` (the paper's cosine, eq. 3), "
+            "`raw_dot`, `scaled_dot`, `kl_divergence` or `bhattacharyya`."
+        },
     )
     gating_config: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug."},
+        metadata={
+            "help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug, and for "
+            "`kl_divergence` exact."
+        },
     )
     aslr_enabled: bool | None = field(
         default=None,

@@ -29,7 +29,7 @@ _HOMES = {
     "ThinkingResidualLambda": "residual_gate",
     "ThinkingSettings": "settings",
     "apply_cross_path_interaction": "interaction",
-    "cosine_similarity": "interaction",
+    "cosine_similarity": "gating.parameter_free_gates",
     "cross_path_weights": "interaction",
     "generate_with_m3po": "generate",
     "load_seed_modules": "seed_modules",

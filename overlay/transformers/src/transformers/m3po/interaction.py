@@ -9,32 +9,13 @@ carry weight (errata E1); a path without an active peer keeps its own vector (E1
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from .gating.base import attention_weights
+from .gating.parameter_free_gates import cosine_similarity
+
 GatingFunction = Callable[[torch.Tensor], torch.Tensor]
-
-
-def cosine_similarity(probs: torch.Tensor) -> torch.Tensor:
-    """Cosine of every pair of distributions (eq. 3): probs (G, N, V) float32 -> (G, N, N) float32 in [0, 1].
-
-    The norms are the roots of the diagonal of the product, so that the vocabulary is read once.
-    """
-    gram = probs @ probs.transpose(-1, -2)
-    norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    return (gram / (norm[..., :, None] * norm[..., None, :])).clamp_max(1.0)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A similarity (G, N, V) -> (G, N, N) and the temperature of eq. 5 that suits its range."""
-
-    similarity: GatingFunction
-    default_temperature: float
-
-
-GATES = {"baseline": Gate(cosine_similarity, 0.1)}
 
 
 class PathGroups:
@@ -106,11 +87,8 @@ def path_attention(
     with torch.autocast(probs.device.type, enabled=False):
         similarity = (gating_function or cosine_similarity)(groups.split(probs.float()))
         active = groups.split(thinking_mask) & groups.present
-        pairs = active[..., :, None] & active[..., None, :]
-        pairs = pairs & ~torch.eye(groups.size, dtype=torch.bool, device=pairs.device)
-        # A finite fill and a mask behind the softmax: a row without a peer is zero, its gradient is zero and not NaN.
-        scores = (similarity / temperature).masked_fill(~pairs, torch.finfo(torch.float32).min)
-        return scores.softmax(-1) * pairs, similarity, pairs
+        weights, pairs = attention_weights(similarity, active, temperature)
+        return weights, similarity, pairs
 
 
 def cross_path_weights(

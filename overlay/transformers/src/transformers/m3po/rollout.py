@@ -9,7 +9,8 @@ import torch
 
 from ..utils import logging
 from .bags import cross_path_bags, heard_peers
-from .interaction import GATES, GatingFunction, PathGroups, path_attention
+from .gating import BaseM3POGating, create_gating_function
+from .interaction import GatingFunction, PathGroups, path_attention
 from .marker import AnswerMarker
 from .settings import ThinkingSettings
 from .statistics import SimilaritySums, attention_statistics, residual_statistics
@@ -67,7 +68,7 @@ class ThinkingRollout:
                     "generate, or set cross_path_phase='all'."
                 )
             self._marker = AnswerMarker(tokenizer, settings.answer_start, rows, device)
-        self._gate = gating_function or GATES[settings.gating_type].similarity
+        self._gate = gating_function or create_gating_function(settings.gating_type, settings.gating_config)
         self._similarity = SimilaritySums(device)
         self._debug = settings.logs_matrices and self.groups.size <= DEBUG_GROUP_SIZE
         self._num_embeddings = num_embeddings
@@ -161,6 +162,8 @@ class ThinkingRollout:
         if self._crosses:
             peers = self.peers if self.settings.has_thoughts else self.bag_weights[..., 1:]
             statistics = attention_statistics(peers, self.thinking_mask, self.groups, self._similarity)
+            if isinstance(self._gate, BaseM3POGating):
+                statistics |= self._gate.statistics()
         if self.settings.has_thoughts:
             statistics |= residual_statistics(self.trace, self.bag_weights)
         return statistics

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .interaction import GATES
+from .gating.factory import gate_class
 from .residual_gate import has_residual_gate
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ThinkingSettings:
             vocabulary.
         cross_path_top_k: keep this many peers per path, those with the largest weights; None keeps all.
         answer_start: the answer marker.
-        gating_type: name of the similarity function, a key of `transformers.m3po.interaction.GATES`.
+        gating_type: name of the gate, one of `transformers.m3po.gating.list_gating_functions()`.
         gating_config: options of the gate. `temperature` is an alias of `cross_path_temp`, `debug` of `debug`.
         debug: log similarity and weight matrices of small groups at every step (also `M3PO_DEBUG=1`).
 
@@ -79,13 +79,12 @@ class ThinkingSettings:
             )
         if not self.answer_start:
             raise ValueError('answer_start is empty; set the text that opens the answer, e.g. "####".')
-        if self.gating_type not in GATES:
-            raise ValueError(f"gating_type={self.gating_type!r} is unknown; set one of {', '.join(sorted(GATES))}.")
-        unknown = set(self.gating_config) - {"temperature", "debug"}
+        options = gate_class(self.gating_type).known_options()
+        unknown = set(self.gating_config) - set(options)
         if unknown:
             raise ValueError(
                 f"gating_config has no option {', '.join(sorted(map(repr, unknown)))} for gate {self.gating_type!r}; "
-                "it takes temperature and debug."
+                f"it takes {' and '.join(options)}."
             )
         alias = self.gating_config.get("temperature")
         if alias is not None and self.cross_path_temp is not None and alias != self.cross_path_temp:
@@ -107,7 +106,7 @@ class ThinkingSettings:
         for value in (self.cross_path_temp, self.gating_config.get("temperature")):
             if value is not None:
                 return float(value)
-        return GATES[self.gating_type].default_temperature
+        return gate_class(self.gating_type).default_temperature
 
     @property
     def crosses(self) -> bool:

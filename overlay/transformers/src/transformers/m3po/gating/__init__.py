@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gating functions (gates): how alike two paths' distributions are, and the weights A that follow (seeds 3 and 4).
+
+Axes: (...) any leading ones, usually G groups; N paths of a group; V vocabulary.
+"""
+
+from .base import BaseM3POGating
+from .factory import create_gating_function, list_gating_functions, register_gating_function
+from .parameter_free_gates import (
+    BhattacharyyaGating,
+    CosineGating,
+    KLDivergenceGating,
+    RawDotProductGating,
+    ScaledDotProductGating,
+)
+
+__all__ = [
+    "BaseM3POGating",
+    "BhattacharyyaGating",
+    "CosineGating",
+    "KLDivergenceGating",
+    "RawDotProductGating",
+    "ScaledDotProductGating",
+    "create_gating_function",
+    "list_gating_functions",
+    "register_gating_function",
+]

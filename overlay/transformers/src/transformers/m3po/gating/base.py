@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every gate is: a similarity of distributions with a temperature, and the masked softmax that they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+# Options that every gate takes; `GenerationConfig` and `GRPOConfig` carry them in `gating_config`.
+COMMON_OPTIONS = ("temperature", "debug")
+
+
+class BaseM3POGating(nn.Module, ABC):
+    """A gate. A new one is a subclass with `default_temperature` and `compute_similarity_matrix`.
+
+    Args:
+        config: options of the gate, `temperature` and `debug` (which the rollout reads) among them.
+
+    Attributes:
+        temperature: T of eq. 5, above 0: the option, else the class's `default_temperature`.
+        debug: whether matrices of small groups are logged.
+
+    Raises:
+        ValueError: an option that the gate does not have, or a temperature that is not above 0.
+    """
+
+    default_temperature: ClassVar[float]
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Mapping[str, Any] | None = None):
+        super().__init__()
+        given = dict(config or {})
+        unknown = sorted(set(given) - set(self.known_options()))
+        if unknown:
+            raise ValueError(
+                f"gating_config has no option {', '.join(map(repr, unknown))} for {type(self).__name__}; it takes "
+                f"{', '.join(self.known_options())}."
+            )
+        temperature = given.get("temperature")
+        self.temperature = float(self.default_temperature if temperature is None else temperature)
+        self.debug = bool(given.get("debug", False))
+        if not self.temperature > 0.0:
+            raise ValueError(
+                f"temperature={self.temperature} is not above 0; the default of {type(self).__name__} is "
+                f"{self.default_temperature}."
+            )
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        """The names that `config` may have."""
+        return (*COMMON_OPTIONS, *cls.options)
+
+    @abstractmethod
+    def compute_similarity_matrix(self, probs: torch.Tensor) -> torch.Tensor:
+        """S of every pair of paths: probs (..., N, V) float32 -> (..., N, N) float32, larger for more alike.
+
+        No entry may be NaN or infinite, forward or backward, for any distributions. The diagonal is not read.
+        """
+
+    def forward(self, probs: torch.Tensor) -> torch.Tensor:
+        """The similarity in float32 whatever comes in, so that a gate can stand where a function is expected."""
+        with torch.autocast(probs.device.type, enabled=False):
+            return self.compute_similarity_matrix(probs.float())
+
+    def compute_attention_weights(self, similarity: torch.Tensor, active_mask: torch.Tensor) -> torch.Tensor:
+        """A of eq. 5 at the gate's temperature: (..., N, N), (..., N) bool -> (..., N, N), see `attention_weights`."""
+        return attention_weights(similarity, active_mask, self.temperature)[0]
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """What the gate has to say of itself beyond the statistics that all share; 0-dim tensors by name."""
+        return {}
+
+
+def attention_weights(
+    similarity: torch.Tensor, active_mask: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked softmax of S / T over the active peers of each path.
+
+    Args:
+        similarity: (..., N, N) float32.
+        active_mask: (..., N) bool, the paths that take part.
+        temperature: T, above 0.
+
+    Returns:
+        weights (..., N, N) float32: zero on the diagonal and at paths that do not take part; every row of an active
+        path with an active peer sums to 1, every other row is zero. Finite forward and backward (erratum E1).
+        pairs (..., N, N) bool: the pairs that may exchange.
+    """
+    pairs = active_mask[..., :, None] & active_mask[..., None, :]
+    pairs = pairs & ~torch.eye(active_mask.shape[-1], dtype=torch.bool, device=pairs.device)
+    # A finite fill and a mask behind the softmax: a row without a peer is zero, its gradient is zero and not NaN.
+    scores = (similarity / temperature).masked_fill(~pairs, torch.finfo(torch.float32).min)
+    return scores.softmax(-1) * pairs, pairs
