@@ -76,8 +76,9 @@ def draw(curves: dict[str, list[float]], temperatures: dict[str, float], target:
         axes.plot(temperatures[name], target, "o", color=f"C{index}", markersize=5)
     axes.axhline(target, color="0.6", linewidth=1, linestyle="dotted")
     axes.axhline(np.log(paths - 1), color="0.8", linewidth=1)
-    axes.text(TEMPERATURES[0], np.log(paths - 1), " uniform over the peers", va="bottom", fontsize=8, color="0.4")
-    axes.text(TEMPERATURES[0], target, " baseline at T = 0.1", va="bottom", fontsize=8, color="0.4")
+    right = {"x": TEMPERATURES[-1], "ha": "right", "fontsize": 8, "color": "0.4"}
+    axes.text(y=np.log(paths - 1), s="uniform over the peers", va="bottom", **right)
+    axes.text(y=target, s="baseline at T = 0.1", va="bottom", **right)
     axes.set_xscale("log")
     axes.set_xlabel("temperature T")
     axes.set_ylabel("entropy of the attention, nats")
