@@ -7,13 +7,12 @@ rest of the model is. Memory is the peak of the tensors alive in a pass (`live_b
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from typing import Any
 
 import torch
-from rollout import RESULTS, commit, in_turn, machine, peak_bytes
+from rollout import commit, in_turn, machine, peak_bytes, write_results
 from transformers.m3po.aslr import ASLR_MODULES, attach_aslr
 from transformers.m3po.aslr_settings import ASLRNumbers
 from trl import ModelConfig
@@ -149,10 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{1 / one['ratio_median']:.3f} ({1 / one['ratio_max']:.3f} to {1 / one['ratio_min']:.3f}) |"
         for name, one in speed.items()
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_results(args.name, result, lines)
     return 0
 
 

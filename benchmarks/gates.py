@@ -8,7 +8,6 @@ turn in one process.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import reasoning_gym
 import torch
 from matplotlib.figure import Figure
-from rollout import RESULTS, commit, in_turn, machine
+from rollout import RESULTS, commit, in_turn, machine, write_results
 from transformers.m3po import M3POGenerationState, ThinkingSettings
 from transformers.m3po.gating import BaseM3POGating, create_gating_function, list_gating_functions
 from transformers.m3po.gating.base import attention_weights
@@ -177,10 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['matched_temperature']:.3g} | {row['default_temperature']:.3g}, {row['entropy_at_default']:.3f} | "
             f"{row['time_over_softmax']:.2f} ({row['time_over_softmax_max']:.2f}) |"
         )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_results(args.name, result, lines)
     return 0
 
 

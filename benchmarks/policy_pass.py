@@ -6,13 +6,12 @@ The same rows of the trainer's shape, in turn in one process as in `rollout.py`.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from typing import Any
 
 import torch
-from rollout import RESULTS, commit, in_turn, machine, rollout
+from rollout import commit, in_turn, machine, rollout, write_results
 from transformers.m3po.residual_gate import attach_residual_gate
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl import ModelConfig
@@ -79,10 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{one['ratio_median']:.3f} ({one['ratio_min']:.3f} to {one['ratio_max']:.3f}) |"
         for mode, one in speed.items()
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_results(args.name, result, lines)
     return 0
 
 

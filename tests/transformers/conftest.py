@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2's tokenizer, read once a session: reading the vocabulary out of a GGUF file takes a while."""
+"""What several files share: SmolLM2's tokenizer, read once a session (out of a GGUF file it takes a while); threads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,12 @@ def smollm2_tokenizer() -> Any:
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     repair_embedded(SimpleNamespace(config=SimpleNamespace(), generation_config=SimpleNamespace()), tokenizer)
     return tokenizer
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A second thread only waits for the first with matrices this small, and on a busy machine it waits for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

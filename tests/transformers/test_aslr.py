@@ -57,13 +57,7 @@ SEEDS = [11, 2**31 - 1, 0]
 CLOSE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second thread only waits for the first with matrices this small, and on a busy machine it waits for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["llama", "qwen2"])

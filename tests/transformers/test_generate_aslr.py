@@ -33,13 +33,7 @@ CLOSE = 1e-5
 LEFT_OUT = object()  # of an argument that a rollout has by default
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second thread only waits for the first with matrices this small, and on a busy machine it waits for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["llama", "qwen2"])
