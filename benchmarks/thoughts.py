@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rollout import RESULTS, commit, machine
-from transformers.m3po.bags import bag_vectors
+from transformers.m3po.bag_vectors import bag_vectors
 from transformers.m3po.residual_gate import GATE_MODULES, attach_residual_gate
 from transformers.m3po.thoughts import thought_bags
 from trl import ModelConfig

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import cross_path
-from transformers.m3po import PathGroups, apply_cross_path_interaction, bags
+from transformers.m3po import PathGroups, apply_cross_path_interaction, bag_vectors
 from transformers.m3po.bags import cross_path_bags, heard_peers, mix_bags, mix_thinking_inputs
 from transformers.m3po.interaction import path_attention
 
@@ -22,8 +22,8 @@ def step(lambda_blend=0.3, top_k=None, groups=GROUPS, thinking=THINKING):
     probs = (torch.randn(len(groups), VOCAB) * 2).softmax(-1)
     tokens = probs.multinomial(1).squeeze(-1)
     paths = PathGroups(groups)
-    weights, _, _ = path_attention(probs, thinking, paths, 0.1)
-    return tokens, probs, *cross_path_bags(tokens, *heard_peers(weights, paths, top_k), lambda_blend)
+    peers = heard_peers(path_attention(probs, thinking, paths, 0.1).weights, paths, top_k)
+    return tokens, probs, *cross_path_bags(tokens, peers.weights, peers.rows, lambda_blend)
 
 
 def random_bags(batch=3, positions=5, entries=4):
@@ -109,7 +109,7 @@ def test_mixing_in_chunks_over_the_positions_changes_no_bit(monkeypatch):
         return embedding(x)
 
     whole = mix_bags(counted, inputs, ids, weights)
-    monkeypatch.setattr(bags, "MIX_CHUNK_ELEMENTS", 3 * 4 * HIDDEN * 2)
+    monkeypatch.setattr(bag_vectors, "MIX_CHUNK_ELEMENTS", 3 * 4 * HIDDEN * 2)
     chunked = mix_bags(counted, inputs, ids, weights)
     assert [shape[1] for shape in calls] == [7, 2, 2, 2, 1], "not chunked as asked"
     assert torch.equal(whole, chunked)

@@ -174,7 +174,7 @@ def test_a_gate_from_outside_is_known_everywhere(overlap: str) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: create_gating_function("cosine"), "gating_type='cosine' is unknown; set one of baseline, bhatt"),
+        (lambda: create_gating_function("cosine"), "gating_type='cosine' is unknown; set one of bahdanau, baseline, "),
         (lambda: create_gating_function("raw_dot", {"exact": True}), "no option 'exact' for RawDotProductGating"),
         (lambda: create_gating_function("raw_dot", {"temperature": 0}), "temperature=0.0 is not above 0"),
         (lambda: ThinkingSettings(gating_type="raw_dot", gating_config={"exact": True}), "'exact' for gate 'raw_dot'"),

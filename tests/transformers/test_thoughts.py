@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from reference import cross_path, thinking_residual
 from reference.gated import assert_same_bag, bag_of
 from transformers.m3po import PathGroups
-from transformers.m3po.bags import bag_vectors, heard_peers
+from transformers.m3po.bag_vectors import bag_vectors
+from transformers.m3po.bags import heard_peers
 from transformers.m3po.interaction import path_attention
 from transformers.m3po.thoughts import blend_thoughts, thought_bags
 
@@ -86,8 +87,8 @@ def random_group(seed, vocab=VOCAB, sharpness=2.0, active_share=0.75):
 def blended(probs, groups, active, top_k, lambda_blend, temperature=0.2, matrix=VOCAB, peers_kept=None):
     """Own bags, blended bags, and A (B, B) as the blend got it."""
     paths = PathGroups(groups)
-    attention, _, _ = path_attention(probs, active, paths, temperature)
-    peers, rows = heard_peers(attention, paths, peers_kept)
+    attention = path_attention(probs, active, paths, temperature).weights
+    peers, rows, _, _ = heard_peers(attention, paths, peers_kept)
     own = thought_bags(probs, top_k, matrix)
     a = torch.zeros(len(probs), len(probs)).scatter_add(1, rows, peers)
     return own, blend_thoughts(*own, peers, rows, lambda_blend), a

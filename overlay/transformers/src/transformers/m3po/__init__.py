@@ -29,6 +29,8 @@ _HOMES = {
     "ThinkingResidualLambda": "residual_gate",
     "ThinkingSettings": "settings",
     "apply_cross_path_interaction": "interaction",
+    "apply_m3po_to_logits": "logits",
+    "attach_gating": "model_gating",
     "cosine_similarity": "gating.parameter_free_gates",
     "cross_path_weights": "interaction",
     "generate_with_m3po": "generate",

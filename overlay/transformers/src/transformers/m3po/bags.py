@@ -9,37 +9,55 @@ bag's vector is the input (mode m3po); with one, it is the thought that the gate
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .bag_vectors import bag_vectors
 from .interaction import PathGroups
 from .residual_gate import has_residual_gate
 
 ResidualGate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-# Embeddings of bag entries that are alive at once while a scoring pass mixes them (elements, not bytes).
-MIX_CHUNK_ELEMENTS = 1 << 25
 
-
-def heard_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+class Peers(NamedTuple):
     """Whom each path listens to, and how much.
+
+    Attributes:
+        weights: (B, P) float32, A of the peers in the order of `groups.ring` or, cut, of falling weight; zero where
+            there is none to listen to. P = N - 1, or `top_k` if that is less.
+        rows: (B, P) long, the rows of these peers.
+        slots: (B, P) long, where they stand in their group.
+        cut: (B,) float32, the weight of the peers that were left out.
+    """
+
+    weights: torch.Tensor
+    rows: torch.Tensor
+    slots: torch.Tensor
+    cut: torch.Tensor
+
+
+def heard_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) -> Peers:
+    """The peers of each path.
 
     Args:
         weights: (G, N, N), A of `path_attention`.
+        groups: the groups of the rows.
         top_k: keep this many peers, their weights scaled to sum to 1 again; None keeps all.
-
-    Returns:
-        peers (B, P) float32, A of the peers in the order of `groups.ring` or, cut, of falling weight; zero where there
-        is none to listen to. peer_rows (B, P) long, the rows of these peers. P = N - 1, or `top_k` if that is less.
     """
     peers = groups.rows(weights).gather(-1, groups.ring)[:, 1:]
-    peer_rows = groups.peers[:, 1:]
+    rows, slots = groups.peers[:, 1:], groups.ring[:, 1:]
+    cut = peers.new_zeros(len(peers))
     if top_k is not None and top_k < peers.shape[-1]:
-        peers, kept = peers.topk(top_k, dim=-1)
-        peers = peers / peers.sum(-1, keepdim=True).clamp_min(torch.finfo(peers.dtype).tiny)
-        peer_rows = peer_rows.gather(-1, kept)
-    return peers, peer_rows
+        kept, place = peers.topk(top_k, dim=-1)
+        cut = peers.sum(-1) - kept.sum(-1)
+        peers, rows, slots = share_out(kept), rows.gather(-1, place), slots.gather(-1, place)
+    return Peers(peers, rows, slots, cut)
+
+
+def share_out(weights: torch.Tensor) -> torch.Tensor:
+    """Weights (..., P) float32 scaled to sum to 1; zeros stay."""
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def cross_path_bags(
@@ -49,31 +67,20 @@ def cross_path_bags(
 
     Args:
         next_tokens: (B,) long, the tokens just sampled.
-        peers, peer_rows: (B, P), see `heard_peers`.
+        peers, peer_rows: (B, P), the weights and rows of `heard_peers`.
         lambda_blend: λ in (0, 1].
 
     Returns:
         ids (B, P + 1) int32 and weights (B, P + 1) float32. A path that listens to nobody has weights of zero: no bag.
     """
-    listens = (peers > 0).any(-1, keepdim=True)
     ids = torch.cat([next_tokens.unsqueeze(-1), next_tokens[peer_rows]], dim=-1)
-    return ids.int(), torch.cat([(1.0 - lambda_blend) * listens, lambda_blend * peers], dim=-1)
+    return ids.int(), cross_path_bag_weights(peers, lambda_blend)
 
 
-def bag_vectors(
-    embed_tokens: Callable[[torch.Tensor], torch.Tensor],
-    bag_ids: torch.Tensor,
-    bag_weights: torch.Tensor,
-    hidden_size: int,
-) -> torch.Tensor:
-    """The vectors of bags (B, T, K), in chunks over T: (B, T, H) float32."""
-    batch, _, entries = bag_ids.shape
-    step = max(1, MIX_CHUNK_ELEMENTS // max(1, batch * entries * hidden_size))
-    with torch.autocast(bag_weights.device.type, enabled=False):
-        chunks = zip(bag_ids.split(step, dim=1), bag_weights.split(step, dim=1), strict=True)
-        return torch.cat(
-            [(embed_tokens(ids).float() * weights.unsqueeze(-1)).sum(-2) for ids, weights in chunks], dim=1
-        )
+def cross_path_bag_weights(peers: torch.Tensor, lambda_blend: float) -> torch.Tensor:
+    """The weights of these bags: A of the peers (..., P) float32 -> (..., P + 1)."""
+    listens = (peers > 0).any(-1, keepdim=True)
+    return torch.cat([(1.0 - lambda_blend) * listens, lambda_blend * peers], dim=-1)
 
 
 def mix_bags(
@@ -134,8 +141,9 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
     Args:
         model: the base model, for its `embed_tokens` and its residual gate if it has one.
         inputs_embeds: (B, L, H).
-        forward_kwargs: the extra arguments of the forward; `thinking_bag_ids`, `thinking_bag_weights` and
-            `thinking_trace` are taken out of it, so that the layers never see them.
+        forward_kwargs: the extra arguments of the forward; `thinking_bag_ids`, `thinking_bag_weights`,
+            `thinking_trace` and `thinking_gating` (arguments of `regated_weights`) are taken out of it, so that the
+            layers never see them.
 
     Returns:
         (B, L, H): the very tensor that came in when the pass has no bags.
@@ -143,5 +151,10 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
     bag_ids = forward_kwargs.pop("thinking_bag_ids", None)
     bag_weights = forward_kwargs.pop("thinking_bag_weights", None)
     trace = forward_kwargs.pop("thinking_trace", None)
+    gating = forward_kwargs.pop("thinking_gating", None)
+    if gating is not None and bag_ids is not None and bag_weights is not None:
+        from .policy_gating import regated_weights  # it imports this module
+
+        bag_weights = regated_weights(model.m3po_gating, model.embed_tokens, bag_ids, bag_weights, **gating)
     gate = model.thinking_residual if has_residual_gate(model) else None
     return mix_bags(model.embed_tokens, inputs_embeds, bag_ids, bag_weights, gate, trace)

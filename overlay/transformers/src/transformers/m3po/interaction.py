@@ -9,13 +9,16 @@ carry weight (errata E1); a path without an active peer keeps its own vector (E1
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .gating.base import attention_weights
-from .gating.parameter_free_gates import cosine_similarity
+from .gating.matched_temperature import MATCH, matched_temperature
+from .gating.parameter_free_gates import CosineGating, cosine_similarity
 
 GatingFunction = Callable[[torch.Tensor], torch.Tensor]
+Temperature = float | str  # a number above 0 or MATCH
 
 
 class PathGroups:
@@ -62,33 +65,70 @@ class PathGroups:
         return values[self.group, self.slot]
 
 
+class Attention(NamedTuple):
+    """Who listens to whom in each group.
+
+    Attributes:
+        weights: (..., N, N), A of eq. 5: zero on the diagonal, at paths that do not take part and at padding; every row
+            of an active path with an active peer sums to 1, every other row is zero. Finite forward and backward.
+        similarity: (..., N, N), S of eq. 3, before any mask.
+        pairs: (..., N, N) bool, the pairs that may exchange.
+        temperature: T, one number or, matched, (..., 1, 1).
+    """
+
+    weights: torch.Tensor
+    similarity: torch.Tensor
+    pairs: torch.Tensor
+    temperature: float | torch.Tensor
+
+
 def path_attention(
     probs: torch.Tensor,
     thinking_mask: torch.Tensor,
     groups: PathGroups,
-    temperature: float,
+    temperature: Temperature,
     gating_function: GatingFunction | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Attention:
     """Weights A of eq. 5 inside each group, fp32 whatever comes in.
 
     Args:
         probs: (B, V), the distributions the current tokens were sampled from.
         thinking_mask: (B,) bool, the paths that take part.
         groups: the groups of the rows.
-        temperature: T, above 0.
+        temperature: T, above 0, or `match`.
         gating_function: similarity (G, N, V) -> (G, N, N); None is the cosine.
-
-    Returns:
-        weights (G, N, N): zero on the diagonal, at paths that do not take part and at padding; every row of an active
-        path with an active peer sums to 1, every other row is zero. Finite forward and backward.
-        similarity (G, N, N): S of eq. 3, before any mask.
-        pairs (G, N, N) bool: the pairs that may exchange.
     """
+    return group_attention(
+        groups.split(probs.float()), groups.split(thinking_mask) & groups.present, temperature, gating_function
+    )
+
+
+def group_attention(
+    probs: torch.Tensor, active: torch.Tensor, temperature: Temperature, gating_function: GatingFunction | None
+) -> Attention:
+    """As `path_attention`, of probs (..., N, V) float32 and active (..., N) bool that lie in groups already."""
     with torch.autocast(probs.device.type, enabled=False):
-        similarity = (gating_function or cosine_similarity)(groups.split(probs.float()))
-        active = groups.split(thinking_mask) & groups.present
-        weights, pairs = attention_weights(similarity, active, temperature)
-        return weights, similarity, pairs
+        similarity = (gating_function or cosine_similarity)(probs)
+        scale: float | torch.Tensor
+        if not isinstance(temperature, str):
+            scale = temperature
+        elif gating_function is None or isinstance(gating_function, CosineGating):
+            scale = CosineGating.default_temperature
+        else:
+            baseline = attention_weights(cosine_similarity(probs), active, CosineGating.default_temperature)[0]
+            scale = matched_temperature(similarity, active, baseline)
+        weights, pairs = attention_weights(similarity, active, scale)
+        return Attention(weights, similarity, pairs, scale)
+
+
+def check_temperature(name: str, temperature: Temperature) -> None:
+    """The rule of T.
+
+    Raises:
+        ValueError: it is neither above 0 nor `match`.
+    """
+    if temperature != MATCH and (isinstance(temperature, str) or not temperature > 0.0):
+        raise ValueError(f"{name}={temperature} is not above 0; the paper uses 0.1. The only word is {MATCH!r}.")
 
 
 def cross_path_weights(
@@ -96,7 +136,7 @@ def cross_path_weights(
     thinking_mask: torch.Tensor,
     *,
     group_ids: torch.Tensor,
-    temperature: float,
+    temperature: Temperature,
     gating_function: GatingFunction | None = None,
 ) -> torch.Tensor:
     """The weights A of eq. 5 for a whole batch: (B, B) float32.
@@ -108,7 +148,7 @@ def cross_path_weights(
         thinking; the row of an active path with an active peer sums to 1.
     """
     groups = PathGroups(group_ids)
-    weights, _, _ = path_attention(probs, thinking_mask, groups, temperature, gating_function)
+    weights = path_attention(probs, thinking_mask, groups, temperature, gating_function).weights
     batch = weights.new_zeros(len(probs), len(probs))
     # Padding points at row 0 with weight 0: it must add nothing rather than overwrite.
     return batch.scatter_add(1, groups.members[groups.group], groups.rows(weights))
@@ -121,7 +161,7 @@ def apply_cross_path_interaction(
     *,
     group_ids: torch.Tensor,
     lambda_blend: float = 0.1,
-    temperature: float = 0.1,
+    temperature: Temperature = 0.1,
     gating_function: GatingFunction | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 2 and 6 on dense vectors (seed 1): (1 - λ) e_i + λ Σ_j A_ij e_j.
@@ -137,8 +177,7 @@ def apply_cross_path_interaction(
     """
     if not 0.0 <= lambda_blend <= 1.0:
         raise ValueError(f"lambda_blend={lambda_blend} is outside [0, 1]; the paper uses 0.1.")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature={temperature} is not above 0; the paper uses 0.1.")
+    check_temperature("temperature", temperature)
     weights = cross_path_weights(
         probs, thinking_mask, group_ids=group_ids, temperature=temperature, gating_function=gating_function
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .aslr_settings import ASLR_DEFAULTS, check_aslr_numbers
+from .model_gating import check_gating_fields
 
 FIELDS: dict[str, tuple[type | Any, Any]] = {
     "thinking_residual_enabled": (bool, False),
@@ -18,8 +19,15 @@ FIELDS: dict[str, tuple[type | Any, Any]] = {
     "thinking_residual_r_max": (int | float, 0.999),
     "aslr_enabled": (bool, False),
     **{name: (int if isinstance(value, int) else int | float, value) for name, value in ASLR_DEFAULTS.items()},
+    "m3po_gating_enabled": (bool, False),
+    "m3po_gating_type": (str | None, None),
+    "m3po_gating_config": (dict | None, None),
 }
-SWITCHES = {"thinking_residual_": "thinking_residual_enabled", "aslr_": "aslr_enabled"}
+SWITCHES = {
+    "thinking_residual_": "thinking_residual_enabled",
+    "aslr_": "aslr_enabled",
+    "m3po_gating_": "m3po_gating_enabled",
+}
 
 
 def with_m3po_fields(cls: type) -> type:
@@ -29,6 +37,8 @@ def with_m3po_fields(cls: type) -> type:
     thinking_residual_r_min, thinking_residual_r_max: bounds of the decay that the gate starts with, in (0, 1).
     aslr_enabled: the model has the modules of ASLR (`transformers.m3po.aslr`).
     aslr_num_paths and the other five: their numbers, see `ASLRNumbers`; the defaults are seed 2's.
+    m3po_gating_enabled: the model has a learnable gate (`transformers.m3po.model_gating`).
+    m3po_gating_type, m3po_gating_config: its name and the options that say its size.
 
     The fields of a system that is off are left out of `to_dict`, so that saved files are upstream's.
     """
@@ -60,9 +70,14 @@ def with_m3po_fields(cls: type) -> type:
         size = self.hidden_size if self.aslr_enabled else None
         check_aslr_numbers({name: getattr(self, name) for name in ASLR_DEFAULTS}, size)
 
+    def validate_m3po_gating(self: Any) -> None:
+        if self.m3po_gating_enabled:
+            check_gating_fields(self.m3po_gating_type, self.m3po_gating_config)
+
     cls._remove_keys_not_serialized = _remove_keys_not_serialized  # type: ignore[attr-defined]
     cls.validate_thinking_residual = validate_thinking_residual  # type: ignore[attr-defined]
     cls.validate_aslr = validate_aslr  # type: ignore[attr-defined]
+    cls.validate_m3po_gating = validate_m3po_gating  # type: ignore[attr-defined]
     return cls
 
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .aslr import ASLR_MODULES, ASLR_PARAMETERS, add_aslr
+from .model_gating import GATING_MODULE, add_gating, gating_parameters, start_gating
 from .residual_gate import GATE_MODULES, GATE_PARAMETERS, add_residual_gate
 
 
@@ -19,16 +20,19 @@ class OwnModules:
         switch: the field of the model configuration that says whether a model has them.
         noun, article: what they are called in a message, without an article and with one if there is any.
         names: their names on the base model.
-        parameters: the parameters of a checkpoint that has them, by their names on the base model.
+        parameters: from what `m3po.json` says, the parameters of a checkpoint that has them, by their names on the base
+            model.
         add: makes them on a base model if its configuration has them.
+        start: their start where it needs the weights of the model, drawn when a plain checkpoint has been loaded.
     """
 
     switch: str
     noun: str
     article: str
     names: tuple[str, ...]
-    parameters: tuple[str, ...]
+    parameters: Callable[[Mapping[str, Any]], tuple[str, ...]]
     add: Callable[[Any], None]
+    start: Callable[[Any], None] | None = None
 
     def on(self, model: Any) -> bool:
         """Whether the configuration of a model says that it has these modules."""
@@ -40,10 +44,31 @@ class OwnModules:
 
 
 RESIDUAL_GATE = OwnModules(
-    "thinking_residual_enabled", "residual gate", "a residual gate", GATE_MODULES, GATE_PARAMETERS, add_residual_gate
+    switch="thinking_residual_enabled",
+    noun="residual gate",
+    article="a residual gate",
+    names=GATE_MODULES,
+    parameters=lambda numbers: GATE_PARAMETERS,
+    add=add_residual_gate,
 )
-ASLR = OwnModules("aslr_enabled", "ASLR modules", "ASLR", ASLR_MODULES, ASLR_PARAMETERS, add_aslr)
-OWN_MODULES = (RESIDUAL_GATE, ASLR)
+ASLR = OwnModules(
+    switch="aslr_enabled",
+    noun="ASLR modules",
+    article="ASLR",
+    names=ASLR_MODULES,
+    parameters=lambda numbers: ASLR_PARAMETERS,
+    add=add_aslr,
+)
+GATING = OwnModules(
+    switch="m3po_gating_enabled",
+    noun="learnable gate",
+    article="a learnable gate",
+    names=(GATING_MODULE,),
+    parameters=lambda numbers: gating_parameters(numbers["gating_type"]),
+    add=add_gating,
+    start=start_gating,
+)
+OWN_MODULES = (RESIDUAL_GATE, ASLR, GATING)
 
 
 def add_own_modules(model: Any) -> None:
@@ -101,6 +126,8 @@ def check_loaded_modules(
                 f"its {own.noun} would be random. Save it again with its {own.noun}, or load it with "
                 f"{own.switch}=False as a plain model."
             )
+        if own.on(model) and own.start is not None:
+            own.start(model)
         if not own.on(model) and not stored.get(own.switch):
             raise ValueError(
                 f"{checkpoint} has {unexpected[0]} but its config.json does not say {own.switch}=True, so its "

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..utils import logging
-from .bags import cross_path_bags, heard_peers
+from .bags import Peers, cross_path_bags, heard_peers
 from .gating import BaseM3POGating, create_gating_function
-from .interaction import GatingFunction, PathGroups, path_attention
+from .interaction import Attention, GatingFunction, PathGroups, path_attention
 from .marker import AnswerMarker
-from .settings import ThinkingSettings
-from .statistics import SimilaritySums, attention_statistics, residual_statistics
-from .thoughts import blend_thoughts, thought_bags
+from .policy_gating import GatingRecord
+from .settings import CROSS_PATH_MODES, ThinkingSettings
+from .statistics import AttentionSums, attention_statistics, residual_statistics
+from .thoughts import Likeliest, blend_thoughts, likeliest
 
 logger = logging.get_logger(__name__)
 
@@ -32,9 +34,9 @@ class ThinkingRollout:
         group_ids: (B,) integers, on the device of the rollout.
         max_new_tokens: T at most.
         vocabulary: V, the width of the logits.
-        num_embeddings: rows of the embedding matrix.
+        embed_tokens: the model's input embedding.
         tokenizer: to find the answer marker; not needed in phase `all`.
-        gating_function: similarity in place of the gate that the settings name.
+        gating_function: similarity in place of the gate that the settings name; a learnable gate itself.
 
     Attributes:
         thinking_mask: (B, T) bool, the tokens of the thinking phase.
@@ -42,6 +44,7 @@ class ThinkingRollout:
             (mode m3po with λ = 0 or groups of one).
         peers: (B, T, P) float32, how much each path listened to its peers; P is 0 when paths do not interact.
         trace: (B, T, 2) float32, see `mix_bags`; of width 0 in mode m3po.
+        gating: what a learnable gate read and decided, for the policy pass; None with any other.
 
     Raises:
         ValueError: the phase needs a tokenizer and there is none.
@@ -53,7 +56,7 @@ class ThinkingRollout:
         group_ids: torch.Tensor,
         max_new_tokens: int,
         vocabulary: int,
-        num_embeddings: int,
+        embed_tokens: Any,
         tokenizer: Any,
         gating_function: GatingFunction | None,
     ):
@@ -68,13 +71,18 @@ class ThinkingRollout:
                     "generate, or set cross_path_phase='all'."
                 )
             self._marker = AnswerMarker(tokenizer, settings.answer_start, rows, device)
-        self._gate = gating_function or create_gating_function(settings.gating_type, settings.gating_config)
-        self._similarity = SimilaritySums(device)
+        self._gate: Any = gating_function
+        if gating_function is None and settings.mode in CROSS_PATH_MODES:
+            options = {name: value for name, value in settings.gating_config.items() if name != "temperature"}
+            self._gate = create_gating_function(settings.gating_type, options)
+        self._sums = AttentionSums(device)
         self._debug = settings.logs_matrices and self.groups.size <= DEBUG_GROUP_SIZE
-        self._num_embeddings = num_embeddings
+        self._embed_tokens = embed_tokens
+        self._num_embeddings = getattr(embed_tokens, "base_layer", embed_tokens).num_embeddings  # LoRA wraps it
         self._crosses = settings.crosses and self.groups.size > 1
         num_peers = min(self.groups.size - 1, settings.cross_path_top_k or self.groups.size) if self._crosses else 0
-        entries = min(settings.thought_top_k or vocabulary, vocabulary) if settings.has_thoughts else num_peers
+        kept = min(settings.thought_top_k or vocabulary, vocabulary)
+        entries = kept if settings.has_thoughts else num_peers
         if settings.mode == "m3po" and self._crosses:
             entries += 1  # the path itself
         self.thinking_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
@@ -83,12 +91,16 @@ class ThinkingRollout:
         # In mode m3po the peers' weights are read back from the bag.
         self.peers = torch.zeros(rows, max_new_tokens, num_peers if settings.has_thoughts else 0, device=device)
         self.trace = torch.ones(rows, max_new_tokens, 2 if settings.has_thoughts else 0, device=device)
+        self.gating: GatingRecord | None = None
+        if self._crosses and getattr(self._gate, "learnable", False):
+            self.gating = GatingRecord.zeros(rows, max_new_tokens, kept, num_peers, device)
         logger.info_once(f"M3PO mode {settings.mode}: {settings.describe()}")
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The record."""
-        return [self.thinking_mask, self.bag_ids, self.bag_weights, self.peers, self.trace]
+        gating = [] if self.gating is None else [*self.gating.tensors().values()]
+        return [self.thinking_mask, self.bag_ids, self.bag_weights, self.peers, self.trace, *gating]
 
     @property
     def has_bags(self) -> bool:
@@ -118,28 +130,42 @@ class ThinkingRollout:
         if not self.has_bags:
             return
         active = thinking & unfinished
-        if self._crosses:
-            peers, peer_rows = self._listen(step, probs, active)
+        kept = None
+        if self.settings.has_thoughts or self.gating is not None:
+            kept = likeliest(probs, self.settings.thought_top_k, self._num_embeddings)
+        peers = self._listen(step, probs, kept, active) if self._crosses else None
         share = self.settings.cross_path_lambda
-        if self.settings.has_thoughts:
-            ids, weights = thought_bags(probs, self.settings.thought_top_k, self._num_embeddings)
-            if self._crosses:
-                self.peers[:, step] = peers
-                ids, weights = blend_thoughts(ids, weights, peers, peer_rows, share)
+        if kept is not None and self.settings.has_thoughts:
+            ids, weights = kept.ids, kept.probs / kept.norm
+            if peers is not None:
+                self.peers[:, step] = peers.weights
+                ids, weights = blend_thoughts(ids, weights, peers.weights, peers.rows, share)
             weights = weights * active.unsqueeze(-1)
-        else:
-            ids, weights = cross_path_bags(completion_ids[:, -1], peers, peer_rows, share)
+        elif peers is not None:
+            ids, weights = cross_path_bags(completion_ids[:, -1], peers.weights, peers.rows, share)
         self.bag_ids[:, step], self.bag_weights[:, step] = ids, weights
 
-    def _listen(self, step: int, probs: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, similarity, pairs = path_attention(probs, active, self.groups, self.settings.temperature, self._gate)
-        self._similarity.add(similarity, pairs)
+    def _listen(self, step: int, probs: torch.Tensor, kept: Likeliest | None, active: torch.Tensor) -> Peers:
+        attention = self._attend(probs, kept, active)
+        peers = heard_peers(attention.weights, self.groups, self.settings.cross_path_top_k)
+        self._sums.add(attention, peers)
+        if self.gating is not None and kept is not None:
+            temperature = torch.as_tensor(attention.temperature, device=probs.device)
+            by_row = temperature.flatten()[self.groups.group] if temperature.dim() else temperature
+            self.gating.write(step, kept, peers.slots, by_row)
         if self._debug:
             logger.warning(
                 f"M3PO step {step}: {int(active.sum())}/{len(active)} paths active\n"
-                f"similarity\n{similarity}\nweights\n{weights}"
+                f"similarity\n{attention.similarity}\nweights\n{attention.weights}"
             )
-        return heard_peers(weights, self.groups, self.settings.cross_path_top_k)
+        return peers
+
+    def _attend(self, probs: torch.Tensor, kept: Likeliest | None, active: torch.Tensor) -> Attention:
+        gate = self._gate
+        if self.gating is not None and kept is not None:  # a learnable gate reads what the policy pass will read
+            ids, entries = self.groups.split(kept.ids), self.groups.split(kept.probs)
+            gate = partial(_similarity_of, self._gate, entries, ids, self._embed_tokens)
+        return path_attention(probs, active, self.groups, self.settings.temperature, gate)
 
     def forward_kwargs(self, recorded: slice) -> dict[str, torch.Tensor]:
         """What the model's forward gets for the completion positions of its input; {} when nothing differs."""
@@ -156,12 +182,14 @@ class ThinkingRollout:
         self.thinking_mask, self.trace = self.thinking_mask[:, :steps], self.trace[:, :steps]
         self.bag_ids, self.bag_weights = self.bag_ids[:, :steps], self.bag_weights[:, :steps]
         self.peers = self.peers[:, :steps]
+        if self.gating is not None:
+            self.gating = self.gating.at(slice(steps))
         if not self.has_bags:
             return {}
         statistics = {}
         if self._crosses:
             peers = self.peers if self.settings.has_thoughts else self.bag_weights[..., 1:]
-            statistics = attention_statistics(peers, self.thinking_mask, self.groups, self._similarity)
+            statistics = attention_statistics(peers, self.thinking_mask, self.groups, self._sums)
             if isinstance(self._gate, BaseM3POGating):
                 statistics |= self._gate.statistics()
         if self.settings.has_thoughts:
@@ -176,3 +204,10 @@ class ThinkingRollout:
         if not self.has_bags:
             return torch.ones(self.thinking_mask.shape, device=self.thinking_mask.device)
         return torch.where((self.bag_weights > 0).any(-1), self.bag_weights[..., 0], 1.0)
+
+
+def _similarity_of(
+    gate: Any, entries: torch.Tensor, ids: torch.Tensor, embed_tokens: Any, probs: torch.Tensor
+) -> torch.Tensor:
+    """A learnable gate's similarity of the likeliest tokens of `probs`, as a function of `probs`."""
+    return gate(entries, ids=ids, embed_tokens=embed_tokens)

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .gating.factory import gate_class
+from .gating.matched_temperature import MATCH
+from .interaction import Temperature, check_temperature
+from .model_gating import has_gating
 from .residual_gate import has_residual_gate
 
 if TYPE_CHECKING:
@@ -34,11 +37,12 @@ class ThinkingSettings:
         mode: `m3po`, `hrpo` or `h3po` (design, the mode table).
         cross_path_lambda: λ of eq. 2, the share of the peers in the thinking input, in [0, 1]. At 0 nothing is blended
             and decoding is the plain one, bit for bit.
-        cross_path_temp: T of eq. 5, above 0. None takes the default of the gate (`baseline`: 0.1).
+        cross_path_temp: T of eq. 5, above 0. None takes the default of the gate (`baseline`: 0.1); `match` takes, in
+            each group and step, the T at which the attention has the entropy of the baseline's at its default.
         cross_path_phase: `thinking` blends until the answer marker is complete in the completion; `all` blends to the
             end (the ablation "no phase isolation" of seed 1).
-        thought_top_k: entries of a soft thought (modes hrpo and h3po), the likeliest tokens; 0 keeps the whole
-            vocabulary.
+        thought_top_k: likeliest tokens of a distribution that are kept, as a soft thought (modes hrpo and h3po) and for
+            a learnable gate; 0 keeps the whole vocabulary.
         cross_path_top_k: keep this many peers per path, those with the largest weights; None keeps all.
         answer_start: the answer marker.
         gating_type: name of the gate, one of `transformers.m3po.gating.list_gating_functions()`.
@@ -51,7 +55,7 @@ class ThinkingSettings:
 
     mode: str = "m3po"
     cross_path_lambda: float = 0.1
-    cross_path_temp: float | None = None
+    cross_path_temp: Temperature | None = None
     cross_path_phase: str = "thinking"
     cross_path_top_k: int | None = None
     thought_top_k: int = DEFAULT_THOUGHT_TOP_K
@@ -79,7 +83,8 @@ class ThinkingSettings:
             )
         if not self.answer_start:
             raise ValueError('answer_start is empty; set the text that opens the answer, e.g. "####".')
-        options = gate_class(self.gating_type).known_options()
+        gate = gate_class(self.gating_type)
+        options = gate.known_options()
         unknown = set(self.gating_config) - set(options)
         if unknown:
             raise ValueError(
@@ -92,8 +97,9 @@ class ThinkingSettings:
                 f"cross_path_temp={self.cross_path_temp} and gating_config temperature={alias} contradict each other; "
                 "set one of them."
             )
-        if not self.temperature > 0.0:
-            raise ValueError(f"cross_path_temp={self.temperature} is not above 0; the paper uses 0.1.")
+        check_temperature("cross_path_temp", self.temperature)
+        if gate.learnable:
+            gate.structure(self.gating_config)
 
     @property
     def logs_matrices(self) -> bool:
@@ -101,12 +107,17 @@ class ThinkingSettings:
         return self.debug or bool(self.gating_config.get("debug")) or os.environ.get("M3PO_DEBUG") == "1"
 
     @property
-    def temperature(self) -> float:
+    def temperature(self) -> Temperature:
         """T of eq. 5: `cross_path_temp`, else the alias in `gating_config`, else the default of the gate."""
         for value in (self.cross_path_temp, self.gating_config.get("temperature")):
             if value is not None:
-                return float(value)
+                return value if value == MATCH else float(value)
         return gate_class(self.gating_type).default_temperature
+
+    @property
+    def learns(self) -> bool:
+        """Whether paths interact through a gate with parameters."""
+        return self.mode in CROSS_PATH_MODES and gate_class(self.gating_type).learnable
 
     @property
     def crosses(self) -> bool:
@@ -122,7 +133,8 @@ class ThinkingSettings:
     def from_generation_config(cls, generation_config: GenerationConfig, model: Any) -> ThinkingSettings | None:
         """Settings of a `generate` call: the mode follows from `enable_cross_path` and from the model's residual gate.
 
-        None when it has neither. `model.answer_start`, if set, is the default of `answer_start` (erratum E29).
+        None when it has neither. `model.answer_start`, if set, is the default of `answer_start` (erratum E29), and the
+        learnable gate of a model that has one is that of `gating_type`.
         """
         crosses, has_gate = bool(generation_config.enable_cross_path), has_residual_gate(model)
         if not crosses and not has_gate:
@@ -132,11 +144,13 @@ class ThinkingSettings:
         given = {name: getattr(generation_config, name, None) for name in names}
         if given["answer_start"] is None:
             given["answer_start"] = getattr(model, "answer_start", None)
+        if given["gating_type"] is None and has_gating(model):
+            given["gating_type"] = model.config.m3po_gating_type
         return cls(mode=mode, **{name: value for name, value in given.items() if value is not None})
 
     def numbers(self) -> dict[str, Any]:
         """The mode and the numbers that it has, T resolved: what a checkpoint says of itself."""
-        without = set() if self.has_thoughts else {"thought_top_k"}
+        without = set() if self.has_thoughts or self.learns else {"thought_top_k"}
         if self.mode not in CROSS_PATH_MODES:
             without |= self.__dataclass_fields__.keys() - {"mode", *THOUGHT_FLAGS}
         told = asdict(self) | {"cross_path_temp": self.temperature}
@@ -148,6 +162,6 @@ class ThinkingSettings:
         if self.mode in CROSS_PATH_MODES:
             told += [f"lambda={self.cross_path_lambda}", f"temperature={self.temperature}", f"gate={self.gating_type}"]
             told += [] if self.cross_path_top_k is None else [f"top_k={self.cross_path_top_k}"]
-        if self.has_thoughts:
+        if self.has_thoughts or self.learns:
             told.append(f"thought_top_k={self.thought_top_k}")
         return ", ".join([*told, f"phase={self.cross_path_phase}", f"answer marker {self.answer_start!r}"])

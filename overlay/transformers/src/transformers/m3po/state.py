@@ -18,7 +18,9 @@ from .aslr_settings import ASLR_NUMBERS, check_aslr_overrides, has_aslr
 from .bags import mix_bags
 from .interaction import GatingFunction
 from .latent_rollout import LatentRollout
+from .model_gating import gate_of_model, has_gating
 from .own_modules import refuse_nested
+from .policy_gating import GatingRecord
 from .residual_gate import has_residual_gate
 from .rollout import SUPPORTED_MODEL_TYPES, ThinkingRollout
 from .settings import CROSS_PATH_MODES, THOUGHT_FLAGS, ThinkingSettings
@@ -74,7 +76,8 @@ class M3POGenerationState:
         settings: the numbers of the mode; None takes them from the generation config. A state without settings, in a
             call that asks for no mode and on a model without a residual gate, only records `rollout_logps`.
         tokenizer: needed to find the answer marker, unless it is given to `generate`.
-        gating_function: similarity (G, N, V) -> (G, N, N) in place of the gate named by `gating_type`.
+        gating_function: similarity (G, N, V) -> (G, N, N) in place of the gate named by `gating_type`; a learnable gate
+            is given itself.
         thought_temperature: temperature of the soft thoughts where tokens are chosen greedily; sampled tokens and
             their thoughts share the sampling temperature. None takes the generation config's.
         row_seeds: (B,) integers, what ASLR's noise is made of in each row that is decoded; None draws them from torch's
@@ -131,6 +134,11 @@ class M3POGenerationState:
         return self._rollout.bag_weights if self._rollout is not None and self._rollout.has_bags else None
 
     @property
+    def gating(self) -> GatingRecord | None:
+        """What a learnable gate read and decided; None with any other."""
+        return None if self._rollout is None else self._rollout.gating
+
+    @property
     def has_given_seeds(self) -> bool:
         """Whether the seeds of the rows were given."""
         return self._given_seeds is not None
@@ -178,9 +186,9 @@ class M3POGenerationState:
                 group_ids.to(input_ids.device),
                 max_new_tokens,
                 model.config.vocab_size,
-                getattr(self._embed_tokens, "base_layer", self._embed_tokens).num_embeddings,  # LoRA wraps it
+                self._embed_tokens,
                 self.tokenizer,
-                self.gating_function,
+                self.gating_function or (gate_of_model(model, settings.gating_type) if settings.learns else None),
             )
 
     def _groups_of(self, rows: int, num_return_sequences: int, settings: ThinkingSettings) -> torch.Tensor:
@@ -370,7 +378,8 @@ def check_generation_mode(
     enabled = getattr(generation_config, "enable_cross_path", None)
     has_gate = has_residual_gate(model)
     if enabled is not False:  # False says that the numbers are off on purpose
-        _check_nothing_is_lost(generation_config, bool(enabled), has_gate, state)
+        reads = has_gate or has_gating(model) or getattr(getattr(state, "gating_function", None), "learnable", False)
+        _check_nothing_is_lost(generation_config, bool(enabled), has_gate, reads, state)
     if not enabled and state is None and not has_gate and not has_aslr(model):
         return
     from ..generation import GenerationMixin
@@ -408,7 +417,11 @@ def _check_aslr(model: Any, generation_config: GenerationConfig | None, state: M
 
 
 def _check_nothing_is_lost(
-    generation_config: GenerationConfig | None, enabled: bool, has_gate: bool, state: M3POGenerationState | None
+    generation_config: GenerationConfig | None,
+    enabled: bool,
+    has_gate: bool,
+    reads_likeliest: bool,
+    state: M3POGenerationState | None,
 ) -> None:
     """Refuses a number that the call would ignore: of a mode that is not on, or beside a state that has its own."""
     names = [*ThinkingSettings.__dataclass_fields__, "return_thinking_embeds"]
@@ -421,8 +434,10 @@ def _check_nothing_is_lost(
                 "of them out."
             )
         return
-    if "thought_top_k" in given and not has_gate:
-        raise ValueError("thought_top_k does nothing on a model without a residual gate; leave it out.")
+    if "thought_top_k" in given and not reads_likeliest:
+        raise ValueError(
+            "thought_top_k does nothing on a model without a residual gate or a learnable gate; leave it out."
+        )
     useful = (*THOUGHT_FLAGS, "return_thinking_embeds") if has_gate else ()
     given = [name for name in given if not enabled and name not in useful]
     if given:

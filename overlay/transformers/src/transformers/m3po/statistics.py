@@ -10,28 +10,59 @@ from __future__ import annotations
 
 import torch
 
-from .interaction import PathGroups
+from .bags import Peers
+from .interaction import Attention, PathGroups
 
 
-class SimilaritySums:
-    """Running sum, count, smallest and largest similarity over the pairs that may exchange; device scalars."""
+class AttentionSums:
+    """What no record holds, summed up step by step; device scalars.
+
+    Attributes:
+        total, count, smallest, largest: of the similarity, over the pairs that may exchange.
+        cut, listening: the weight of the peers that `cross_path_top_k` left out, over the paths that have a peer.
+        temperature, groups: T, over the groups in which paths exchange.
+        cuts, matches: whether peers were left out and T was matched at all, known on the host.
+    """
 
     def __init__(self, device: torch.device):
-        self.total = torch.zeros((), device=device)
-        self.count = torch.zeros((), device=device)
+        self.total, self.count, self.cut, self.listening, self.temperature, self.groups = torch.zeros(6, device=device)
         self.smallest = torch.full((), torch.inf, device=device)
         self.largest = torch.full((), -torch.inf, device=device)
+        self.cuts = self.matches = False
 
-    def add(self, similarity: torch.Tensor, pairs: torch.Tensor) -> None:
-        """similarity (G, N, N) float32, pairs (G, N, N) bool."""
+    def add(self, attention: Attention, peers: Peers) -> None:
+        """One step."""
+        pairs, similarity = attention.pairs, attention.similarity
         self.total += torch.where(pairs, similarity, 0.0).sum()
         self.count += pairs.sum()
         self.smallest = torch.minimum(self.smallest, torch.where(pairs, similarity, torch.inf).amin())
         self.largest = torch.maximum(self.largest, torch.where(pairs, similarity, -torch.inf).amax())
+        if peers.weights.shape[-1] < pairs.shape[-1] - 1:
+            self.cuts = True
+            self.cut += peers.cut.sum()
+            self.listening += (peers.weights > 0).any(-1).sum()
+        if isinstance(attention.temperature, torch.Tensor):
+            self.matches = True
+            exchange = pairs.any(-1).any(-1)
+            self.temperature += torch.where(exchange, attention.temperature.flatten(), 0.0).sum()
+            self.groups += exchange.sum()
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """See `attention_statistics`."""
+        found = {
+            "similarity_mean": self.total / self.count,
+            "similarity_min": torch.where(self.count > 0, self.smallest, torch.nan),
+            "similarity_max": torch.where(self.count > 0, self.largest, torch.nan),
+        }
+        if self.cuts:
+            found["attention_cut"] = self.cut / self.listening
+        if self.matches:
+            found["matched_temperature"] = self.temperature / self.groups
+        return found
 
 
 def attention_statistics(
-    peers: torch.Tensor, thinking_mask: torch.Tensor, groups: PathGroups, similarity: SimilaritySums
+    peers: torch.Tensor, thinking_mask: torch.Tensor, groups: PathGroups, sums: AttentionSums
 ) -> dict[str, torch.Tensor]:
     """Means over the blended positions of a rollout; every value is a 0-dim float32 tensor on the device.
 
@@ -39,13 +70,15 @@ def attention_statistics(
         peers: (B, T, P) float32, A of a path's peers or λ A, zero where it listened to nobody.
         thinking_mask: (B, T) bool.
         groups: the groups of the rows.
-        similarity: the similarities of the rollout.
+        sums: what was summed up in the rollout.
 
     Returns:
         attention_entropy: entropy of A over the peers, in nats. attention_max: the largest weight of A.
         attention_variance: variance of A over the active peers. active_paths: thinking paths of a group, over the
         groups and steps with at least one. similarity_mean, similarity_min, similarity_max: over the pairs that could
-        exchange. NaN where a rollout blended nothing.
+        exchange. attention_cut: weight of the peers that `cross_path_top_k` left out, before A was scaled to sum to 1
+        again; only if it left some out. matched_temperature: T, mean over groups and steps; only if it was matched. NaN
+        where a rollout blended nothing.
     """
     attention = peers / peers.sum(-1, keepdim=True).clamp_min(torch.finfo(peers.dtype).tiny)
     blended = (attention > 0).any(-1)
@@ -59,9 +92,7 @@ def attention_statistics(
         "attention_max": attention.amax(-1).sum() / count,
         "attention_variance": torch.where(blended, variance, 0.0).sum() / count,
         "active_paths": per_group.sum() / (per_group > 0).sum(),
-        "similarity_mean": similarity.total / similarity.count,
-        "similarity_min": torch.where(similarity.count > 0, similarity.smallest, torch.nan),
-        "similarity_max": torch.where(similarity.count > 0, similarity.largest, torch.nan),
+        **sums.statistics(),
     }
 
 

@@ -8,30 +8,56 @@ whose size docs/modes.md gives. The whole product would read the embedding matri
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 
-def thought_bags(probs: torch.Tensor, top_k: int, num_embeddings: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The soft thoughts of distributions.
+class Likeliest(NamedTuple):
+    """The likeliest tokens of distributions.
+
+    Attributes:
+        ids: (B, K) int32.
+        probs: (B, K) float32, their probabilities.
+        norm: (B, 1) float32, ||p||_2 of the whole distributions.
+    """
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+    norm: torch.Tensor
+
+
+def likeliest(probs: torch.Tensor, top_k: int, num_embeddings: int) -> Likeliest:
+    """What a bag or a learnable gate keeps of distributions.
 
     Args:
         probs: p (B, V) float32.
         top_k: k; 0 keeps the whole vocabulary.
         num_embeddings: rows of the embedding matrix. Tokens beyond it (a padded head) have no embedding: they stay in
-            the norm and out of the bag.
+            the norm, and their probability becomes 0.
 
     Returns:
-        ids (B, K) int32 and weights (B, K) float32, K = min(k, V) or, for the whole vocabulary, V.
+        K = min(k, V) or, for the whole vocabulary, V entries.
     """
     norm = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
     if top_k and top_k < probs.shape[-1]:
-        weights, ids = probs.topk(top_k, dim=-1)
+        kept, ids = probs.topk(top_k, dim=-1)
     else:
-        weights, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+        kept, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
     if num_embeddings < probs.shape[-1]:
         known = ids < num_embeddings
-        weights, ids = weights * known, ids * known
-    return ids.int(), weights / norm
+        kept, ids = kept * known, ids * known
+    return Likeliest(ids.int(), kept, norm)
+
+
+def thought_bags(probs: torch.Tensor, top_k: int, num_embeddings: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The soft thoughts of distributions; arguments as `likeliest`.
+
+    Returns:
+        ids (B, K) int32 and weights (B, K) float32.
+    """
+    kept = likeliest(probs, top_k, num_embeddings)
+    return kept.ids, kept.probs / kept.norm
 
 
 def blend_thoughts(
@@ -52,7 +78,42 @@ def blend_thoughts(
     Returns:
         ids (B, K) int32 and weights (B, K) float32. A path without an active peer keeps its own, bit for bit.
     """
-    size = ids.shape[-1]
+    all_ids, token, merged = _merge(ids, weights, peers, peer_rows, lambda_blend)
+    merged_ids = torch.zeros_like(all_ids).scatter(-1, token, all_ids)
+    kept, place = merged.topk(ids.shape[-1], dim=-1)
+    listens = (peers > 0).any(-1, keepdim=True)
+    return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, kept, weights)
+
+
+def blended_weights(
+    bag_ids: torch.Tensor,
+    bag_weights: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    peers: torch.Tensor,
+    peer_rows: torch.Tensor,
+    lambda_blend: float,
+) -> torch.Tensor:
+    """What `blend_thoughts` would weigh the tokens with that it chose before, differentiable in `peers`.
+
+    Args:
+        bag_ids, bag_weights: (B, K), its answer for the same thoughts, at these `peers` or at others.
+        The rest as there.
+
+    Returns:
+        (B, K) float32: 0 where `bag_weights` is, and `bag_weights` itself for a path without an active peer.
+    """
+    all_ids, token, merged = _merge(ids, weights, peers, peer_rows, lambda_blend)
+    place = torch.searchsorted(all_ids, bag_ids.contiguous()).clamp_max(all_ids.shape[-1] - 1)
+    found = merged.gather(-1, token.gather(-1, place))
+    listens = (peers > 0).any(-1, keepdim=True)
+    return torch.where(listens & (bag_weights > 0), found, bag_weights)
+
+
+def _merge(
+    ids: torch.Tensor, weights: torch.Tensor, peers: torch.Tensor, peer_rows: torch.Tensor, lambda_blend: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The entries of the blends by rising token (B, E), the place of each among the different ones, the sums there."""
     heard = lambda_blend * peers.unsqueeze(-1) * weights[peer_rows]  # (B, P, K)
     all_weights = torch.cat([(1.0 - lambda_blend) * weights, heard.flatten(1)], dim=-1)
     all_ids, order = torch.cat([ids, ids[peer_rows].flatten(1)], dim=-1).sort(dim=-1, stable=True)
@@ -60,8 +121,4 @@ def blend_thoughts(
     first = torch.ones_like(all_ids, dtype=torch.bool)
     first[:, 1:] = all_ids[:, 1:] != all_ids[:, :-1]
     token = first.cumsum(-1) - 1  # every entry's place among the different tokens of its row
-    merged = torch.zeros_like(all_weights).scatter_add(-1, token, all_weights)
-    merged_ids = torch.zeros_like(all_ids).scatter(-1, token, all_ids)
-    kept, place = merged.topk(size, dim=-1)
-    listens = (peers > 0).any(-1, keepdim=True)
-    return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, kept, weights)
+    return all_ids, token, torch.zeros_like(all_weights).scatter_add(-1, token, all_weights)

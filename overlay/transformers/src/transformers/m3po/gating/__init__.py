@@ -6,6 +6,7 @@ Axes: (...) any leading ones, usually G groups; N paths of a group; V vocabulary
 
 from .base import BaseM3POGating
 from .factory import create_gating_function, list_gating_functions, register_gating_function
+from .learnable_gates import BahdanauAttentionGating, LearnableGating, LuongAttentionGating
 from .parameter_free_gates import (
     BhattacharyyaGating,
     CosineGating,
@@ -15,10 +16,13 @@ from .parameter_free_gates import (
 )
 
 __all__ = [
+    "BahdanauAttentionGating",
     "BaseM3POGating",
     "BhattacharyyaGating",
     "CosineGating",
     "KLDivergenceGating",
+    "LearnableGating",
+    "LuongAttentionGating",
     "RawDotProductGating",
     "ScaledDotProductGating",
     "create_gating_function",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+TINY = torch.finfo(torch.float32).tiny
 # Options that every gate takes; `GenerationConfig` and `GRPOConfig` carry them in `gating_config`.
 COMMON_OPTIONS = ("temperature", "debug")
 
@@ -30,6 +31,8 @@ class BaseM3POGating(nn.Module, ABC):
 
     default_temperature: ClassVar[float]
     options: ClassVar[tuple[str, ...]] = ()
+    learnable: ClassVar[bool] = False  # has parameters, see `learnable_gates`
+    parameter_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any] | None = None):
         super().__init__()
@@ -54,6 +57,11 @@ class BaseM3POGating(nn.Module, ABC):
         """The names that `config` may have."""
         return (*COMMON_OPTIONS, *cls.options)
 
+    @classmethod
+    def structure(cls, config: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The options that say what parameters a gate has, defaults filled in."""
+        return {}
+
     @abstractmethod
     def compute_similarity_matrix(self, probs: torch.Tensor) -> torch.Tensor:
         """S of every pair of paths: probs (..., N, V) float32 -> (..., N, N) float32, larger for more alike.
@@ -76,14 +84,14 @@ class BaseM3POGating(nn.Module, ABC):
 
 
 def attention_weights(
-    similarity: torch.Tensor, active_mask: torch.Tensor, temperature: float
+    similarity: torch.Tensor, active_mask: torch.Tensor, temperature: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked softmax of S / T over the active peers of each path.
 
     Args:
         similarity: (..., N, N) float32.
         active_mask: (..., N) bool, the paths that take part.
-        temperature: T, above 0.
+        temperature: T, above 0; a tensor is spread over the similarity.
 
     Returns:
         weights (..., N, N) float32: zero on the diagonal and at paths that do not take part; every row of an active

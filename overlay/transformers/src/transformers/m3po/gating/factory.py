@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .base import BaseM3POGating
+from .learnable_gates import BahdanauAttentionGating, LuongAttentionGating
 from .parameter_free_gates import (
     BhattacharyyaGating,
     CosineGating,
@@ -21,6 +22,8 @@ _GATES: dict[str, type[BaseM3POGating]] = {
     "scaled_dot": ScaledDotProductGating,
     "kl_divergence": KLDivergenceGating,
     "bhattacharyya": BhattacharyyaGating,
+    "luong": LuongAttentionGating,
+    "bahdanau": BahdanauAttentionGating,
 }
 
 
