@@ -50,6 +50,9 @@ def test_the_flags_are_the_ones_of_the_design_with_its_defaults():
         "answer_start": "####",
         "gating_type": "baseline",
         "gating_config": None,
+        "gating_training": "embeddings",
+        "gating_learning_rate": 1e-3,
+        "gating_warmup_steps": 0,
         "aslr_enabled": None,
         "aslr_num_paths": None,
         "aslr_max_iterations": None,
@@ -77,11 +80,15 @@ VALUES = [
     ("enable_cross_path", "false", False),
     ("cross_path_lambda", "0.25", 0.25),
     ("cross_path_temp", "0.5", 0.5),
+    ("cross_path_temp", "match", "match"),
     ("cross_path_phase", "all", "all"),
     ("cross_path_top_k", "3", 3),
     ("answer_start", "ANSWER", "ANSWER"),
     ("gating_type", "baseline", "baseline"),
     ("gating_config", '{"temperature": 0.3, "debug": true}', {"temperature": 0.3, "debug": True}),
+    ("gating_training", "logits", "logits"),
+    ("gating_learning_rate", "5e-4", 5e-4),
+    ("gating_warmup_steps", "20", 20),
     ("aslr_enabled", "true", True),
     ("aslr_num_paths", "6", 6),
     ("aslr_max_iterations", "0", 0),
@@ -92,15 +99,31 @@ VALUES = [
 ]
 
 
+# What else must be set for a flag to do anything.
+NEEDS = dict.fromkeys(("gating_training", "gating_warmup_steps"), "gating_type: luong")
+
+
 @pytest.mark.parametrize(("name", "text", "value"), VALUES)
 def test_every_flag_is_read_from_the_command_line(tmp_path: Path, name: str, text: str, value: Any):
-    assert getattr(parse(tmp_path, "seed: 3", f"--{name}", text), name) == value
+    assert getattr(parse(tmp_path, NEEDS.get(name, "seed: 3"), f"--{name}", text), name) == value
 
 
 @pytest.mark.parametrize(("name", "text", "value"), VALUES)
 def test_every_flag_is_read_from_yaml_and_the_command_line_wins(tmp_path: Path, name: str, text: str, value: Any):
-    assert getattr(parse(tmp_path, f"{name}: {text}"), name) == value
-    assert parse(tmp_path, f"{name}: {text}\nseed: 3", "--seed", "4").seed == 4
+    yaml = f"{name}: {text}\n{NEEDS.get(name, '')}"
+    assert getattr(parse(tmp_path, yaml), name) == value
+    assert parse(tmp_path, f"{yaml}\nseed: 3", "--seed", "4").seed == 4
+
+
+def test_blended_output_distributions_have_no_residual_gate_to_train():
+    with pytest.raises(ValueError, match="^gating_training='logits' scores plain tokens.*set gating_training='embed"):
+        config(mode="h3po", gating_type="luong", gating_training="logits")
+
+
+def test_the_size_of_a_learnable_gate_is_filled_in_and_other_options_stay():
+    made = config(mode="m3po", gating_type="luong", gating_config={"temperature": 0.3})
+    assert made.gating_config == {"temperature": 0.3, "rank": 128, "project_embeddings": False}
+    assert config(mode="m3po", gating_type="raw_dot").gating_config is None
 
 
 def test_every_flag_is_among_the_parsed_ones():
@@ -181,7 +204,20 @@ REFUSED = [
     ({"gating_config": {"temperature": 0}}, "cross_path_temp=0", "not above 0; the paper uses 0.1"),
     ({"cross_path_phase": "answer"}, "cross_path_phase='answer'", "set one of thinking, all"),
     ({"cross_path_top_k": 0}, "cross_path_top_k=0", "set 1 or more, or leave it out"),
-    ({"gating_type": "cosine"}, "gating_type='cosine'", "set one of baseline"),
+    ({"gating_type": "cosine"}, "gating_type='cosine'", "set one of bahdanau, baseline"),
+    ({"cross_path_temp": "sharp"}, "cross_path_temp='sharp'", "neither a number above 0 nor 'match'"),
+    ({"gating_training": "both"}, "gating_training='both'", "set one of embeddings, logits"),
+    ({"gating_training": "logits"}, "gating_training='logits' does nothing", "set gating_type='luong' or 'bahdanau'"),
+    ({"gating_warmup_steps": 3}, "gating_warmup_steps=3 does nothing", "set gating_type='luong' or 'bahdanau'"),
+    ({"gating_warmup_steps": -1, "gating_type": "luong"}, "gating_warmup_steps=-1", "0 is none"),
+    ({"gating_learning_rate": -0.1}, "gating_learning_rate=-0.1", "default is 1e-3"),
+    ({"gating_type": "luong", "gating_config": {"rank": 0}}, "gating_config rank=0", "the default is 128"),
+    ({"gating_type": "raw_dot", "gating_config": {"rank": 8}}, "gating_config has no option 'rank'", "debug"),
+    (
+        {"gating_type": "bahdanau", "gating_config": {"project_embeddings": "yes"}},
+        "gating_config project_embeddings='yes'",
+        "true or false",
+    ),
     ({"answer_start": ""}, "answer_start is empty", "set the text that opens the answer"),
     ({"gating_config": {"temprature": 1}}, "gating_config", "takes temperature and debug"),
     (
@@ -240,6 +276,11 @@ REFUSED = [
         "per_device_eval_batch_size=4",
         "set it to 8",
     ),
+    (
+        {"gating_type": "luong", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "world": 1},
+        "per_device_train_batch_size=4 does not hold whole groups of num_generations=8",
+        "Set it to 8, with gradient_accumulation_steps",
+    ),
 ]
 
 
@@ -262,7 +303,7 @@ def test_bad_input_gets_one_line_with_the_flag_and_the_mend(
 
 
 GROUPS = [case for case in REFUSED if "world" in case[0]]
-NUMBERS, FEATURES = REFUSED[1:30], [case for case in REFUSED[30:] if case not in GROUPS]
+NUMBERS, FEATURES = REFUSED[1:39], [case for case in REFUSED[39:] if case not in GROUPS]
 
 
 @pytest.mark.parametrize("mode", ["none", "hrpo"])

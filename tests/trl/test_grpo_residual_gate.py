@@ -297,6 +297,8 @@ def test_an_adapter_whose_gate_the_base_model_lacks_is_refused(tiny: Any, tmp_pa
 
 def test_an_optimizer_in_the_deepspeed_configuration_is_refused(tiny: Any):
     plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
-    args = SimpleNamespace(mode="hrpo", deepspeed_plugin=plugin, aslr_enabled=None, **dict.fromkeys(ASLR_NUMBERS))
+    args = SimpleNamespace(
+        mode="hrpo", gating_type="baseline", deepspeed_plugin=plugin, aslr_enabled=None, **dict.fromkeys(ASLR_NUMBERS)
+    )
     with pytest.raises(ValueError, match="^the DeepSpeed configuration has an optimizer.*leave it out and set optim"):
         prepare_policy(tiny.model(), args, None)

@@ -12,17 +12,22 @@ Axes: B rows of this process, C completion positions of the padded batch, L inpu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper
 from transformers.m3po import M3POGenerationState, write_checkpoint_info
 from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers
+from transformers.m3po.policy_gating import PREFIX, GatingRecord
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.utils import logging
 
 from .grpo_aslr import latent_statistics
+from .grpo_gating import blended_scores, gate_parameters, gate_statistics, hold_back_the_rest, shuffle_groups
 from .grpo_m3po_config import GATE_START, check_model_type, thinking_settings, what_needs_generate
 from .grpo_own_modules import prepare_reference, settle_modules
 
@@ -30,6 +35,8 @@ logger = logging.get_logger(__name__)
 
 # What the trainer does with a rollout; a subclass that does it in its own way does not know of bags.
 _SCORING = ("_compute_loss", "_generate_and_score_completions", "_get_per_token_logps_and_entropies")
+# What every scoring pass reads of a rollout, by its name in the batch.
+_SCORED = ("thinking_bag_ids", "thinking_bag_weights", "aslr_row_seeds", "thinking_mask", "gating_group_ids")
 # Attributes of the trainer that move the rollouts out of a single call of `generate`.
 _OTHER_ROLLOUTS = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
 
@@ -47,7 +54,7 @@ class GRPORollouts:
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self.mode = trainer.args.mode
-        self.settings = thinking_settings(trainer.args)
+        self.settings: Any = thinking_settings(trainer.args)  # ThinkingSettings, None in mode `none`
         self.aslr = bool(trainer.args.aslr_enabled)
         # Rollouts that do not come from one call of `generate` leave no record that fits the batch.
         elsewhere = [name for name in _OTHER_ROLLOUTS if getattr(trainer, name, None)]
@@ -64,6 +71,9 @@ class GRPORollouts:
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             prepare_reference(trainer.accelerator.unwrap_model(trainer.model), reference, trainer.args)
+        self.learns = self.settings is not None and self.settings.learns and self.settings.crosses
+        start = gate_parameters(trainer.model) if self.learns else {}
+        self._gate_start = {name: value.detach().clone() for name, value in start.items()}
         self._records = not elsewhere
         self._state = M3POGenerationState()
         self._group_ids = torch.arange(0)
@@ -75,6 +85,8 @@ class GRPORollouts:
     def describe(self) -> str:
         """The mode, its numbers and those of ASLR, in one line."""
         told = [f"mode={self.mode}"] if self.settings is None else [f"mode={self.mode}: {self.settings.describe()}"]
+        if self.settings is not None and self.settings.learns:
+            told.append(f"gating_training={self._trainer.args.gating_training}")
         if self.aslr:
             told.append(f"ASLR: {ASLRNumbers.of(self._trainer.args, {}).describe()}")
         return "; ".join(told)
@@ -101,6 +113,23 @@ class GRPORollouts:
             )
         if self.settings is not None:
             self._check_distribution(model)
+            if self.settings.learns:
+                self._check_gating()
+
+    def _check_gating(self) -> None:
+        args = self._trainer.args
+        engine = self._trainer.accelerator.distributed_type
+        if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"gating_type={args.gating_type!r} cannot be trained with {engine.value}: a rollout reads the gate "
+                "outside the forward pass, where its parameters are split over the processes. Take DDP "
+                "(configs/accelerate), or a gate without parameters."
+            )
+        if args.gating_training == "logits" and args.cast_lm_head_to_fp32:
+            raise ValueError(
+                "cast_lm_head_to_fp32 is a feature of the fused head, which gating_training='logits' does not use; set "
+                "it to False."
+            )
 
     def _check_distribution(self, model: Any) -> None:
         """Refuses what makes rollout and policy pass two distributions, wherever it was set."""
@@ -141,23 +170,87 @@ class GRPORollouts:
         )
         return {"m3po": self._state}
 
-    def scoring_kwargs(self, num_positions: int) -> dict[str, torch.Tensor]:
-        """The bags of the last rollout as long as C = `num_positions`, and its rows' seeds; {} where it has neither."""
-        bag_ids, bag_weights = self._state.bag_ids, self._state.bag_weights
-        given = {}
-        if bag_ids is not None and bag_weights is not None:
-            given["thinking_bag_ids"] = _fit(bag_ids, num_positions)
-            given["thinking_bag_weights"] = _fit(bag_weights, num_positions)
-        if self._state.row_seeds is not None:
-            given["aslr_row_seeds"] = self._state.row_seeds
+    def scoring_kwargs(self, num_positions: int) -> dict[str, Any]:
+        """For the passes over a rollout that is C = `num_positions` long; {} where they are plain.
+
+        Returns:
+            `m3po_inputs`: tensors of B rows, bags or what a blend of output distributions needs, and the rows' seeds.
+        """
+        state = self._state
+        given: dict[str, torch.Tensor] = {}
+        if self.learns and self._trainer.args.gating_training == "logits":
+            if state.thinking_mask is not None:
+                given["thinking_mask"] = _fit(state.thinking_mask, num_positions)
+                given["gating_group_ids"] = self._group_ids.to(given["thinking_mask"].device)
+        elif state.bag_ids is not None and state.bag_weights is not None:
+            given["thinking_bag_ids"] = _fit(state.bag_ids, num_positions)
+            given["thinking_bag_weights"] = _fit(state.bag_weights, num_positions)
+        if state.row_seeds is not None:
+            given["aslr_row_seeds"] = state.row_seeds
+        return {"m3po_inputs": given} if given else {}
+
+    def policy_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The same for the policy pass over a micro-batch; with gradient, also what a learnable gate needs."""
+        record = torch.is_grad_enabled()
+        return {
+            name: value
+            for name, value in batch.items()
+            if name in _SCORED or (record and name.startswith(PREFIX)) and value is not None
+        }
+
+    def model_inputs(
+        self, rows: slice, attention_mask: torch.Tensor, inputs: dict[str, torch.Tensor] | None
+    ) -> dict[str, Any]:
+        """Extra inputs of the forward in a scoring pass over some rows; {} where it is plain.
+
+        Args:
+            rows: which rows of the batch the pass is over.
+            attention_mask: (b, L) of these rows; the position ids of the rollout follow from it.
+            inputs: of the whole batch, see `scoring_kwargs` and `policy_inputs`.
+        """
+        part = {name: value[rows] for name, value in (inputs or {}).items()}
+        given: dict[str, Any] = {}
+        if "thinking_bag_ids" in part:
+            given |= {name: part[name] for name in ("thinking_bag_ids", "thinking_bag_weights")}
+        if f"{PREFIX}ids" in part:
+            given["thinking_gating"] = {
+                "record": GatingRecord.of(part),
+                "group_ids": part["gating_group_ids"],
+                "lambda_blend": self.settings.cross_path_lambda,
+                "has_thoughts": self.settings.has_thoughts,
+            }
+        if "aslr_row_seeds" in part:
+            given |= {"aslr_row_seeds": part["aslr_row_seeds"], "is_m3po_inference": False}
+        if given or "thinking_mask" in part:
+            given["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        if "thinking_mask" in part:
+            given["m3po_blend"] = {"thinking_mask": part["thinking_mask"], "group_ids": part["gating_group_ids"]}
         return given
+
+    def score(self, model: Any, model_inputs: dict[str, Any], labels: torch.Tensor) -> Any:
+        """The forward of a scoring pass: TRL's, unless the output distributions of the groups are blended."""
+        blend = model_inputs.pop("m3po_blend", None)
+        if blend is None:
+            return model(**model_inputs, labels=labels, fused_lm_head=True)
+        base = self._trainer.accelerator.unwrap_model(model)
+        base = base.get_base_model() if isinstance(base, PeftModel) else base
+        given = base.base_model, model_inputs, labels, blend, self.settings, self._trainer.temperature
+        return blended_scores(model, *given)
+
+    def shuffle(self, batch: dict[str, Any], shuffle: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Shuffles the rows of a rollout, or its whole groups where a gate learns from them."""
+        return shuffle_groups(batch, self._trainer.num_generations, shuffle) if self.learns else shuffle(batch)
 
     def add_to_batch(self, batch: dict[str, Any]) -> None:
         """Puts what the policy pass needs beside the batch (every tensor has B rows) and logs the rollout."""
         if not self._records:
             return
         num_positions = batch["completion_ids"].size(1)
-        batch.update(self.scoring_kwargs(num_positions))
+        batch.update(self.scoring_kwargs(num_positions).get("m3po_inputs", {}))
+        if self._state.gating is not None and "thinking_bag_ids" in batch:
+            record = self._state.gating.tensors()
+            batch.update({name: _fit(value, num_positions) for name, value in record.items()})
+            batch["gating_group_ids"] = self._group_ids.to(batch["completion_ids"].device)
         batch["rollout_per_token_logps"] = _fit(self._state.rollout_logps, num_positions)
         # In the batch, because an evaluation may roll out between this rollout and the policy passes that read it.
         batch["rollout_step"] = torch.tensor(self._trainer.state.global_step)
@@ -171,14 +264,24 @@ class GRPORollouts:
         self._log("thinking_fraction", thinking.sum() / tokens.sum())
         self._log("thinking_length", thinking.sum(1).float().mean())
 
-    def log_gradients(self, model: Any) -> None:
-        """Logs the gradient norms of the modules of ASLR, when all gradients of an optimizer step are there."""
-        accelerator = self._trainer.accelerator
-        trains = self.aslr and ASLRNumbers.of(self._trainer.args, {}).runs
-        if not trains or not accelerator.sync_gradients:
+    def after_backward(self, model: Any) -> None:
+        """When all gradients of an optimizer step are there: logs our modules' own, and holds back what waits.
+
+        For the first `gating_warmup_steps` steps only a learnable gate keeps its gradients.
+        """
+        accelerator, args = self._trainer.accelerator, self._trainer.args
+        if not accelerator.sync_gradients:
             return
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # fp16 scales the loss
-        for name, value in latent_statistics(accelerator.unwrap_model(model), scale).items():
+        found: dict[str, torch.Tensor] = {}
+        if self.aslr and ASLRNumbers.of(args, {}).runs:
+            found |= latent_statistics(accelerator.unwrap_model(model), scale)
+        if self._gate_start:
+            policy = accelerator.unwrap_model(model)
+            found |= gate_statistics(policy, self._gate_start, scale)
+            if self._trainer.state.global_step < args.gating_warmup_steps:
+                hold_back_the_rest(policy)
+        for name, value in found.items():
             self._log(name, value)
 
     def log_rollout_diff(self, inputs: dict[str, Any], per_token_logps: torch.Tensor, mask: torch.Tensor) -> None:
@@ -232,35 +335,11 @@ def checkpoint_info(args: Any) -> dict[str, Any]:
         **({"mode": args.mode, "answer_start": args.answer_start} if settings is None else settings.numbers()),
         **({name: getattr(args, name) for name in GATE_START} if args.mode in RESIDUAL_MODES else {}),
         **({name: getattr(args, name) for name in ("aslr_enabled", *ASLR_NUMBERS)} if args.aslr_enabled else {}),
+        **({"gating_training": args.gating_training} if settings is not None and settings.learns else {}),
         "num_generations": args.num_generations,
         "sampling_temperature": args.temperature,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
     }
-
-
-def scoring_inputs(
-    rows: slice,
-    attention_mask: torch.Tensor,
-    bag_ids: torch.Tensor | None,
-    bag_weights: torch.Tensor | None,
-    row_seeds: torch.Tensor | None,
-) -> dict[str, Any]:
-    """Extra inputs of a scoring pass over some rows; {} where the batch has neither bags nor seeds.
-
-    Args:
-        rows: which rows of the batch the pass is over.
-        attention_mask: (b, L) of these rows; the position ids of the rollout follow from it.
-        bag_ids, bag_weights: (B, C, K) of the whole batch, or None.
-        row_seeds: (B,) of the whole batch, or None.
-    """
-    given: dict[str, Any] = {}
-    if bag_ids is not None and bag_weights is not None:
-        given |= {"thinking_bag_ids": bag_ids[rows], "thinking_bag_weights": bag_weights[rows]}
-    if row_seeds is not None:
-        given |= {"aslr_row_seeds": row_seeds[rows], "is_m3po_inference": False}
-    if given:
-        given["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-    return given
 
 
 def _fit(record: torch.Tensor, num_positions: int) -> torch.Tensor:

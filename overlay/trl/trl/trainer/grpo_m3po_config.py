@@ -12,11 +12,14 @@ from typing import Any
 
 from transformers.m3po import ThinkingSettings
 from transformers.m3po.aslr_settings import ASLR_NUMBERS, check_aslr_numbers
+from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.matched_temperature import MATCH
 from transformers.m3po.model_config import check_bounds
 from transformers.m3po.rollout import SUPPORTED_MODEL_TYPES
 from transformers.m3po.settings import CROSS_PATH_MODES, DEFAULT_THOUGHT_TOP_K, RESIDUAL_MODES
 
 MODES = ("none", "m3po", "hrpo", "h3po")
+GATING_TRAININGS = ("embeddings", "logits")
 # The flags that say what a fresh residual gate starts with; of a model that has one, its config says it.
 GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
 # What generate cuts off a distribution, with the value at which it cuts nothing off.
@@ -64,15 +67,21 @@ class M3POArguments:
     )
     thought_top_k: int = field(
         default=DEFAULT_THOUGHT_TOP_K,
-        metadata={"help": "Entries of a soft thought, the likeliest tokens; 0 keeps the whole vocabulary."},
+        metadata={
+            "help": "Likeliest tokens of a distribution that are kept, as a soft thought and for a learnable gate; 0 "
+            "keeps the whole vocabulary."
+        },
     )
     cross_path_lambda: float = field(
         default=0.1,
         metadata={"help": "Share of the peers in a thinking input, lambda of eq. 2, in [0, 1]. 0 blends nothing."},
     )
-    cross_path_temp: float | None = field(
+    cross_path_temp: float | str | None = field(
         default=None,
-        metadata={"help": "Temperature of the weights over the peers, T of eq. 5, above 0. Default: the gate's (0.1)."},
+        metadata={
+            "help": "Temperature of the weights over the peers, T of eq. 5, above 0; `match`: in each group and step "
+            "the one at which the attention is as sharp as the baseline's. Default: the gate's (baseline: 0.1)."
+        },
     )
     cross_path_phase: str = field(
         default="thinking",
@@ -90,15 +99,29 @@ class M3POArguments:
         default="baseline",
         metadata={
             "help": "The gate, a similarity of two paths' distributions: `baseline` (the paper's cosine, eq. 3), "
-            "`raw_dot`, `scaled_dot`, `kl_divergence` or `bhattacharyya`."
+            "`raw_dot`, `scaled_dot`, `kl_divergence` or `bhattacharyya`; and two that learn, `luong` and `bahdanau`."
         },
     )
     gating_config: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug, and for "
-            "`kl_divergence` exact."
+            "help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug; for "
+            "`kl_divergence` exact; for `luong` rank (128) and for `bahdanau` attention_dim (256), for both "
+            "project_embeddings (false)."
         },
+    )
+    gating_training: str = field(
+        default="embeddings",
+        metadata={
+            "help": "How a learnable gate gets its gradient: `embeddings` works its weights out again in the policy "
+            "pass (the policy that was rolled out), `logits` blends the output distributions of a group (another one)."
+        },
+    )
+    gating_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of a learnable gate, which has no weight decay."}
+    )
+    gating_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the start in which a learnable gate is trained alone."}
     )
     aslr_enabled: bool | None = field(
         default=None,
@@ -169,7 +192,7 @@ def check_m3po_arguments(args: Any) -> None:
             raise ValueError(f"mode={args.mode!r} and {name}={value} contradict each other; set mode alone.")
     for name, modes in switches.items():
         setattr(args, name, args.mode in modes)
-    thinking_settings(args)
+    _settle_gating(args)
     check_bounds(args.thinking_residual_r_min, args.thinking_residual_r_max)
     for name in ("thinking_residual_gate_learning_rate", "thinking_residual_lambda_learning_rate"):
         if not getattr(args, name) >= 0.0:
@@ -195,6 +218,50 @@ def _check_engine(args: Any) -> None:
         raise ValueError(f"use_vllm=True cannot be combined with {what}: {why}.")
     if args.use_transformers_continuous_batching:
         raise ValueError(f"use_transformers_continuous_batching=True cannot be combined with {what}: set it to False.")
+
+
+def _settle_gating(args: Any) -> None:
+    """Reads T from a command line, fills in what says the size of a learnable gate, and checks the numbers."""
+    if isinstance(args.cross_path_temp, str) and args.cross_path_temp != MATCH:
+        try:
+            args.cross_path_temp = float(args.cross_path_temp)
+        except ValueError as error:
+            raise ValueError(
+                f"cross_path_temp={args.cross_path_temp!r} is neither a number above 0 nor {MATCH!r}."
+            ) from error
+    thinking_settings(args)
+    gate = gate_class(args.gating_type)
+    if args.gating_training not in GATING_TRAININGS:
+        raise ValueError(
+            f"gating_training={args.gating_training!r} is unknown; set one of {', '.join(GATING_TRAININGS)}."
+        )
+    if not args.gating_learning_rate >= 0.0:
+        raise ValueError(f"gating_learning_rate={args.gating_learning_rate} is below 0; the default is 1e-3.")
+    if args.gating_warmup_steps < 0:
+        raise ValueError(f"gating_warmup_steps={args.gating_warmup_steps} is below 0; 0 is none.")
+    if not gate.learnable:
+        for name, default in (("gating_training", "embeddings"), ("gating_warmup_steps", 0)):
+            if getattr(args, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} does nothing with gating_type={args.gating_type!r}, which has no "
+                    "parameters; leave it out, or set gating_type='luong' or 'bahdanau'."
+                )
+        return
+    args.gating_config = {**(args.gating_config or {}), **gate.structure(args.gating_config)}
+    if args.mode not in CROSS_PATH_MODES:
+        return
+    if args.gating_training == "logits" and args.mode != "m3po":
+        raise ValueError(
+            f"gating_training='logits' scores plain tokens, so mode={args.mode!r} would not train its residual gate; "
+            "set gating_training='embeddings', or mode='m3po'."
+        )
+    rows, group = args.per_device_train_batch_size, args.num_generations
+    if rows % group:
+        raise ValueError(
+            f"per_device_train_batch_size={rows} does not hold whole groups of num_generations={group}: "
+            f"gating_type={args.gating_type!r} learns from all paths of a group in one micro-batch. Set it to "
+            f"{_multiples_around(rows, group)}, with gradient_accumulation_steps for the rest."
+        )
 
 
 def _check_distribution(args: Any) -> None:

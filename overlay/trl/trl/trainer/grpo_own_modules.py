@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules of this overlay in training: made before the adapter is laid on, trained and saved with it (E13).
 
-HRPO's residual gate goes with the modes `hrpo` and `h3po`, ASLR with `aslr_enabled` in any mode.
+HRPO's residual gate goes with the modes `hrpo` and `h3po`, ASLR with `aslr_enabled` in any mode, a learnable gate with
+`gating_type` in the modes in which paths interact.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers.m3po.aslr import attach_aslr
 from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_overrides
-from transformers.m3po.own_modules import ASLR, OWN_MODULES, RESIDUAL_GATE, OwnModules, copy_own_modules
+from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.model_gating import attach_gating
+from transformers.m3po.own_modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules, copy_own_modules
 from transformers.m3po.residual_gate import attach_residual_gate
-from transformers.m3po.settings import RESIDUAL_MODES
+from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
 from .grpo_m3po_config import GATE_START, check_model_type
 
 
 def wanted_modules(args: Any) -> list[OwnModules]:
     """What a run with these arguments trains; `aslr_enabled` is settled by `prepare_policy`."""
-    wanted = {RESIDUAL_GATE: args.mode in RESIDUAL_MODES, ASLR: bool(args.aslr_enabled)}
+    wanted = {
+        RESIDUAL_GATE: args.mode in RESIDUAL_MODES,
+        ASLR: bool(args.aslr_enabled),
+        GATING: args.mode in CROSS_PATH_MODES and gate_class(args.gating_type).learnable,
+    }
     return [own for own in OWN_MODULES if wanted[own]]
 
 
@@ -29,8 +36,8 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
     """Hook of `GRPOTrainer.__init__`, before the adapter: gives the model the modules that the run trains.
 
     Args:
-        model: the policy. A plain one gets fresh modules (in place): a residual gate that depends on `args.seed` alone,
-            so that a resumed run has the same reference; those of ASLR start alike everywhere.
+        model: the policy. A plain one gets fresh modules (in place): a residual gate and a learnable gate that depend
+            on `args.seed` alone, so that a resumed run has the same start; those of ASLR start alike everywhere.
         args: the `GRPOConfig`. What it leaves open of ASLR becomes the model's, and what the two say of a residual
             gate's start becomes the model's too: what is said of the run is what it trains.
         peft_config: the adapter that will be laid on, if any.
@@ -58,12 +65,19 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
             "set mode='hrpo' or 'h3po'."
         )
     wanted = wanted_modules(args)
+    if GATING.on(base):
+        _check_gating(base, args, GATING in wanted)
     if not wanted:
         return peft_config
-    why = {RESIDUAL_GATE: f"mode={args.mode!r}", ASLR: "aslr_enabled=True"}
+    why = {
+        RESIDUAL_GATE: f"mode={args.mode!r}",
+        ASLR: "aslr_enabled=True",
+        GATING: f"gating_type={args.gating_type!r}",
+    }
     check_model_type(base, why[wanted[0]])
-    if RESIDUAL_GATE in wanted:
-        _check_optimizer(args)
+    for own in (RESIDUAL_GATE, GATING):
+        if own in wanted:
+            _check_optimizer(args, why[own])
     for own in wanted:
         if adapters and not set(own.names) <= saved:
             raise ValueError(
@@ -103,19 +117,39 @@ def _settle_aslr(base: Any, args: Any) -> None:
             setattr(args, name, getattr(base.config, name))
 
 
+def _check_gating(base: Any, args: Any, wanted: bool) -> None:
+    """Refuses a run that would leave the gate of its model alone, or that asks for another one."""
+    has = base.config.m3po_gating_type
+    structure = gate_class(has).structure(base.config.m3po_gating_config)
+    if not wanted or args.gating_type != has:
+        raise ValueError(
+            f"the model has the learnable gate {has!r} (m3po_gating_enabled), and mode={args.mode!r} with gating_type="
+            f"{args.gating_type!r} does not train it; set gating_type={has!r} in mode 'm3po' or 'h3po', or load the "
+            "model with m3po_gating_enabled=False."
+        )
+    for name, value in structure.items():
+        if args.gating_config[name] != value:
+            raise ValueError(
+                f"gating_config {name}={args.gating_config[name]!r}, and the gate of the model has {value!r}; set "
+                "that, or load the model with m3po_gating_enabled=False for a fresh gate."
+            )
+
+
 def _attach(own: OwnModules, model: Any, args: Any) -> None:
     if own is RESIDUAL_GATE:
         attach_residual_gate(model, args.thinking_residual_r_min, args.thinking_residual_r_max, args.seed)
+    elif own is GATING:
+        attach_gating(model, args.gating_type, args.gating_config, args.seed)
     else:
         attach_aslr(model, **{name: getattr(args, name) for name in ASLR_NUMBERS})
 
 
-def _check_optimizer(args: Any) -> None:
+def _check_optimizer(args: Any, why: str) -> None:
     plugin = args.deepspeed_plugin
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise ValueError(
-            f"the DeepSpeed configuration has an optimizer, which knows nothing of the learning rates of mode="
-            f"{args.mode!r}; leave it out and set optim."
+            f"the DeepSpeed configuration has an optimizer, which knows nothing of the learning rates of {why}; leave "
+            "it out and set optim."
         )
 
 
@@ -130,11 +164,11 @@ def settle_modules(model: Any, args: Any) -> None:
     """Makes the modules of the policy what they must be when the optimizer is made, in place.
 
     They are float32, whatever has cast the model since (TRL casts all that is trainable on quantised base weights); and
-    where the loop of ASLR is skipped its modules are not among what DDP and the optimizer take, since no gradient would
-    reach them and DDP would wait for it.
+    where the loop of ASLR is skipped, or no path listens (λ = 0), the modules are not among what DDP and the optimizer
+    take, since no gradient would reach them and DDP would wait for it.
     """
     for own in wanted_modules(args):
-        trains = own is not ASLR or ASLRNumbers.of(args, {}).runs
+        trains = own is RESIDUAL_GATE or (ASLRNumbers.of(args, {}).runs if own is ASLR else args.cross_path_lambda > 0)
         named = dict(model.named_parameters())
         for name in own.among(named):
             named[name].data = named[name].data.float()
