@@ -55,9 +55,10 @@ bench: env ## rollout, memory and policy pass of each mode and of ASLR over plai
 	@$(ENV) benchmarks/aslr.py
 	@$(ENV) benchmarks/gates.py
 
-export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16] [ASLR=off]: merge LoRA, write a standalone model
+export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16] [ASLR=off] [GATING=off]: merge LoRA, write a standalone model
 	@$(if $(and $(CHECKPOINT),$(OUT)),,echo "error: give both, e.g. make export-model CHECKPOINT=runs/x/final OUT=dir" >&2; exit 2;) \
-		$(ENV) -m m3po_lab.export_model "$(CHECKPOINT)" "$(OUT)" --dtype "$(or $(DTYPE),float32)" --aslr "$(or $(ASLR),on)"
+		$(ENV) -m m3po_lab.export_model "$(CHECKPOINT)" "$(OUT)" --dtype "$(or $(DTYPE),float32)" --aslr "$(or $(ASLR),on)" \
+		--gating "$(or $(GATING),on)"
 
 clean: ## remove caches (scripts/rebuild_env.sh renews .venv and vendor/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,8 +18,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.aslr_settings import ASLR_NUMBERS
-from transformers.m3po.own_modules import ASLR, RESIDUAL_GATE
-from transformers.m3po.settings import RESIDUAL_MODES
+from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.own_modules import ASLR, GATING, RESIDUAL_GATE
+from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from trl import GRPOConfig
 from trl.trainer.grpo_m3po import checkpoint_info
 from trl.trainer.grpo_m3po_config import GATE_START
@@ -112,11 +113,16 @@ def missing_part(checkpoint: Path) -> str | None:
 
 
 def missing_module(checkpoint: Path, keys: list[str]) -> str | None:
-    """The first parameter of a residual gate or of ASLR that `m3po.json` tells of and that is not among the weights."""
+    """The first parameter of one of our modules that `m3po.json` tells of and that is not among the weights."""
     numbers = read_json(checkpoint / "m3po.json") or {}
-    told = {RESIDUAL_GATE: numbers.get("mode") in RESIDUAL_MODES, ASLR: numbers.get(ASLR.switch)}
+    gate = gate_class(numbers.get("gating_type", "baseline"))
+    told = {
+        RESIDUAL_GATE: numbers.get("mode") in RESIDUAL_MODES,
+        ASLR: numbers.get(ASLR.switch),
+        GATING: numbers.get("mode") in CROSS_PATH_MODES and gate.learnable,
+    }
     for own, has in told.items():
-        for name in own.parameters if has else ():
+        for name in own.parameters(numbers) if has else ():
             if not any(key.endswith(f".{name}") for key in keys):
                 return name
     return None

@@ -32,10 +32,16 @@ ASLR_NOT_SERVABLE = (
 )
 
 
-def export(checkpoint: Path, out: Path, dtype: str, aslr: bool) -> tuple[str, bool]:
-    """Write `checkpoint` to `out`, whole or not at all; returns its mode and whether `out` has ASLR.
+GATING_NOT_SERVABLE = (
+    "it has a learnable gate, which vLLM does not know and a single path does not use; with GATING=off it is left out, "
+    "and with it the way to decode its groups"
+)
 
-    With `aslr` the modules of ASLR are kept where the checkpoint has them.
+
+def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) -> tuple[str, dict[str, str]]:
+    """Write `checkpoint` to `out`, whole or not at all; returns its mode and what vLLM does not know of it, with why.
+
+    With `aslr` the modules of ASLR are kept where the checkpoint has them, with `gating` a learnable gate.
 
     Raises:
         UserError: the checkpoint is none of ours or of a mode that cannot stand alone, or `out` is in use.
@@ -44,7 +50,7 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool) -> tuple[str, bo
     from peft import PeftModel
     from transformers.m3po import read_checkpoint_info, write_checkpoint_info
     from transformers.m3po.aslr_settings import ASLR_NUMBERS, has_aslr
-    from transformers.m3po.own_modules import ASLR, OWN_MODULES
+    from transformers.m3po.own_modules import ASLR, GATING, OWN_MODULES
     from transformers.m3po.residual_gate import has_residual_gate
     from trl import ModelConfig
 
@@ -67,10 +73,12 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool) -> tuple[str, bo
         has = "a" if has_residual_gate(model) else "no"
         raise UserError(f"CHECKPOINT={checkpoint} has {has} residual gate, which does not fit mode {numbers['mode']}.")
     plain = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
-    if has_aslr(plain) and not aslr:
-        for name in ASLR.names:
-            delattr(plain.base_model, name)
-        plain.config.aslr_enabled = False
+    for own, keep in ((ASLR, aslr), (GATING, gating)):
+        if own.on(plain) and not keep:
+            for name in own.names:
+                delattr(plain.base_model, name)
+            setattr(plain.config, own.switch, False)
+    if not has_aslr(plain):
         numbers = {name: value for name, value in numbers.items() if name not in (ASLR.switch, *ASLR_NUMBERS)}
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -85,7 +93,8 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool) -> tuple[str, bo
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return str(numbers["mode"]), has_aslr(plain)
+    unknown = {ASLR: ASLR_NOT_SERVABLE, GATING: GATING_NOT_SERVABLE}
+    return str(numbers["mode"]), {own.article: why for own, why in unknown.items() if own.on(plain)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,19 +106,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--aslr", default="on", choices=("on", "off"), help="keep the modules of ASLR, or leave them out (default: on)"
     )
+    parser.add_argument(
+        "--gating", default="on", choices=("on", "off"), help="keep a learnable gate, or leave it out (default: on)"
+    )
     given = parser.parse_args(argv)
     from m3po_lab.config import UserError
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
     try:
-        mode, aslr = export(given.checkpoint, given.out, given.dtype, given.aslr == "on")
+        mode, unknown = export(given.checkpoint, given.out, given.dtype, given.aslr == "on", given.gating == "on")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if aslr:
-        print(f"written to {given.out}: a checkpoint with ASLR, {given.dtype}; trained in mode {mode}")
-        print(f"stock vLLM cannot serve it: {NOT_SERVABLE.get(mode, ASLR_NOT_SERVABLE)}")
+    if unknown:
+        print(
+            f"written to {given.out}: a checkpoint with {' and '.join(unknown)}, {given.dtype}; trained in mode {mode}"
+        )
+        print(f"stock vLLM cannot serve it: {NOT_SERVABLE.get(mode) or '; '.join(unknown.values())}")
     elif mode in SERVABLE:
         print(f"written to {given.out}: an ordinary checkpoint, {given.dtype}; trained in mode {mode}")
         print(f"stock vLLM can serve it (vllm serve {given.out}): {SERVABLE[mode]}")

@@ -27,7 +27,8 @@ from transformers import (
 from transformers.m3po.aslr import attach_aslr
 from transformers.m3po.aslr_settings import ASLR_NUMBERS
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
-from transformers.m3po.own_modules import ASLR, OWN_MODULES, RESIDUAL_GATE, OwnModules
+from transformers.m3po.model_gating import attach_gating
+from transformers.m3po.own_modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules
 from transformers.m3po.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
@@ -193,8 +194,9 @@ def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrai
     """The base model an adapter names, with the adapter on it and trainable; with the modules that it brings."""
     base, tokenizer = load_model(_base_config(folder, config))
     try:
-        for own in _brought_modules(folder):
-            _attach(own, base, read_json(folder / CHECKPOINT_FILE) or {})
+        numbers = read_json(folder / CHECKPOINT_FILE) or {}
+        for own in _brought_modules(folder, numbers):
+            _attach(own, base, numbers)
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--model_name_or_path {folder}: {one_line(error)[:200]}") from error
@@ -204,24 +206,28 @@ def _attach(own: OwnModules, base: PreTrainedModel, numbers: dict[str, Any]) -> 
     """Give the base model the modules that an adapter will fill, with the numbers of its `m3po.json`.
 
     Raises:
-        ValueError: the file does not say the numbers of ASLR, or they are none.
+        ValueError: the file does not say the numbers of ASLR or the gate, or they are none.
     """
     if own is RESIDUAL_GATE:  # the bounds only say what the gate began with
         start = {"r_min": 0.99, "r_max": 0.999}
         told = {name: numbers.get(f"thinking_residual_{name}", value) for name, value in start.items()}
         attach_residual_gate(base, **told, seed=0)
         return
-    missing = [name for name in (ASLR.switch, *ASLR_NUMBERS) if name not in numbers]
+    needed = ("gating_type", "gating_config") if own is GATING else (ASLR.switch, *ASLR_NUMBERS)
+    missing = [name for name in needed if name not in numbers]
     if missing:
         raise ValueError(
-            f"its adapter brings ASLR, and its {CHECKPOINT_FILE} does not say {missing[0]}; take the folder as its run "
-            "saved it"
+            f"its adapter brings {own.article}, and its {CHECKPOINT_FILE} does not say {missing[0]}; take the folder "
+            "as its run saved it"
         )
+    if own is GATING:
+        attach_gating(base, numbers["gating_type"], numbers["gating_config"])
+        return
     attach_aslr(base, **{name: numbers[name] for name in ASLR_NUMBERS})
 
 
-def _brought_modules(folder: Path) -> list[OwnModules]:
-    """The modules that an adapter trains whole.
+def _brought_modules(folder: Path, numbers: dict[str, Any]) -> list[OwnModules]:
+    """The modules that an adapter trains whole; `numbers` are those of its `m3po.json`.
 
     Raises:
         ValueError: it says so and does not bring all of one, which PEFT would leave as it is, or it brings one that it
@@ -234,7 +240,7 @@ def _brought_modules(folder: Path) -> list[OwnModules]:
     for own in OWN_MODULES:
         named, found = saved & set(own.names), own.among(keys)
         if named:
-            missing = [name for name in own.parameters if not any(key.endswith(name) for key in found)]
+            missing = [name for name in own.parameters(numbers) if not any(key.endswith(name) for key in found)]
             if missing:
                 raise ValueError(
                     f"its adapter_config.json names {own.article}, and its weights lack {missing[0]}; take the folder "
