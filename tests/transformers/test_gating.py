@@ -18,7 +18,9 @@ from transformers.m3po.gating import (
     list_gating_functions,
     register_gating_function,
 )
+from transformers.m3po.gating import gram as products
 from transformers.m3po.gating.block_topk import block_topk
+from transformers.m3po.gating.gram import gram, root_gram
 
 GATES = sorted(reference.GATES)
 KINDS = ("peaked", "flat", "one-hot", "uniform", "identical", "disjoint")
@@ -86,10 +88,11 @@ def test_attention_is_the_softmax_over_the_active_peers(name: str, active: str) 
         np.testing.assert_allclose(mine[group], expected, atol=5e-4 if name == "scaled_dot" else 2e-4)
 
 
+@pytest.mark.parametrize("vocabulary", [40, 1500])  # at 1500, the Jensen-Shannon divergence is not worked out in full
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GATES)
-def test_gradient_is_finite(name: str, kind: str) -> None:
-    probs = distributions(kind, 4).requires_grad_()
+def test_gradient_is_finite(name: str, kind: str, vocabulary: int) -> None:
+    probs = distributions(kind, 4, vocabulary).requires_grad_()
     gate = create_gating_function(name)
     weights = gate.compute_attention_weights(gate(probs), torch.tensor([True, True, True, False]).expand(2, -1))
     (weights * torch.rand(4, 4)).sum().backward()
@@ -103,6 +106,32 @@ def test_scaled_dot_is_raw_dot_at_another_temperature() -> None:
     everyone = torch.ones(2, 6, dtype=torch.bool)
     weights = [gate.compute_attention_weights(gate(probs), everyone) for gate in (raw, scaled)]
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("paths", range(1, 11))
+def test_gram_is_the_product(paths: int) -> None:
+    g = torch.Generator().manual_seed(paths)
+    rows = torch.randn(2, 3, paths, 50, generator=g, dtype=torch.float64).requires_grad_()
+    factor = torch.randn(paths, paths, generator=g, dtype=torch.float64)
+    grads = []
+    for mine in (gram(rows), rows @ rows.mT):
+        torch.testing.assert_close(mine, rows @ rows.mT)
+        grads += torch.autograd.grad((mine * factor).sum(), rows)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("shape", [(3, 40), (2, 4, 512), (2, 4, 5000), (1, 2, 10, 1537)])
+def test_root_gram_in_parts_is_the_sum_of_the_roots(
+    shape: tuple[int, ...], with_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "BUFFER", 8192)  # several parts, the last of them shorter
+    probs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
+    probs[..., 7] = 0.0
+    roots = probs.double().sqrt()
+    mine = root_gram(probs.requires_grad_(with_gradient))
+    assert mine.requires_grad == with_gradient and torch.equal(mine, mine.mT)
+    torch.testing.assert_close(mine.double(), roots @ roots.mT, atol=5e-7, rtol=0)
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 4.0, 8.0])

@@ -15,8 +15,8 @@ import torch
 
 from .base import BaseM3POGating
 from .block_topk import block_topk
+from .gram import TINY, gram, root_gram
 
-TINY = torch.finfo(torch.float32).tiny
 SUPPORT = 128  # likeliest tokens of each path that the Jensen-Shannon divergence is worked out on
 EXACT_CHUNK = 1024  # tokens that an exact divergence takes at a time
 
@@ -26,9 +26,9 @@ def cosine_similarity(probs: torch.Tensor) -> torch.Tensor:
 
     The norms are the roots of the diagonal of the product, so that the vocabulary is read once.
     """
-    gram = probs @ probs.transpose(-1, -2)
-    norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(TINY).sqrt()
-    return (gram / (norm[..., :, None] * norm[..., None, :])).clamp_max(1.0)
+    product = gram(probs)
+    norm = product.diagonal(dim1=-2, dim2=-1).clamp_min(TINY).sqrt()
+    return (product / (norm[..., :, None] * norm[..., None, :])).clamp_max(1.0)
 
 
 class CosineGating(BaseM3POGating):
@@ -46,7 +46,7 @@ class RawDotProductGating(BaseM3POGating):
     default_temperature = 0.02
 
     def compute_similarity_matrix(self, probs: torch.Tensor) -> torch.Tensor:
-        return probs @ probs.transpose(-1, -2)
+        return gram(probs)
 
 
 class ScaledDotProductGating(BaseM3POGating):
@@ -58,7 +58,7 @@ class ScaledDotProductGating(BaseM3POGating):
     default_temperature = RawDotProductGating.default_temperature / math.sqrt(49152)
 
     def compute_similarity_matrix(self, probs: torch.Tensor) -> torch.Tensor:
-        return probs @ probs.transpose(-1, -2) / math.sqrt(probs.shape[-1])
+        return gram(probs) / math.sqrt(probs.shape[-1])
 
 
 class BhattacharyyaGating(BaseM3POGating):
@@ -67,8 +67,7 @@ class BhattacharyyaGating(BaseM3POGating):
     default_temperature = 0.125
 
     def compute_similarity_matrix(self, probs: torch.Tensor) -> torch.Tensor:
-        roots = probs.clamp_min(TINY).sqrt()  # the root of 0 has no gradient; the clamp adds 1e-38 an entry
-        return (roots @ roots.transpose(-1, -2)).clamp_max(1.0)
+        return root_gram(probs).clamp_max(1.0)
 
 
 class KLDivergenceGating(BaseM3POGating):
