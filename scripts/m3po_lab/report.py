@@ -8,8 +8,10 @@ second is tested alone, on the problems whose answer was well-formed both before
 import json
 from collections.abc import Sequence
 from importlib import metadata
+from statistics import fmean
 from typing import Any
 
+from transformers.m3po.settings import CROSS_PATH_MODES
 from trl import GRPOTrainer
 
 from m3po_lab.config import PROJECT_ROOT, Run, changed_values
@@ -22,6 +24,14 @@ from m3po_lab.rewards import make_rewards
 from m3po_lab.stats import Paired, compare
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "math-verify", "reasoning-gym")
+ATTENTION = (
+    "attention_entropy",
+    "attention_max",
+    "attention_variance",
+    "similarity_mean",
+    "similarity_min",
+    "similarity_max",
+)
 
 
 def split_gain(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Paired]:
@@ -52,6 +62,20 @@ def verdict(parts: dict[str, Paired]) -> str:
     return f"{text}; on the {arithmetic.n} problems with the right form both times it alone is not significant."
 
 
+def attention_means(history: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """What the attention of a run was like: each logged metric of `ATTENTION`, mean over the log lines that have it.
+
+    None where nothing was logged: in the modes without it, and where nothing was blended.
+    """
+    logged = {name: [row[f"m3po/{name}"] for row in history if f"m3po/{name}" in row] for name in ATTENTION}
+    return {name: fmean(values) for name, values in logged.items() if values} or None
+
+
+def last_reward(history: Sequence[dict[str, Any]]) -> float | None:
+    """The mean reward on the last log line that has one."""
+    return next((row["reward"] for row in reversed(history) if "reward" in row), None)
+
+
 def summarise(
     run: Run, command: str, trainer: GRPOTrainer, parts: dict[str, Paired], train_seconds: float
 ) -> dict[str, Any]:
@@ -63,6 +87,7 @@ def summarise(
     commit, dirty = git_state(PROJECT_ROOT)
     return {
         "mode": run.training.mode,
+        "gating_type": run.training.gating_type if run.training.mode in CROSS_PATH_MODES else None,
         "aslr_enabled": bool(run.training.aslr_enabled),
         "engine": engine_name(trainer.accelerator),
         "num_processes": trainer.accelerator.num_processes,
@@ -81,6 +106,8 @@ def summarise(
         "arithmetic_num_problems": arithmetic.n,
         "verdict": verdict(parts),
         "rollout_logp_diff_max": max(differences) if differences else None,
+        "reward_last": last_reward(history),
+        "attention": attention_means(history),
         "steps": steps,
         "train_seconds": train_seconds,
         "seconds_per_step": train_seconds / steps if steps else None,

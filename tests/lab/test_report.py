@@ -11,7 +11,7 @@ from m3po_lab.config import parse_run
 from m3po_lab.data_sources import Problem
 from m3po_lab.evaluate import Answered, load_cached
 from m3po_lab.figure import running_mean
-from m3po_lab.report import completion_lines, split_gain, table, verdict
+from m3po_lab.report import attention_means, completion_lines, last_reward, split_gain, table, verdict
 
 RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), Answered("", False, False))
 KEYS = {
@@ -27,6 +27,9 @@ KEYS = {
     "rollout_logp_diff_max": float,
     "train_seconds": float,
     "seconds_per_step": float,
+    "reward_last": float,
+    "attention": type(None),
+    "gating_type": type(None),
 }
 
 
@@ -61,6 +64,19 @@ def test_running_mean_is_that_of_the_neighbours() -> None:
     assert running_mean([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
 
 
+def test_attention_is_the_mean_over_the_steps_that_logged_it() -> None:
+    """Steps on completions of an earlier step log none, and the last line of a training is no step."""
+    history = [
+        {"reward": 0.25, "m3po/attention_entropy": 1.0, "m3po/similarity_min": 0.5, "m3po/active_paths": 8.0},
+        {"loss": 0.1, "eval_reward": 0.1},
+        {"reward": 0.75, "m3po/attention_entropy": 2.0},
+        {"train_loss": 0.2},
+    ]
+    assert attention_means(history) == {"attention_entropy": 1.5, "similarity_min": 0.5}
+    assert last_reward(history) == 0.75
+    assert attention_means(history[1:2]) is None and last_reward(history[1:2]) is None
+
+
 def test_reward_of_the_report_compares_as_the_kind_of_answer_is() -> None:
     run = parse_run(["configs/demo_short.yaml", "--reward_weights", "1.0", "0.25"])
     after = [Answered("so\n#### (B)", True, True)]
@@ -74,6 +90,8 @@ def test_finished_run_leaves_every_file_of_the_report(finished_run: Path) -> Non
     assert summary["num_eval_problems"] == 6
     assert summary["rollout_logp_diff_max"] < 1e-4
     assert summary["config"]["learning_rate"] == 0.01
+    state = json.loads((finished_run / "checkpoint-6" / "trainer_state.json").read_text())
+    assert summary["reward_last"] == [row["reward"] for row in state["log_history"] if "reward" in row][-1]
     assert {"git_commit", "git_dirty", "seed", "versions", "command"} <= summary.keys()
     lines = [json.loads(line) for line in (finished_run / "completions.jsonl").read_text().splitlines()]
     assert len(lines) == 6
