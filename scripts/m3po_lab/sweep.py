@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train modes over seeds and compare them: ``bash scripts/sweep.sh [X.yaml] [--modes ...] [--seeds ...] [--flag X]``.
+"""Train modes over seeds and compare them: ``bash scripts/sweep.sh [X.yaml] [--modes ... | --gates ...] [--flag X]``.
 
 Every run is a process of its own with the same command but for mode and seed, in `<output_dir>/<mode>-seed<seed>`.
+A mode is named as in the table: `m3po`, `m3po:raw_dot` (with that gate), `none+aslr` (with ASLR), `h3po:raw_dot+aslr`.
+`--gates` is for mode `m3po` with each gate, and the control.
 The same command goes on after a stop: finished runs are kept, a run that was stopped is resumed from its last
-checkpoint. At the end `comparison.md` has the table and each mode against the control.
+checkpoint. At the end `comparison.md` has the tables and each mode against the control.
 Exit codes: 0 all runs are done and compared, 2 a wrong input, 130 interrupted by Ctrl-C; else that of the run that
 failed.
 """
@@ -15,15 +17,61 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+DEFAULT_MODES = ("none", "m3po", "hrpo", "h3po")
+
 
 def mode_words(mode: str) -> list[str]:
-    """The flags of a mode, with ASLR where the name ends in `+aslr`."""
-    name, *extra = mode.split("+")
-    if extra not in ([], ["aslr"]):
-        from m3po_lab.config import UserError
+    """The flags of a mode as it is named here: with the gate behind a colon, and with ASLR if it ends in `+aslr`.
 
-        raise UserError(f"--modes {mode} is unknown: give a mode, or a mode and +aslr.")
-    return ["--mode", name, "--aslr_enabled", "true" if extra else "false"]
+    Raises:
+        UserError: it is not of that form, or the mode has no gate.
+    """
+    from transformers.m3po.settings import CROSS_PATH_MODES
+
+    from m3po_lab.config import UserError
+
+    whole, *extra = mode.split("+")
+    name, colon, gate = whole.partition(":")
+    if extra not in ([], ["aslr"]) or (colon and not gate):
+        raise UserError(f"--modes {mode} is unknown: give a mode, or with gate and ASLR m3po:raw_dot, m3po+aslr.")
+    if gate and name not in CROSS_PATH_MODES:
+        raise UserError(f"--modes {mode}: only {' and '.join(CROSS_PATH_MODES)} have a gate; leave out :{gate}.")
+    return ["--mode", name, *(["--gating_type", gate] if gate else []), "--aslr_enabled", "true" if extra else "false"]
+
+
+def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> list[str]:
+    """What `--modes` and `--gates` ask for, the control first with the latter; an empty `gates` means all of them.
+
+    Raises:
+        UserError: both are given.
+    """
+    from transformers.m3po.gating import list_gating_functions
+
+    from m3po_lab.compare import CONTROL
+    from m3po_lab.config import UserError
+
+    if gates is None:
+        return list(modes or DEFAULT_MODES)
+    if modes is not None:
+        raise UserError("--gates and --modes exclude each other: give one, gates as --modes none m3po:raw_dot.")
+    return [CONTROL, *(f"m3po:{gate}" for gate in gates or list_gating_functions())]
+
+
+def check_modes(config: Path, modes: Sequence[str], more: Sequence[str]) -> None:
+    """Read the command of every mode, so that a wrong flag stops the sweep here and not after the first mode.
+
+    Raises:
+        UserError: a command is wrong, or two modes are one and the same.
+    """
+    from m3po_lab.compare import variant
+    from m3po_lab.config import UserError, parse_run
+
+    named: dict[str, str] = {}
+    for mode in modes:
+        training = parse_run([str(config), *more, *mode_words(mode)]).training
+        same = named.setdefault(variant(training.mode, training.gating_type, bool(training.aslr_enabled)), mode)
+        if same != mode:
+            raise UserError(f"--modes {same} and {mode} are the same here: leave out one of them.")
 
 
 def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[str]) -> list[str]:
@@ -44,7 +92,7 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
     from m3po_lab.files import shown_path, write_text
 
     pairs = [(mode, seed) for seed in seeds for mode in modes]
-    places = {pair: folder / f"{pair[0]}-seed{pair[1]}" for pair in pairs}
+    places = {pair: folder / f"{pair[0].replace(':', '-')}-seed{pair[1]}" for pair in pairs}
     for number, (mode, seed) in enumerate(pairs, start=1):
         place = places[mode, seed]
         told = f"run {number} of {len(pairs)}: mode {mode}, seed {seed}"
@@ -65,7 +113,7 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.config import PROJECT_ROOT, UserError, find_config, parse_run
+    from m3po_lab.config import PROJECT_ROOT, UserError, find_config
 
     flags = argparse.ArgumentParser(
         prog="bash scripts/sweep.sh",
@@ -77,18 +125,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument(
         "--modes",
         nargs="+",
-        default=["none", "m3po", "hrpo", "h3po"],
-        help="modes, the control among them; with ASLR as none+aslr, m3po+aslr ... (default: the four without)",
+        help="modes, the control among them; with a gate as m3po:raw_dot, with ASLR as none+aslr, m3po:raw_dot+aslr "
+        "... (default: the four without)",
+    )
+    flags.add_argument(
+        "--gates",
+        nargs="*",
+        metavar="GATE",
+        help="in place of --modes: the control, and mode m3po with each of these gates (none named: with every gate)",
     )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/sweep-<config>)")
+    flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/sweep-[gates-]<config>)")
     given, more = flags.parse_known_args(argv)
     try:
         config = find_config(given.config)
-        for mode in given.modes:  # a wrong flag stops the sweep here and not after the first mode
-            parse_run([str(config), *more, *mode_words(mode)])
-        folder = given.output_dir or PROJECT_ROOT / "runs" / f"sweep-{config.stem}"
-        return sweep(config, given.modes, given.seeds, folder.resolve(), more)
+        modes = named_modes(given.modes, given.gates)
+        check_modes(config, modes, more)
+        what = "sweep" if given.gates is None else "sweep-gates"
+        folder = given.output_dir or PROJECT_ROOT / "runs" / f"{what}-{config.stem}"
+        return sweep(config, modes, given.seeds, folder.resolve(), more)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

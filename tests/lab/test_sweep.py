@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers.m3po.gating import list_gating_functions
 
 from m3po_lab.compare import comparison
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_json
+from m3po_lab.report import ATTENTION
 from m3po_lab.sweep import main, mode_words, run_words
 
 
@@ -63,10 +65,64 @@ def test_start_accuracy_may_differ_where_the_residual_gate_is_fresh(finished_run
 
 def test_a_mode_with_aslr_is_one_of_its_own_in_flags_and_comparison(finished_run: Path, tmp_path: Path) -> None:
     assert mode_words("m3po+aslr") == ["--mode", "m3po", "--aslr_enabled", "true"]
-    with pytest.raises(UserError, match="--modes m3po.alsr is unknown: give a mode, or a mode and .aslr"):
+    with pytest.raises(
+        UserError, match="--modes m3po.alsr is unknown: give a mode, or with gate and ASLR m3po:raw_dot"
+    ):
         mode_words("m3po+alsr")
     summary = read_json(finished_run / "summary.json") or {}
     write_json(tmp_path / "plain.json", summary)
     write_json(tmp_path / "aslr.json", summary | {"aslr_enabled": True})
     text = comparison([str(tmp_path / "plain.json"), str(tmp_path / "aslr.json")])
     assert "| `none` |" in text and "| `none+aslr` |" in text and "`none+aslr` against `none`: 1 common seeds" in text
+
+
+def test_a_gate_is_named_behind_a_colon() -> None:
+    gate = ["--gating_type", "kl_divergence"]
+    assert mode_words("m3po:kl_divergence") == ["--mode", "m3po", *gate, "--aslr_enabled", "false"]
+    assert mode_words("h3po:kl_divergence+aslr") == ["--mode", "h3po", *gate, "--aslr_enabled", "true"]
+    assert "--gating_type" not in mode_words("m3po")  # that of the config, or of the user's own flag
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--modes", "none:raw_dot"], "--modes none:raw_dot: only m3po and h3po have a gate; leave out :raw_dot."),
+        (["--modes", "hrpo:raw_dot"], "--modes hrpo:raw_dot: only m3po and h3po have a gate; leave out :raw_dot."),
+        (["--modes", "m3po:"], "--modes m3po: is unknown: give a mode"),
+        (["--modes", "m3po", "m3po:baseline"], "--modes m3po and m3po:baseline are the same here"),
+        (["--modes", "none", "--gates"], "--gates and --modes exclude each other"),
+        (["--gates", "raw_dott"], f"'raw_dott' is unknown; set one of {', '.join(list_gating_functions())}."),
+    ],
+)
+def test_a_wrong_gate_is_one_line_before_the_first_run(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    assert main([str(tiny_config), "--output_dir", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_gates_without_names_are_all_of_them_and_the_control(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: called.append(given) or 0)
+    assert main([str(tiny_config), "--gates"]) == 0 and main([str(tiny_config)]) == 0
+    (_, gates, _, gates_folder, _), (_, modes, _, modes_folder, _) = called
+    assert gates == ["none", *(f"m3po:{name}" for name in list_gating_functions())] and len(gates) >= 6
+    assert modes == ["none", "m3po", "hrpo", "h3po"]
+    assert (gates_folder.name, modes_folder.name) == ("sweep-gates-tiny", "sweep-tiny")
+
+
+def test_a_gate_is_trained_and_compared_with_the_control_that_is_there(finished_run: Path, tiny_config: Path) -> None:
+    folder = finished_run.parent / "gates"
+    shutil.copytree(finished_run, folder / "none-seed3")
+    words = [str(tiny_config), "--gates", "raw_dot", "--seeds", "3", "--output_dir", str(folder)]
+    assert main(words) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.md", "m3po-raw_dot-seed3", "none-seed3"]
+    summary = read_json(folder / "m3po-raw_dot-seed3" / "summary.json") or {}
+    assert (summary["mode"], summary["gating_type"]) == ("m3po", "raw_dot")
+    assert set(summary["attention"]) == set(ATTENTION) and 0 < summary["attention"]["attention_max"] <= 1
+    control, gate = (folder / "comparison.md").read_text().split("\n\n")[1].splitlines()[2:]
+    assert control.startswith("| `none` | 1 | ") and "| - | - | - | - |" in control
+    assert gate.startswith("| `m3po:raw_dot` | 1 | ") and f"| {summary['attention']['attention_entropy']:.3f} |" in gate
