@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+DEFAULT_CONFIG = "configs/demo_short.yaml"
 DEFAULT_MODES = ("none", "m3po", "hrpo", "h3po")
 
 
@@ -113,15 +114,15 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.config import PROJECT_ROOT, UserError, find_config
+    from m3po_lab.config import PROJECT_ROOT, UserError, find_config, split_config
 
     flags = argparse.ArgumentParser(
-        prog="bash scripts/sweep.sh",
-        description="Train modes over seeds and compare them.",
+        usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--seeds SEED ...] "
+        "[--output_dir DIR] [--flag value ...]",
+        description=f"Train modes over seeds and compare them. The YAML of the runs is {DEFAULT_CONFIG} by default.",
         epilog="Other flags go to every run, see bash scripts/train_grpo.sh --help.",
         allow_abbrev=False,
     )
-    flags.add_argument("config", nargs="?", default="configs/demo_short.yaml", help="YAML of the runs")
     flags.add_argument(
         "--modes",
         nargs="+",
@@ -136,9 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/sweep-[gates-]<config>)")
-    given, more = flags.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = find_config(given.config)
+        # Taken out first: argparse would take the value of a flag that it does not know for the YAML.
+        yaml, rest = split_config(words)
+        given, more = flags.parse_known_args(rest)
+        config = find_config(yaml or DEFAULT_CONFIG)
         modes = named_modes(given.modes, given.gates)
         check_modes(config, modes, more)
         what = "sweep" if given.gates is None else "sweep-gates"
@@ -148,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = shlex.join(["bash", "scripts/sweep.sh", *(sys.argv[1:] if argv is None else argv)])
+        again = shlex.join(["bash", "scripts/sweep.sh", *words])
         print(f"\nStopped. Go on with: {again}", file=sys.stderr)
         return 130
 

@@ -13,11 +13,13 @@ from m3po_lab.config import Run, find_config, parse_run
 from m3po_lab.data import load_problems
 from m3po_lab.eval_gsm8k import parser
 from m3po_lab.eval_session import choose
+from m3po_lab.sweep import main as sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "bash scripts/train_grpo.sh"
 LAUNCH = ".venv/bin/accelerate launch"
 EVALUATE = "bash scripts/eval_gsm8k.sh"
+SWEEP = "bash scripts/sweep.sh"
 
 
 def shown_commands(start: str, *pages: str) -> list[list[str]]:
@@ -33,13 +35,20 @@ TRAININGS = shown_commands(TRAIN, "README.md", "docs/aslr.md")
 EVALUATIONS = shown_commands(EVALUATE, "README.md", "docs/evaluation.md", "docs/aslr.md")
 ENGINES = [f"ACCELERATE_CONFIG=configs/accelerate/{file.name}" for file in (ROOT / "configs/accelerate").iterdir()]
 PAGES = ("README.md", "docs/processes.md")
+SWEEPS = shown_commands(SWEEP, "docs/results.md", "docs/aslr.md", "docs/gates.md")
 SEVERAL = [words for engine in ENGINES for words in shown_commands(f"{engine} {TRAIN}", *PAGES)]
 LAUNCHES = shown_commands(LAUNCH, *PAGES)
 
 
 def test_the_commands_are_found() -> None:
     """A search that finds too few would let the next tests pass on nothing."""
-    assert (len(TRAININGS), len(EVALUATIONS), len(SEVERAL), len(LAUNCHES)) == (6, 11, 3, 2)
+    assert (len(TRAININGS), len(EVALUATIONS), len(SEVERAL), len(LAUNCHES), len(SWEEPS)) == (6, 11, 3, 2, 3)
+
+
+@pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
+def test_a_shown_sweep_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: 0)
+    assert sweep(words) == 0
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)

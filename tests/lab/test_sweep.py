@@ -114,6 +114,18 @@ def test_gates_without_names_are_all_of_them_and_the_control(
     assert (gates_folder.name, modes_folder.name) == ("sweep-gates-tiny", "sweep-tiny")
 
 
+def test_the_value_of_a_flag_of_the_runs_is_not_taken_for_the_yaml(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: called.append(given) or 0)
+    assert main(["--max_steps", "2", "--gates"]) == 0 and main([str(tiny_config), "--max_steps", "2"]) == 0
+    assert [(config.name, more) for config, *_, more in called] == [
+        ("demo_short.yaml", ["--max_steps", "2"]),
+        (tiny_config.name, ["--max_steps", "2"]),
+    ]
+
+
 def test_a_gate_is_trained_and_compared_with_the_control_that_is_there(finished_run: Path, tiny_config: Path) -> None:
     folder = finished_run.parent / "gates"
     shutil.copytree(finished_run, folder / "none-seed3")
