@@ -37,8 +37,9 @@ class LearnableGating(BaseM3POGating):
     """A gate that learns; a subclass has `size_option`, `default_size`, its parameters and their start.
 
     Args:
-        config: options: `vocab_size`, V, which must be there; the gate's size under the name `size_option`;
-            `project_embeddings`, False unless given; with it `hidden_size`, H. And those of every gate.
+        config: options: `vocab_size`, V, which must be there; the gate's size under the name `size_option`, unless
+            given `default_size`, or twice that with `project_embeddings`, which is False unless given and needs
+            `hidden_size`, H. And those of every gate.
 
     Raises:
         ValueError: as every gate, or a size is missing or is no whole number above 0.
@@ -81,12 +82,12 @@ class LearnableGating(BaseM3POGating):
             ValueError: the size is no whole number above 0, or `project_embeddings` neither True nor False.
         """
         given = dict(config or {})
-        size = given.get(cls.size_option, cls.default_size)
         projects = given.get("project_embeddings", False)
+        default = cls.default_size * (2 if projects is True else 1)  # behind an embedding matrix units cost little
+        size = given.get(cls.size_option, default)
         if not _is_size(size):
             raise ValueError(
-                f"gating_config {cls.size_option}={size!r} is no whole number above 0; the default is "
-                f"{cls.default_size}."
+                f"gating_config {cls.size_option}={size!r} is no whole number above 0; the default is {default}."
             )
         if not isinstance(projects, bool):
             raise ValueError(f"gating_config project_embeddings={projects!r} must be true or false.")
@@ -153,8 +154,8 @@ class LearnableGating(BaseM3POGating):
         """Random directions r_d with (1 / n) Σ_d (r_d · p)(r_d · q) near p · q, as columns (V or H, n) of RMS 1.
 
         Of the vocabulary they are signs. Behind an embedding matrix they are orthogonal, in the space in which
-        `unit_whitening` has made the embeddings of likely tokens so; that space is kept with the gate. Without a matrix,
-        as for the weights that a checkpoint will bring, it is the matrix's own.
+        `unit_whitening` has made the embeddings of likely tokens so; it is kept with the gate. Without a matrix, as for
+        weights that a checkpoint will bring, it is the matrix's own.
 
         Args:
             number: n.
@@ -196,7 +197,7 @@ class LuongAttentionGating(LearnableGating):
     With a projection of signs / sqrt(r), S differs from p · q by about |p| |q| / sqrt(r) (Johnson and Lindenstrauss).
     """
 
-    default_temperature = 0.02
+    default_temperature = 0.033
     size_option, default_size = "rank", 128
     parameter_names = ("U", "V")
 
@@ -231,7 +232,7 @@ class BahdanauAttentionGating(LearnableGating):
     there is no third. (E17 has four units a direction, half as many directions, and so twice the variance.)
     """
 
-    default_temperature = 0.02
+    default_temperature = 0.033
     size_option, default_size = "attention_dim", 256
     parameter_names = ("W1", "W2", "bias", "v")
 
