@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         for projects in (False, True):
             options = {"project_embeddings": projects}
             attach_gating(model, gate_name, options, seed=0)
-            start = model.base_model.m3po_gating
+            start: Any = model.base_model.m3po_gating
             before = attention(start, embed, probs, ids)
             named = {name: value.detach().clone() for name, value in start.named_parameters()}
             exact = attention(start.double(), lambda rows: embed(rows).double(), probs.double(), ids)
@@ -126,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        moved = ", ".join(f"{name} {value:.2g}" for name, value in row["parameters_moved"].items())
+        parameters = ", ".join(f"{name} {value:.2g}" for name, value in row["parameters_moved"].items())
         lines.append(
-            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {moved} | {row['attention_moved']:.2g} | "
+            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | {row['attention_moved']:.2g} | "
             f"{row['float_noise']:.1g} | {row['attention_moved'] / row['float_noise']:.0f} |"
         )
     write_results(args.name, result, lines)

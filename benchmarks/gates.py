@@ -41,7 +41,7 @@ def all_gates(model: Any) -> dict[str, Any]:
             gates[name] = create_gating_function(name)
             continue
         for projects in (False, True):
-            gate = create_gating_function(name, {**sizes, "project_embeddings": projects})
+            gate: Any = create_gating_function(name, {**sizes, "project_embeddings": projects})
             gate.start(torch.Generator().manual_seed(0), model.get_input_embeddings())
             gates[name + ", embeddings" * projects] = partial(_likeliest, gate, model.get_input_embeddings())
     return gates

@@ -29,21 +29,23 @@ def logged_metrics() -> set[str]:
     latent = page(f"{PACKAGE}/latent_rollout.py").split("means = {")[1]
     names += re.findall(r'^            "(\w+)": ', latent, flags=re.MULTILINE)
     names += re.findall(r'"(similarity_error)": ', page(f"{PACKAGE}/gating/parameter_free_gates.py"))
+    names += re.findall(r'"(gating_\w+)": ', page("overlay/trl/trl/trainer/grpo_gating.py"))
+    names += re.findall(r'found\["(\w+)"\] = ', statistics)
     names += ["aggregator_weight_entropy", *(f"{name.removeprefix('m3po_')}_grad_norm" for name in ASLR_MODULES)]
-    return set(names) | set(re.findall(r'^        "(\w+)": ', statistics, flags=re.MULTILINE))
+    return set(names) | set(re.findall(r'^ {8}(?: {4})?"(\w+)": ', statistics, flags=re.MULTILINE))
 
 
 def test_every_logged_metric_is_defined_on_the_metrics_page() -> None:
     text = page("docs/metrics.md").replace("`, `_min`, `_max`", "` `m3po/similarity_min` `m3po/similarity_max`")
     defined = set(re.findall(r"`m3po/(\w+)`", text))
-    assert len(logged_metrics()) == 24
+    assert len(logged_metrics()) == 28
     assert logged_metrics() == defined
 
 
 def test_every_flag_stands_in_the_table_of_flags() -> None:
     listed = set(re.findall(r"`(\w+)`", page("docs/modes.md").split("## Flags")[1].split("## In Python")[0]))
     flags = {entry.name for entry in dataclasses.fields(M3POArguments)}
-    assert len(flags) == 22
+    assert len(flags) == 25
     assert flags <= listed
 
 
