@@ -34,20 +34,17 @@ def bahdanau(x: torch.Tensor, y: torch.Tensor, given: Parameters) -> torch.Tenso
 PAIRS = {"luong": luong, "bahdanau": bahdanau}
 
 
-def embedded(p: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """sum_v p_v scale_v E[v]: (V,), (V,), (V, H) -> (H,)."""
-    return sum(p[v] * scale[v].double() * table[v].detach().double() for v in range(len(p)))
+def embedded(p: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
+    """sum_v p_v scale_v E[v] W: (V,), (V,), (V, H), (H, H) -> (H,)."""
+    mean = sum(p[v] * scale[v].double() * table[v].detach().double() for v in range(len(p)))
+    return mean @ whitening.double()
 
 
 def similarity(
-    name: str,
-    given: Parameters,
-    probs: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    table: torch.Tensor | None = None,
+    name: str, given: Parameters, probs: torch.Tensor, behind: Sequence[torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """S of every pair, the diagonal too: probs (N, V) -> (N, N); behind an embedding matrix if there is one."""
-    read = [p if table is None else embedded(p, scale, table) for p in probs.double()]
+    """S of every pair, the diagonal too: probs (N, V) -> (N, N); `behind` are the last arguments of `embedded`."""
+    read = [p if behind is None else embedded(p, *behind) for p in probs.double()]
     return torch.stack([torch.stack([PAIRS[name](x, y, given) for y in read]) for x in read])
 
 

@@ -55,15 +55,15 @@ def made(name: str, projects: bool, seed: int = 0, size: int = SIZE) -> tuple[An
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=g))
         if projects:
             gate.token_scale.mul_(1 + torch.rand(VOCAB, generator=g))
+            gate.whitening.add_(0.1 * torch.randn(HIDDEN, HIDDEN, generator=g))
     return gate, table
 
 
 def expected(name: str, gate: Any, probs: torch.Tensor, table: torch.nn.Embedding | None) -> torch.Tensor:
     """S of the reference for whole distributions (N, V), with gradient to copies of the parameters."""
     given = {key: value.detach().double() for key, value in gate.named_parameters()}
-    if table is None:
-        return reference.similarity(name, given, probs)
-    return reference.similarity(name, given, probs, gate.token_scale, table.weight)
+    behind = None if table is None else (gate.token_scale, table.weight, gate.whitening)
+    return reference.similarity(name, given, probs, behind)
 
 
 def off_diagonal(matrix: torch.Tensor) -> torch.Tensor:

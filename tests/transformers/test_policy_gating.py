@@ -130,10 +130,11 @@ def roll_out(
 def expected(rolled: Rolled, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """The reference at the recorded tokens and peers, for parameters in float64."""
     name = "luong" if "U" in given else "bahdanau"
-    behind = {} if rolled.table is None else {"scale": rolled.gate.token_scale, "table": rolled.table.weight}
+    gate, table = rolled.gate, rolled.table
+    behind = None if table is None else (gate.token_scale, table.weight, gate.whitening)
 
     def similarity(ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        return reference.similarity(name, given, reference.whole(ids, probs, VOCAB), **behind)
+        return reference.similarity(name, given, reference.whole(ids, probs, VOCAB), behind)
 
     record, steps, groups = rolled.record, [], rolled.groups.tolist()
     stored = [record.ids, record.probs, record.norm, record.slots, record.temperature]
