@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         parameters = ", ".join(f"{name} {value:.2g}" for name, value in row["parameters_moved"].items())
         lines.append(
-            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | {row['attention_moved']:.2g} | "
-            f"{row['float_noise']:.1g} | {row['attention_moved'] / row['float_noise']:.0f} |"
+            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | "
+            f"{row['attention_moved']:.2g} | {row['float_noise']:.1g} | {row['attention_moved'] / row['float_noise']:.0f} |"
         )
     write_results(args.name, result, lines)
     return 0

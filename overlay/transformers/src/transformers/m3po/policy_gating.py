@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from .bags import cross_path_bag_weights, share_out
-from .gating.base import TINY, attention_weights
+from .bags import cross_path_bag_weights
+from .gating.base import TINY
 from .interaction import PathGroups
 from .thoughts import Likeliest, blended_weights
 
 PREFIX = "gating_"  # of the names in a batch
+LOWEST = torch.finfo(torch.float32).min
 CHUNK_ENTRIES = 1 << 22  # entries of distributions that are alive at once
 
 
@@ -100,7 +101,7 @@ def regated_weights(
     step = max(1, CHUNK_ENTRIES // max(1, len(bag_ids) * record.ids.shape[-1] * groups.size))
     with torch.autocast(bag_weights.device.type, enabled=False):
         parts = []
-        for start in range(0, length, step):
+        for start in range(0, max(1, length), step):
             at = slice(start, start + step)
             part, bags = record.at(at), (bag_ids[:, at], bag_weights[:, at])
             peers = _attention(gate, embed_tokens, bags[1], part, groups)
@@ -118,11 +119,26 @@ def _attention(
     """A of the recorded peers: (B, T, P)."""
     by_group = [groups.split(part).transpose(1, 2) for part in (record.probs, record.ids)]  # (G, T, N, K)
     similarity = gate(by_group[0], ids=by_group[1], embed_tokens=embed_tokens)
-    active = (groups.split((bag_weights > 0).any(-1)) & groups.present.unsqueeze(-1)).transpose(1, 2)
-    temperature = groups.split(record.temperature)[:, 0].clamp_min(TINY)[..., None, None]  # (G, T, 1, 1)
-    weights, _ = attention_weights(similarity, active, temperature)
-    peers = groups.rows(weights.transpose(1, 2)).gather(-1, record.slots.long())
-    return share_out(peers) if peers.shape[-1] < groups.size - 1 else peers
+    rows, there = _peer_rows(record, groups)
+    active = (bag_weights > 0).any(-1)  # (B, T)
+    of_peers = active.T.unsqueeze(0).expand(len(active), -1, -1).gather(-1, rows)
+    heard = active.unsqueeze(-1) & of_peers & there
+    slots = record.slots.long().clamp_max(groups.size - 1)
+    scores = groups.rows(similarity.transpose(1, 2)).gather(-1, slots)
+    # Over the recorded peers alone: what a gate that has changed says of others does not count.
+    scores = (scores / record.temperature.clamp_min(TINY).unsqueeze(-1)).masked_fill(~heard, LOWEST)
+    return scores.softmax(-1) * heard
+
+
+def _peer_rows(record: GatingRecord, groups: PathGroups) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the recorded peers (B, T, P), and whether there is one: groups may be of different size."""
+    slots = record.slots.long()
+    inside = slots.clamp_max(groups.size - 1)
+    members, present = (
+        part[groups.group].unsqueeze(1).expand(-1, slots.shape[1], -1).gather(-1, inside)
+        for part in (groups.members, groups.present)
+    )
+    return members, present & (slots < groups.size)
 
 
 def _blended(
@@ -135,9 +151,8 @@ def _blended(
 ) -> torch.Tensor:
     """The weights of blended thoughts, all positions as rows of one batch: (B, T, K)."""
     batch, length, _ = bag_ids.shape
-    members = groups.members[groups.group].unsqueeze(1).expand(-1, length, -1)
     steps = torch.arange(length, device=bag_ids.device).view(1, -1, 1)
-    rows = members.gather(-1, record.slots.long()) * length + steps  # of the flattened (B, T)
+    rows = _peer_rows(record, groups)[0] * length + steps  # of the flattened (B, T)
     thoughts = record.probs / record.norm.unsqueeze(-1).clamp_min(TINY)
     bag_ids, bag_weights, ids, weights, peers, rows = (
         part.flatten(0, 1) for part in (bag_ids, bag_weights, record.ids, thoughts, peers, rows)

@@ -20,7 +20,7 @@ class AttentionSums:
     Attributes:
         total, count, smallest, largest: of the similarity, over the pairs that may exchange.
         cut, listening: the weight of the peers that `cross_path_top_k` left out, over the paths that have a peer.
-        temperature, groups: T, over the groups in which paths exchange.
+        temperature, groups: log T, over the groups in which paths exchange.
         cuts, matches: whether peers were left out and T was matched at all, known on the host.
     """
 
@@ -44,7 +44,7 @@ class AttentionSums:
         if isinstance(attention.temperature, torch.Tensor):
             self.matches = True
             exchange = pairs.any(-1).any(-1)
-            self.temperature += torch.where(exchange, attention.temperature.flatten(), 0.0).sum()
+            self.temperature += torch.where(exchange, attention.temperature.flatten().log(), 0.0).sum()
             self.groups += exchange.sum()
 
     def statistics(self) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ class AttentionSums:
         if self.cuts:
             found["attention_cut"] = self.cut / self.listening
         if self.matches:
-            found["matched_temperature"] = self.temperature / self.groups
+            found["matched_temperature"] = (self.temperature / self.groups).exp()
         return found
 
 
@@ -77,7 +77,8 @@ def attention_statistics(
         attention_variance: variance of A over the active peers. active_paths: thinking paths of a group, over the
         groups and steps with at least one. similarity_mean, similarity_min, similarity_max: over the pairs that could
         exchange. attention_cut: weight of the peers that `cross_path_top_k` left out, before A was scaled to sum to 1
-        again; only if it left some out. matched_temperature: T, mean over groups and steps; only if it was matched. NaN
+        again; only if it left some out. matched_temperature: T, geometric mean over groups and steps; only if it was
+        matched. NaN
         where a rollout blended nothing.
     """
     attention = peers / peers.sum(-1, keepdim=True).clamp_min(torch.finfo(peers.dtype).tiny)

@@ -138,14 +138,13 @@ class LearnableGating(BaseM3POGating):
                 f"{type(self).__name__} with project_embeddings reads the embedding matrix: call it with "
                 "embed_tokens=model.get_input_embeddings()."
             )
-        with torch.no_grad():
-            if ids is None:
-                table = embed(torch.arange(self.vocab_size, device=probs.device))
-                return (probs * self.token_scale) @ table.to(probs.dtype) @ self.whitening
-            shares = probs * self.token_scale[ids.long()]
-            bags = ids.flatten(0, -2).unsqueeze(0), shares.flatten(0, -2).unsqueeze(0)
-            mean = bag_vectors(embed, *bags, self.input_size).squeeze(0) @ self.whitening
-            return mean.unflatten(0, ids.shape[:-1])
+        if ids is None:
+            table = embed(torch.arange(self.vocab_size, device=probs.device)).detach()
+            return (probs * self.token_scale) @ table.to(probs.dtype) @ self.whitening
+        shares = probs * self.token_scale[ids.long()]
+        bags = ids.flatten(0, -2).unsqueeze(0), shares.flatten(0, -2).unsqueeze(0)
+        mean = bag_vectors(lambda rows: embed(rows).detach(), *bags, self.input_size).squeeze(0) @ self.whitening
+        return mean.unflatten(0, ids.shape[:-1])
 
     @torch.no_grad()
     def directions(
@@ -253,7 +252,8 @@ class BahdanauAttentionGating(LearnableGating):
         self, probs: torch.Tensor, ids: torch.Tensor | None = None, embed_tokens: EmbedTokens | None = None
     ) -> torch.Tensor:
         left, right = self.project([self.W1, self.W2], probs, ids, embed_tokens)
-        return torch.tanh(left.unsqueeze(-2) + right.unsqueeze(-3) + self.bias) @ self.v
+        # A product with v would round by how many rows there are, and rollout and policy pass differ in that.
+        return (torch.tanh(left.unsqueeze(-2) + right.unsqueeze(-3) + self.bias) * self.v).sum(-1)
 
     @torch.no_grad()
     def start(self, generator: torch.Generator | None = None, embed_tokens: EmbedTokens | None = None) -> None:
