@@ -70,7 +70,7 @@ def attention(gate: Any, embed: Any, probs: torch.Tensor, ids: torch.Tensor) -> 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--num_paths", type=int, default=8, help="N")
+    parser.add_argument("--num_paths", type=int, default=4, help="N; a step has two groups")
     parser.add_argument("--folder", type=Path, default=PROJECT_ROOT / "runs" / "gate-training", help="of the runs")
     parser.add_argument("--name", default="gate-training-cpu", help="name of the files under benchmarks/results/")
     args = parser.parse_args(argv)
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                     words = [sys.executable, "-m", "m3po_lab.train", CONFIG, "--mode", "m3po", "--overwrite", "true"]
                     words += ["--gating_type", gate_name, "--gating_config", json.dumps(options)]
                     words += ["--gating_training", training, "--max_steps", str(args.steps), "--save_steps", "20"]
-                    words += ["--per_device_train_batch_size", str(args.num_paths), "--num_eval_problems", "2"]
+                    words += ["--per_device_train_batch_size", str(2 * args.num_paths), "--num_eval_problems", "2"]
                     words += ["--num_generations", str(args.num_paths), "--output_dir", str(folder)]
                     subprocess.run(words, check=True, cwd=PROJECT_ROOT)
                 trained = AutoModelForCausalLM.from_pretrained(folder / "final").base_model.m3po_gating
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     lines = [
-        f"`{result['command']}` at {result['commit']}: {args.steps} steps of {CONFIG} with one group of "
+        f"`{result['command']}` at {result['commit']}: {args.steps} steps of {CONFIG} with two groups of "
         f"{args.num_paths} completions each, seed 0. The distributions that both gates read are {len(probs)} groups of "
         f"the start model; {machine()['device']}, torch {machine()['torch']}.",
         "",
@@ -127,9 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     ]
     for row in rows:
         parameters = ", ".join(f"{name} {value:.2g}" for name, value in row["parameters_moved"].items())
+        moved, noise = row["attention_moved"], row["float_noise"]
         lines.append(
-            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | "
-            f"{row['attention_moved']:.2g} | {row['float_noise']:.1g} | {row['attention_moved'] / row['float_noise']:.0f} |"
+            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | {moved:.2g} | {noise:.1g} | "
+            f"{moved / noise:.0f} |"
         )
     write_results(args.name, result, lines)
     return 0
