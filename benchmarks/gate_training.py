@@ -129,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         parameters = ", ".join(f"{name} {value:.2g}" for name, value in row["parameters_moved"].items())
         moved, noise = row["attention_moved"], row["float_noise"]
         lines.append(
-            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | {moved:.2g} | {noise:.1g} | "
-            f"{moved / noise:.0f} |"
+            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | "
+            f"{moved:.2g} | {noise:.1g} | {moved / noise:.0f} |"
         )
     write_results(args.name, result, lines)
     return 0
