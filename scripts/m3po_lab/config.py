@@ -165,7 +165,7 @@ def parse_run(argv: list[str]) -> Run:
     """Read ``[X.yaml] [--flag value ...]``; without a YAML, `configs/demo.yaml`.
 
     The command line wins over the YAML. An output_dir that neither gives becomes
-    ``runs/<config>-<mode>[-aslr]-seed<seed>`` in the project's root.
+    ``runs/<config>-<mode>[-<gate>][-aslr]-seed<seed>`` in the project's root; the gate if it is not the baseline.
 
     Raises:
         UserError: for anything that cannot be read, is unknown or fails the validation of an argument group.
@@ -190,8 +190,9 @@ def parse_run(argv: list[str]) -> Run:
         raise UserError("--trust_remote_code true is refused: code that comes with a model is never run here.")
     check_model_flags(model)
     if training.output_dir == UNSET_OUTPUT_DIR:
+        gate = f"-{training.gating_type}" if training.enable_cross_path and training.gating_type != "baseline" else ""
         aslr = "-aslr" if training.aslr_enabled else ""
-        name = f"{config_file.stem}-{training.mode}{aslr}-seed{training.seed}"
+        name = f"{config_file.stem}-{training.mode}{gate}{aslr}-seed{training.seed}"
         training.output_dir = str(PROJECT_ROOT / "runs" / name)
     return Run(script, training, model, config_file)
 

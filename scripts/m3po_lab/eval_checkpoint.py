@@ -5,9 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
 from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers, has_aslr
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
+from transformers.m3po.model_gating import gate_of_model
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
 from m3po_lab.config import UserError, one_line
@@ -104,6 +106,24 @@ def paths_of(numbers: dict[str, Any], num_paths: int, seed: int) -> Paths | None
     if num_paths == 1:
         return None
     return Paths(num_paths, sampling_temperature(numbers), thinking_settings(numbers), seed)
+
+
+def check_gate(model: Any, name: str, paths: Paths | None) -> None:
+    """Refuses a group of paths whose gate learns and is not there.
+
+    Raises:
+        UserError: the model has no such gate, or another one.
+    """
+    if paths is None or paths.settings is None or not paths.settings.learns:
+        return
+    try:
+        gate_of_model(model.get_base_model() if isinstance(model, PeftModel) else model, paths.settings.gating_type)
+    except ValueError as error:
+        raise UserError(
+            f"--num_paths {paths.number}: {name} has not the gate that its group interacts through "
+            f"({paths.settings.gating_type}), as after make export-model ... GATING=off; take the checkpoint of its "
+            "run, or leave the flag out."
+        ) from error
 
 
 def thoughts_of(numbers: dict[str, Any]) -> Thoughts | None:

@@ -20,10 +20,15 @@ def _truth(word: str) -> bool:
     return word.lower() == "true"
 
 
+def _temperature(word: str) -> float | str:
+    """A number, or the one word that a temperature may be."""
+    return word if word == "match" else float(word)
+
+
 NUMBERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "mode": (str, "mode of a model without m3po.json: none or m3po"),
     "cross_path_lambda": (float, "λ of a model without m3po.json, with --mode m3po"),
-    "cross_path_temp": (float, "T, likewise"),
+    "cross_path_temp": (_temperature, "T, or match, likewise"),
     "cross_path_phase": (str, "thinking or all, likewise"),
     "cross_path_top_k": (int, "peers kept, likewise"),
     "gating_type": (str, "the gate, likewise"),

@@ -19,7 +19,15 @@ from trl import ModelConfig
 from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data_sources import GSM8K
 from m3po_lab.eval_agreement import agreement
-from m3po_lab.eval_checkpoint import aslr_line, aslr_of, checkpoint_numbers, mode_line, paths_of, thoughts_of
+from m3po_lab.eval_checkpoint import (
+    aslr_line,
+    aslr_of,
+    check_gate,
+    checkpoint_numbers,
+    mode_line,
+    paths_of,
+    thoughts_of,
+)
 from m3po_lab.eval_report import write_report
 from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import SETTINGS_FILE, EvalSettings
@@ -56,6 +64,7 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
             f"{numbers['mode']}: evaluate the folder that its run saved, with its m3po.json."
         )
     thoughts = thoughts_of(numbers)
+    check_gate(model, given.model, paths)
     aslr = aslr_of(numbers, given.model, model, given.aslr == "on", given.seed)
     whose = f"those of the run, {settings.dataset}" if known else "those of configs/demo.yaml, since the model has none"
     print(f"{given.model}: {mode_line(numbers, paths)}{aslr_line(model, aslr)}")

@@ -36,9 +36,10 @@ def draw_rewards(history: Sequence[dict[str, Any]], summary: dict[str, Any], fil
             axes.plot(steps, running_mean(values, 5), color=colour, linewidth=2, label=f"{label} (mean of 5 steps)")
     _mark_accuracy(axes, summary)
     axes.set(xlabel="optimizer step", ylabel="share of completions", ylim=(0, 1.04))
+    gate = f" ({summary['gating_type']})" if summary["gating_type"] not in (None, "baseline") else ""
     aslr = " with ASLR" if summary["aslr_enabled"] else ""
     axes.set_title(
-        f"{summary['dataset']}, mode {summary['mode']}{aslr}, seed {summary['seed']}", fontsize=11, loc="left"
+        f"{summary['dataset']}, mode {summary['mode']}{gate}{aslr}, seed {summary['seed']}", fontsize=11, loc="left"
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)

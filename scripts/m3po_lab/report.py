@@ -194,7 +194,8 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], c
     """Result, files, and what one can do next."""
     folder = shown_path(run.folder)
     more = command if "--resume_from_checkpoint" in command else f"{command} --resume_from_checkpoint true"
-    told = " with ASLR (off in the evaluations)" if summary["aslr_enabled"] else ""
+    told = f" with {summary['gating_type']}" if summary["gating_type"] not in (None, "baseline") else ""
+    told += " with ASLR (off in the evaluations)" if summary["aslr_enabled"] else ""
     aslr = [f"with ASLR    bash scripts/eval_gsm8k.sh {folder}/final --dataset problems --aslr on"]
     return [
         "",

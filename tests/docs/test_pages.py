@@ -58,6 +58,14 @@ def test_a_table_of_results_is_what_compare_prints(name: str, where: str, capsys
     assert capsys.readouterr().out.strip() in page(where)
 
 
+@pytest.mark.parametrize(
+    ("name", "marker"), [("gates-cpu", "gates"), ("gate-step-cpu", "gate-step"), ("gate-training-cpu", "gate-training")]
+)
+def test_a_table_of_a_benchmark_is_what_it_wrote(name: str, marker: str) -> None:
+    shown = page("docs/gates.md").split(f"<!-- begin: {marker} -->")[1].split(f"<!-- end: {marker} -->")[0]
+    assert shown.strip() == page(f"benchmarks/results/{name}.md").strip()
+
+
 def test_the_run_shown_in_the_readme_is_the_recorded_one() -> None:
     run = read_json(ROOT / "docs" / "results" / "demo" / "m3po-seed0.json")
     assert run is not None
