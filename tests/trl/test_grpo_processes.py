@@ -34,6 +34,7 @@ REPLAYS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
     "none with ASLR": {"mode": "none", "aslr_enabled": True},
     "m3po with ASLR": {"aslr_enabled": True},
+    "m3po with luong": {"gating_type": "luong", "gating_config": {"rank": 8}},
 }
 ENGINES = ("ddp", "fsdp2")
 # Runs that sample: name, flags.
@@ -42,11 +43,20 @@ MODES: dict[str, dict[str, Any]] = {
     "h3po": {"mode": "h3po"},
     "sampled, none with ASLR": {"mode": "none", "aslr_enabled": True},
     "sampled, m3po with ASLR": {"mode": "m3po", "aslr_enabled": True},
+    "sampled, m3po with bahdanau": {
+        "mode": "m3po",
+        "gating_type": "bahdanau",
+        "gating_config": {"attention_dim": 8, "project_embeddings": True},
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    },
 }
-# Of ASLR, with FSDP2 one each, to save time.
+# Of ASLR, with FSDP2 one each, to save time; gates that learn are refused with FSDP2.
 LEFT_OUT = {("fsdp2", "sampled, none with ASLR"), ("fsdp2", "m3po with ASLR")}
+LEFT_OUT |= {("fsdp2", "m3po with luong"), ("fsdp2", "sampled, m3po with bahdanau")}
 RUNS = {(engine, name) for engine in ENGINES for name in (*MODES, *REPLAYS)} - LEFT_OUT
 OF_THE_MODULES = {"m3po/aggregator_weight_entropy"}
+OF_THE_MODULES |= {"m3po/gating_distance", "m3po/gating_grad_norm"}
 OF_THE_MODULES |= {f"m3po/{module}_grad_norm" for module in ("router", "path_collaborator", "path_aggregator")}
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,7 +120,8 @@ def test_two_processes_agree_with_their_rollouts_and_with_each_other(
     assert (0 < ours[0][0].get("m3po/hidden_ratio", 0) < 1) == (mode == "h3po")
     assert sum("thinking_residual" in name for name in first["weights"]) == (5 if mode == "h3po" else 0)
     with_aslr = "ASLR" in mode
-    assert sum("m3po_" in name for name in first["weights"]) == (9 if with_aslr else 0)
+    gate = 6 if "bahdanau" in mode else 0  # four parameters, the whitening and the scale of each token
+    assert sum("m3po_" in name for name in first["weights"]) == (9 if with_aslr else gate)
     assert ("m3po/router_weight_mean" in ours[0][0]) == ("m3po/router_grad_norm" in ours[0][1]) == with_aslr
     # Each process draws the seeds of its own rows: 8 in each of two rollouts.
     seeds = first["seeds"] + second["seeds"]
@@ -127,7 +138,7 @@ def test_two_processes_train_as_one_does(both: list[dict[str, Any]], alone: dict
     for entry, other in zip(alone[name][1], both[0][f"{engine}-{name}"]["log"][:5], strict=True):
         assert entry["grad_norm"] > 0.01
         modules = [key for key in entry if key in OF_THE_MODULES]
-        assert len(modules) == (4 if "ASLR" in name else 0)
+        assert len(modules) == (4 if "ASLR" in name else 2 if "luong" in name else 0)
         for key in ("loss", "grad_norm", *modules):
             assert other[key] == pytest.approx(entry[key], rel=1e-5, abs=1e-5), (entry["step"], key)
         assert other["m3po/rollout_logp_diff_max"] < 1e-3
