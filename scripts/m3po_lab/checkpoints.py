@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.aslr_settings import ASLR_NUMBERS
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gate_class, list_gating_functions
 from transformers.m3po.own_modules import ASLR, GATING, RESIDUAL_GATE
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from trl import GRPOConfig
@@ -115,11 +115,12 @@ def missing_part(checkpoint: Path) -> str | None:
 def missing_module(checkpoint: Path, keys: list[str]) -> str | None:
     """The first parameter of one of our modules that `m3po.json` tells of and that is not among the weights."""
     numbers = read_json(checkpoint / "m3po.json") or {}
-    gate = gate_class(numbers.get("gating_type", "baseline"))
+    gate = numbers.get("gating_type", "baseline")
+    learns = gate in list_gating_functions() and gate_class(gate).learnable  # another version may know other gates
     told = {
         RESIDUAL_GATE: numbers.get("mode") in RESIDUAL_MODES,
         ASLR: numbers.get(ASLR.switch),
-        GATING: numbers.get("mode") in CROSS_PATH_MODES and gate.learnable,
+        GATING: numbers.get("mode") in CROSS_PATH_MODES and learns,
     }
     for own, has in told.items():
         for name in own.parameters(numbers) if has else ():

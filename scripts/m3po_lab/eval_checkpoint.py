@@ -5,11 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
 from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers, has_aslr
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
-from transformers.m3po.model_gating import gate_of_model
+from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
 from m3po_lab.config import UserError, one_line
@@ -108,22 +107,33 @@ def paths_of(numbers: dict[str, Any], num_paths: int, seed: int) -> Paths | None
     return Paths(num_paths, sampling_temperature(numbers), thinking_settings(numbers), seed)
 
 
-def check_gate(model: Any, name: str, paths: Paths | None) -> None:
-    """Refuses a group of paths whose gate learns and is not there.
+def check_gate(numbers: dict[str, Any], model: Any, name: str, paths: Paths | None) -> None:
+    """Refuses a gate that is not the one `m3po.json` tells of, and a group of paths whose gate was left out.
 
     Raises:
-        UserError: the model has no such gate, or another one.
+        UserError: it names both.
     """
-    if paths is None or paths.settings is None or not paths.settings.learns:
+    settings = thinking_settings(numbers)
+    config = model.config
+    has = config.m3po_gating_type if getattr(config, "m3po_gating_enabled", False) else None
+    if settings is None or settings.mode not in CROSS_PATH_MODES or not (settings.learns or has):
         return
-    try:
-        gate_of_model(model.get_base_model() if isinstance(model, PeftModel) else model, paths.settings.gating_type)
-    except ValueError as error:
-        raise UserError(
-            f"--num_paths {paths.number}: {name} has not the gate that its group interacts through "
-            f"({paths.settings.gating_type}), as after make export-model ... GATING=off; take the checkpoint of its "
-            "run, or leave the flag out."
-        ) from error
+    if has is None:
+        if paths is not None:
+            raise UserError(
+                f"--num_paths {paths.number}: {name} has not the gate that its group interacts through "
+                f"({settings.gating_type}), as after make export-model ... GATING=off; take the checkpoint of its run, "
+                "or leave the flag out."
+            )
+        return
+    told = {"gating_type": settings.gating_type, **gate_class(settings.gating_type).structure(settings.gating_config)}
+    found = {"gating_type": has, **gate_class(has).structure(config.m3po_gating_config)}
+    for key, value in found.items():
+        if told.get(key) != value:
+            raise UserError(
+                f"{name}: its {CHECKPOINT_FILE} says {key} {told.get(key)} and its model has {value}; take the folder "
+                "as its run saved it."
+            )
 
 
 def thoughts_of(numbers: dict[str, Any]) -> Thoughts | None:

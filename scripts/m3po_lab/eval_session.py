@@ -64,7 +64,7 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
             f"{numbers['mode']}: evaluate the folder that its run saved, with its m3po.json."
         )
     thoughts = thoughts_of(numbers)
-    check_gate(model, given.model, paths)
+    check_gate(numbers, model, given.model, paths)
     aslr = aslr_of(numbers, given.model, model, given.aslr == "on", given.seed)
     whose = f"those of the run, {settings.dataset}" if known else "those of configs/demo.yaml, since the model has none"
     print(f"{given.model}: {mode_line(numbers, paths)}{aslr_line(model, aslr)}")

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from reference import gates as reference
-from reference import sparse_gates
+from reference import learnable_gates
 from reference.gated import STRONG
 from reference.tiny import LIVELY, alive_after, left_padded, small_tokenizer, teacher_forced_logps
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.m3po import M3POGenerationState, attach_gating
 from transformers.m3po.gating import list_gating_functions
 from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.model_gating import gate_of_model
 from transformers.m3po.thoughts import thought_bags
 
 EOS = [2, 60, 61, 62]
@@ -216,11 +217,20 @@ def test_with_every_gate_rollout_and_scoring_pass_agree_to_1e_4(make, gate, mode
 # What a rollout says of its gate
 
 
+def read_by(model, probs):
+    """What a gate's matrices are laid on (N, V) or (N, H), and its parameters, all in float64."""
+    own = {name: value.double() for name, value in model.base_model.m3po_gating.state_dict().items()}
+    kept = torch.from_numpy(np.stack([np.where(p >= np.sort(p)[-ENTRIES], p, 0.0) for p in probs]))
+    if "whitening" in own:
+        table = model.get_input_embeddings().weight.detach().double()
+        kept = (kept * own["token_scale"]) @ table @ own["whitening"]
+    return kept, own
+
+
 def attention_of(model, gate, output, temperature):
     """A of every step and group in float64, (T, 3, 4, 4), from the scores that the tokens were drawn from."""
     probs = torch.stack(output.scores, dim=1).softmax(-1).double().numpy()
     active = (output.thinking_mask & alive_after(completions(output), EOS)).numpy()
-    embedding = model.get_input_embeddings().weight.detach().double().numpy()
     found = np.zeros((probs.shape[1], 3, 4, 4))
     for step in range(probs.shape[1]):
         for group in range(3):
@@ -228,8 +238,8 @@ def attention_of(model, gate, output, temperature):
             if active[rows, step].sum() < 2:
                 continue
             if name_of(gate) in LEARNABLE:
-                own = model.base_model.m3po_gating
-                scores = sparse_gates.similarity(name_of(gate), own, probs[rows, step], ENTRIES, embedding)
+                read, given = read_by(model, probs[rows, step])
+                scores = learnable_gates.similarity(name_of(gate), given, read).numpy()
             else:
                 scores = reference.similarity(gate, probs[rows, step])
             found[step, group] = reference.attention(scores, active[rows, step], temperature)
@@ -348,6 +358,43 @@ def test_a_saved_gate_comes_back_bit_for_bit(make, learnable, tmp_path):
     own, loaded = (net.base_model.m3po_gating.state_dict() for net in (model, again))
     assert own.keys() == loaded.keys() and all(torch.equal(value, loaded[name]) for name, value in own.items())
     assert torch.equal(rollout(model, learnable).sequences, rollout(again, learnable).sequences)
+
+
+def test_a_plain_checkpoint_gets_a_gate_in_its_start(tiny_llama, tiny_qwen2, learnable, tmp_path):
+    """An approximation of p · q, as attach_gating makes it; behind the embeddings, behind the model's own."""
+    net = (tiny_llama, tiny_qwen2)[GATES.index(learnable) % 2]
+    net(**LIVELY).save_pretrained(tmp_path)
+    kind = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[net().config.model_type]
+    size = {name: 16 * number for name, number in SIZE[name_of(learnable)].items()}
+    options = {**size, "project_embeddings": "behind" in learnable}
+    fields = {"m3po_gating_type": name_of(learnable), "m3po_gating_config": options}
+    model = kind.from_pretrained(tmp_path, m3po_gating_enabled=True, **fields)
+    gate = gate_of_model(model, name_of(learnable))
+    for name, weight in gate.named_parameters():
+        assert weight.dtype == torch.float32 and weight.isfinite().all() and (weight != 0).all(), name
+    if "behind" in learnable:
+        attached = net(**LIVELY)
+        attach_gating(attached, name_of(learnable), options)
+        for name in ("whitening", "token_scale"):
+            found, start = getattr(gate, name), torch.eye(32) if name == "whitening" else torch.ones(256)
+            torch.testing.assert_close(found, getattr(attached.base_model.m3po_gating, name), rtol=1e-4, atol=1e-4)
+            assert (found - start).abs().max() > 0.1
+    probs = torch.eye(256)[:8] * 0.7 + torch.eye(256)[[0, 0, 1, 1, 2, 2, 3, 3]] * 0.3
+    similarity, product = gate(probs, embed_tokens=model.get_input_embeddings()), probs @ probs.mT
+    pairs = torch.triu_indices(8, 8, 1)
+    found = torch.corrcoef(torch.stack([similarity[pairs[0], pairs[1]], product[pairs[0], pairs[1]]]).detach())
+    assert found[0, 1] > 0.6, "the start is no dot product"
+
+
+def test_a_token_without_an_embedding_does_not_blow_up_a_gate(tiny_llama):
+    """The padding row of a fresh model is zero, and with tied embeddings training moves it."""
+    model = tiny_llama(**LIVELY)
+    attach_gating(model, "luong", {"rank": 8, "project_embeddings": True})
+    with torch.no_grad():
+        assert not model.get_input_embeddings().weight[0].any()
+        model.get_input_embeddings().weight[0] = 1e-3
+    similarity = gate_of_model(model, "luong")(torch.randn(4, 256).softmax(-1), embed_tokens=model.model.embed_tokens)
+    assert similarity.isfinite().all() and similarity.abs().max() < 10
 
 
 @pytest.mark.parametrize("how", ["missing", "misshaped"])

@@ -76,7 +76,7 @@ class M3PORouter(nn.Module):
         return torch.sigmoid(linear(self.gate, states))
 
     @torch.no_grad()
-    def m3po_init_weights(self) -> None:
+    def m3po_init_weights(self, model: Any = None) -> None:
         """The start; what was loaded from a checkpoint is left alone."""
         init.zeros_(self.gate.weight)
         init.zeros_(self.gate.bias)
@@ -110,7 +110,7 @@ class M3POPathCollaborator(nn.Module):
         return linear(self.out_proj, (weights @ values).transpose(-3, -2).flatten(-2))
 
     @torch.no_grad()
-    def m3po_init_weights(self) -> None:
+    def m3po_init_weights(self, model: Any = None) -> None:
         """The start; what was loaded from a checkpoint is left alone."""
         weight = self.in_proj.weight
         init.copy_(weight, torch.eye(weight.shape[1], device=weight.device).repeat(3, 1))
@@ -146,7 +146,7 @@ class M3POPathAggregator(nn.Module):
         return linear(self.weight_proj, (shares.unsqueeze(-1) * paths).sum(-2))
 
     @torch.no_grad()
-    def m3po_init_weights(self) -> None:
+    def m3po_init_weights(self, model: Any = None) -> None:
         """The start; what was loaded from a checkpoint is left alone."""
         init.ones_(self.weight)
         init.zeros_(self.weight_proj.weight)

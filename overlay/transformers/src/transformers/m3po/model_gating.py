@@ -69,26 +69,26 @@ def attach_gating(model: Any, gating_type: str, gating_config: Mapping[str, Any]
         config.m3po_gating_config = gate_class(gating_type).structure(gating_config)
     with torch.random.fork_rng(devices=[]):  # a gate draws a start of its own, which is replaced
         add_gating(base)
-    start_gating(model, torch.Generator().manual_seed(seed))
-    getattr(base, GATING_MODULE).to(base.embed_tokens.weight.device)
+    gate = getattr(base, GATING_MODULE)
+    gate.start(torch.Generator().manual_seed(seed), base.embed_tokens)
+    gate.to(base.embed_tokens.weight.device)
 
 
-def start_gating(model: Any, generator: torch.Generator | None = None) -> None:
-    """Draws the start of a model's gate, behind the model's own embeddings if the gate reads them."""
-    base = model.base_model
-    getattr(base, GATING_MODULE).start(generator, base.embed_tokens)
+def gating_parameters(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parameters and buffers of a checkpoint whose `m3po.json` says `numbers`, by their names on the base model."""
+    if "gating_type" not in numbers:
+        return ()
+    gate = gate_class(numbers["gating_type"])
+    projects = gate.structure(numbers.get("gating_config")).get("project_embeddings", False)
+    names = (*gate.parameter_names, *(("whitening", "token_scale") if projects else ()))
+    return tuple(f"{GATING_MODULE}.{name}" for name in names)
 
 
-def gating_parameters(gating_type: str) -> tuple[str, ...]:
-    """The parameters of a checkpoint with this gate, by their names on the base model."""
-    return tuple(f"{GATING_MODULE}.{name}" for name in gate_class(gating_type).parameter_names)
-
-
-def gate_of_model(model: Any, gating_type: str) -> Any:
+def gate_of_model(model: Any, gating_type: str, gating_config: Mapping[str, Any] | None = None) -> Any:
     """The gate of a model that a rollout names.
 
     Raises:
-        ValueError: the model has none, or another one.
+        ValueError: the model has none, another one, or one of another size than `gating_config` says.
     """
     found = getattr(model.config, "m3po_gating_type", None) if has_gating(model) else None
     if found != gating_type:
@@ -97,4 +97,11 @@ def gate_of_model(model: Any, gating_type: str) -> Any:
             f" a fresh one comes with attach_gating(model, {gating_type!r}) or with training; or set "
             f"gating_type={found or 'baseline'!r}."
         )
+    has = gate_class(gating_type).structure(model.config.m3po_gating_config)
+    for name, value in has.items():
+        if (gating_config or {}).get(name, value) != value:
+            raise ValueError(
+                f"gating_config {name}={(gating_config or {})[name]!r}, and the gate of the model has {value!r}; leave "
+                "it out."
+            )
     return getattr(model.base_model, GATING_MODULE)

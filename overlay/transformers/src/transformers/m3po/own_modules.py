@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .aslr import ASLR_MODULES, ASLR_PARAMETERS, add_aslr
-from .model_gating import GATING_MODULE, add_gating, gating_parameters, start_gating
+from .model_gating import GATING_MODULE, add_gating, gating_parameters
 from .residual_gate import GATE_MODULES, GATE_PARAMETERS, add_residual_gate
 
 
@@ -23,7 +23,6 @@ class OwnModules:
         parameters: from what `m3po.json` says, the parameters of a checkpoint that has them, by their names on the base
             model.
         add: makes them on a base model if its configuration has them.
-        start: their start where it needs the weights of the model, drawn when a plain checkpoint has been loaded.
     """
 
     switch: str
@@ -32,7 +31,6 @@ class OwnModules:
     names: tuple[str, ...]
     parameters: Callable[[Mapping[str, Any]], tuple[str, ...]]
     add: Callable[[Any], None]
-    start: Callable[[Any], None] | None = None
 
     def on(self, model: Any) -> bool:
         """Whether the configuration of a model says that it has these modules."""
@@ -64,9 +62,8 @@ GATING = OwnModules(
     noun="learnable gate",
     article="a learnable gate",
     names=(GATING_MODULE,),
-    parameters=lambda numbers: gating_parameters(numbers["gating_type"]),
+    parameters=gating_parameters,
     add=add_gating,
-    start=start_gating,
 )
 OWN_MODULES = (RESIDUAL_GATE, ASLR, GATING)
 
@@ -126,8 +123,6 @@ def check_loaded_modules(
                 f"its {own.noun} would be random. Save it again with its {own.noun}, or load it with "
                 f"{own.switch}=False as a plain model."
             )
-        if own.on(model) and own.start is not None:
-            own.start(model)
         if not own.on(model) and not stored.get(own.switch):
             raise ValueError(
                 f"{checkpoint} has {unexpected[0]} but its config.json does not say {own.switch}=True, so its "

@@ -61,7 +61,9 @@ class ThinkingResidualLambda(nn.Module):
         drawn.uniform_(self.r_min, self.r_max, generator=generator)
         init.copy_(self.Lambda, -torch.log(torch.expm1(-torch.log(drawn) / DECAY_CONSTANT)).to(self.Lambda))
 
-    m3po_init_weights = reset_lambda_parameters  # what the hook in `_init_weights` calls
+    def m3po_init_weights(self, model: Any) -> None:
+        """What the hook in `_init_weights` calls."""
+        self.reset_lambda_parameters()
 
 
 def has_residual_gate(model: Any) -> bool:

@@ -188,7 +188,7 @@ class M3POGenerationState:
                 model.config.vocab_size,
                 self._embed_tokens,
                 self.tokenizer,
-                self.gating_function or (gate_of_model(model, settings.gating_type) if settings.learns else None),
+                self.gating_function or _own_gate(model, settings),
             )
 
     def _groups_of(self, rows: int, num_return_sequences: int, settings: ThinkingSettings) -> torch.Tensor:
@@ -292,6 +292,11 @@ class M3POGenerationState:
             hidden_states=hidden_states,
             past_key_values=model_kwargs.get("past_key_values") if self._return_dict else None,
         )
+
+
+def _own_gate(model: Any, settings: ThinkingSettings) -> Any:
+    """The learnable gate that the settings name; None where they name one without parameters."""
+    return gate_of_model(model, settings.gating_type, settings.gating_config) if settings.learns else None
 
 
 def _check_model(model: Any, settings: ThinkingSettings) -> None:

@@ -26,7 +26,7 @@ def unit_whitening(
 
     Returns:
         whitening (H, H) float32: e becomes e @ whitening. lengths (V,) float32: of the whitened embeddings, by which
-        they are still to be divided.
+        they are still to be divided; of an embedding that is 0, as that of a padding token, a hundredth of the median.
     """
     ids = torch.arange(vocab_size, device=_device(embed_tokens))
     shares = (ids.double() + 100.0).pow(-2)
@@ -41,7 +41,7 @@ def unit_whitening(
     factor = torch.linalg.cholesky(moment + ridge * identity)
     whitening = torch.linalg.solve_triangular(factor, identity, upper=False).T.float()
     lengths = torch.cat([(embed_tokens(part).float() @ whitening).norm(dim=-1) for part in ids.split(CHUNK)])
-    return whitening.cpu(), lengths.clamp_min(torch.finfo(torch.float32).tiny).cpu()
+    return whitening.cpu(), lengths.clamp_min(1e-2 * lengths.median()).cpu()
 
 
 def _device(embed_tokens: Callable[[torch.Tensor], torch.Tensor]) -> torch.device | None:

@@ -154,7 +154,7 @@ class LearnableGating(BaseM3POGating):
 
         Of the vocabulary they are signs. Behind an embedding matrix they are orthogonal, in the space in which
         `unit_whitening` has made the embeddings of likely tokens so; it is kept with the gate. Without a matrix, as for
-        weights that a checkpoint will bring, it is the matrix's own.
+        weights that somebody will bring, it is the matrix's own.
 
         Args:
             number: n.
@@ -185,9 +185,9 @@ class LearnableGating(BaseM3POGating):
         What was loaded from a checkpoint is left alone.
         """
 
-    def m3po_init_weights(self) -> None:
-        """What the hook in `_init_weights` calls."""
-        self.start()
+    def m3po_init_weights(self, model: Any) -> None:
+        """What the hook in `_init_weights` calls, once the embeddings of `model` are there."""
+        self.start(embed_tokens=model.get_input_embeddings())
 
 
 class LuongAttentionGating(LearnableGating):
