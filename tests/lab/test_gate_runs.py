@@ -264,3 +264,44 @@ def test_adapter_that_does_not_name_its_gate_is_refused(run: Path, tmp_path: Pat
     write_json(folder / "adapter_config.json", adapter | {"modules_to_save": None})
     with pytest.raises(UserError, match="m3po_gating.*does not name a learnable gate"):
         load_model(ModelConfig(model_name_or_path=str(folder), dtype="float32"))
+
+
+@pytest.mark.parametrize("kind", ["full"], indirect=True)  # an adapter's gate is made of its m3po.json
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gating_config": {"rank": 8}}, "its m3po.json says rank 8 and its model has 4"),
+        ({"gating_type": "baseline", "gating_config": {}}, "its m3po.json says gating_type baseline and its model has"),
+    ],
+)
+def test_a_model_with_another_gate_than_its_m3po_json_says_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], said: str
+) -> None:
+    copy = Path(shutil.copytree(run / "final", tmp_path / "final"))
+    numbers = read_json(copy / "m3po.json") or {}
+    write_json(copy / "m3po.json", numbers | change)
+    assert eval_gsm8k.main([str(copy), *SHORT, "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["full"], indirect=True)
+def test_a_group_whose_gate_was_left_out_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export_model.main([str(run / "final"), str(tmp_path / "plain"), "--gating", "off"]) == 0
+    given = [str(tmp_path / "plain"), *SHORT, "--num_paths", "4", "--output_dir", str(tmp_path / "out")]
+    assert eval_gsm8k.main(given) == 2
+    error = capsys.readouterr().err
+    assert "has not the gate that its group interacts through (luong)" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["adapter"], indirect=True)
+def test_an_adapter_needs_its_m3po_json_and_all_that_its_gate_reads(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run / "final", tmp_path / "bare"))
+    (copy / "m3po.json").unlink()
+    with pytest.raises(UserError, match="its m3po.json does not say gating_type"):
+        load_model(ModelConfig(model_name_or_path=str(copy), dtype="float32"))
+    lacking = changed(run / "final", tmp_path, without("whitening"))
+    with pytest.raises(UserError, match="its weights lack m3po_gating.whitening"):
+        load_model(ModelConfig(model_name_or_path=str(lacking), dtype="float32"))
