@@ -99,12 +99,15 @@ def main(argv: list[str] | None = None) -> int:
                 trained = AutoModelForCausalLM.from_pretrained(folder / "final").base_model.m3po_gating
                 moved = (attention(trained, embed, probs, ids) - before).abs().max().item()
                 now = dict(trained.named_parameters())
-                distances = {name: ((now[name] - value).norm() / value.norm()).item() for name, value in named.items()}
+                steps = {name: (now[name] - value).norm() for name, value in named.items()}
+                distances = {name: (steps[name] / value.norm()).item() for name, value in named.items()}
+                size = torch.stack([value.norm() for value in named.values()]).norm()
                 rows.append(
                     {
                         "gate": gate_name,
                         "reads": "embeddings" if projects else "vocabulary",
                         "gating_training": training,
+                        "gate_moved": (torch.stack([*steps.values()]).norm() / size).item(),
                         "parameters_moved": distances,
                         "attention_moved": moved,
                         "float_noise": noise,
@@ -121,15 +124,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.num_paths} completions each, seed 0. The distributions that both gates read are {len(probs)} groups of "
         f"the start model; {machine()['device']}, torch {machine()['torch']}.",
         "",
-        "| gate | reads | `gating_training` | parameters moved, relative | largest change of a weight of A | float "
-        "noise | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| gate | reads | `gating_training` | the gate moved, relative | each parameter | largest change of a weight of A "
+        "| float noise | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         parameters = ", ".join(f"{name} {value:.2g}" for name, value in row["parameters_moved"].items())
         moved, noise = row["attention_moved"], row["float_noise"]
         lines.append(
-            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {parameters} | "
+            f"| `{row['gate']}` | {row['reads']} | {row['gating_training']} | {row['gate_moved']:.2g} | {parameters} | "
             f"{moved:.2g} | {noise:.1g} | {moved / noise:.0f} |"
         )
     write_results(args.name, result, lines)
