@@ -124,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.num_paths} completions each, seed 0. The distributions that both gates read are {len(probs)} groups of "
         f"the start model; {machine()['device']}, torch {machine()['torch']}.",
         "",
-        "| gate | reads | `gating_training` | the gate moved, relative | each parameter | largest change of a weight of A "
-        "| float noise | ratio |",
+        "| gate | reads | `gating_training` | the gate moved, relative | each parameter | largest change of a weight "
+        "of A | float noise | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -51,7 +51,12 @@ def test_every_flag_stands_in_the_table_of_flags() -> None:
 
 @pytest.mark.parametrize(
     ("name", "where"),
-    [("demo", "docs/results.md"), ("demo-14-steps", "docs/results.md"), ("demo-short", "docs/results.md")],
+    [
+        ("demo", "docs/results.md"),
+        ("demo-14-steps", "docs/results.md"),
+        ("demo-short", "docs/results.md"),
+        ("gates-short", "docs/gates.md"),
+    ],
 )
 def test_a_table_of_results_is_what_compare_prints(name: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare([str(path) for path in RESULTS if path.parent.name == name]) == 0
