@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 Pair = Callable[[np.ndarray, np.ndarray], float]
 
@@ -68,3 +69,21 @@ def attention(scores: np.ndarray, active: np.ndarray, temperature: float) -> np.
         for j, power in zip(peers, powers, strict=True):
             weights[i, j] = power / sum(powers)
     return weights
+
+
+def distributions(kind: str, paths: int, vocabulary: int = 40, groups: int = 2) -> torch.Tensor:
+    """(G, N, V) float32."""
+    g = torch.Generator().manual_seed(paths)
+    shape = (groups, paths, vocabulary)
+    if kind in ("peaked", "flat"):
+        return (torch.randn(shape, generator=g) * (6 if kind == "peaked" else 0.5)).softmax(-1)
+    if kind == "one-hot":
+        return torch.nn.functional.one_hot(torch.randint(4, shape[:2], generator=g), vocabulary).float()
+    if kind == "uniform":
+        return torch.full(shape, 1 / vocabulary)
+    if kind == "identical":
+        return torch.randn(groups, 1, vocabulary, generator=g).softmax(-1).expand(shape).contiguous()
+    probs = torch.zeros(shape)  # each path on tokens of its own
+    for path in range(paths):
+        probs[:, path, 2 * path : 2 * path + 2] = 0.5
+    return probs

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import gates as reference
+from reference.gates import distributions
 from transformers.m3po import ThinkingSettings, apply_cross_path_interaction
 from transformers.m3po.gating import (
     BaseM3POGating,
@@ -25,24 +26,6 @@ from transformers.m3po.gating.gram import gram, root_gram
 
 GATES = sorted(reference.GATES)
 KINDS = ("peaked", "flat", "one-hot", "uniform", "identical", "disjoint")
-
-
-def distributions(kind: str, paths: int, vocabulary: int = 40, groups: int = 2) -> torch.Tensor:
-    """(G, N, V) float32."""
-    g = torch.Generator().manual_seed(paths)
-    shape = (groups, paths, vocabulary)
-    if kind in ("peaked", "flat"):
-        return (torch.randn(shape, generator=g) * (6 if kind == "peaked" else 0.5)).softmax(-1)
-    if kind == "one-hot":
-        return torch.nn.functional.one_hot(torch.randint(4, shape[:2], generator=g), vocabulary).float()
-    if kind == "uniform":
-        return torch.full(shape, 1 / vocabulary)
-    if kind == "identical":
-        return torch.randn(groups, 1, vocabulary, generator=g).softmax(-1).expand(shape).contiguous()
-    probs = torch.zeros(shape)  # each path on tokens of its own
-    for path in range(paths):
-        probs[:, path, 2 * path : 2 * path + 2] = 0.5
-    return probs
 
 
 def off_diagonal(matrix: torch.Tensor) -> torch.Tensor:

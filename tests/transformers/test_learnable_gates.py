@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from reference import learnable_gates as reference
+from reference.gates import distributions
 from transformers.m3po.gating import create_gating_function
 from transformers.m3po.gating.base import attention_weights
 from transformers.m3po.thoughts import likeliest
@@ -20,24 +21,6 @@ BOTH = pytest.mark.parametrize("projects", [False, True], ids=["vocabulary", "em
 EACH = pytest.mark.parametrize("name", GATES)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def distributions(kind: str, paths: int, vocabulary: int = VOCAB, groups: int = 2) -> torch.Tensor:
-    """(G, N, V) float32."""
-    g = torch.Generator().manual_seed(paths)
-    shape = (groups, paths, vocabulary)
-    if kind in ("peaked", "flat"):
-        return (torch.randn(shape, generator=g) * (6 if kind == "peaked" else 0.5)).softmax(-1)
-    if kind == "one-hot":
-        return torch.nn.functional.one_hot(torch.randint(4, shape[:2], generator=g), vocabulary).float()
-    if kind == "uniform":
-        return torch.full(shape, 1 / vocabulary)
-    if kind == "identical":
-        return torch.randn(groups, 1, vocabulary, generator=g).softmax(-1).expand(shape).contiguous()
-    probs = torch.zeros(shape)  # each path on tokens of its own
-    for path in range(paths):
-        probs[:, path, 2 * path : 2 * path + 2] = 0.5
-    return probs
 
 
 def made(name: str, projects: bool, seed: int = 0, size: int = SIZE) -> tuple[Any, torch.nn.Embedding | None]:

@@ -142,19 +142,6 @@ def test_weights_and_gradients_are_finite_for_any_distributions(name: str, kind:
 
 
 @pytest.mark.parametrize("name", [*FREE, *LEARNABLE])
-def test_identical_paths_listen_to_all_alike(name: str) -> None:
-    probs = distributions("identical", 4)
-    weights = cross_path_weights(
-        probs,
-        torch.ones(4, dtype=torch.bool),
-        group_ids=torch.zeros(4, dtype=torch.long),
-        temperature="match",
-        gating_function=made(name),
-    )
-    torch.testing.assert_close(weights, (1 - torch.eye(4)) / 3, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("name", [*FREE, *LEARNABLE])
 def test_groups_do_not_touch_each_other(name: str) -> None:
     ids, gate = torch.tensor([0, 1, 0, 1, 2, 0, 1, 2]), made(name)
     active = torch.tensor([True, True, True, True, True, True, True, False])

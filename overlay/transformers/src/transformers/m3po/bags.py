@@ -51,13 +51,9 @@ def heard_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) ->
     if top_k is not None and top_k < peers.shape[-1]:
         kept, place = peers.topk(top_k, dim=-1)
         cut = peers.sum(-1) - kept.sum(-1)
-        peers, rows, slots = share_out(kept), rows.gather(-1, place), slots.gather(-1, place)
+        peers = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+        rows, slots = rows.gather(-1, place), slots.gather(-1, place)
     return Peers(peers, rows, slots, cut)
-
-
-def share_out(weights: torch.Tensor) -> torch.Tensor:
-    """Weights (..., P) float32 scaled to sum to 1; zeros stay."""
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def cross_path_bags(

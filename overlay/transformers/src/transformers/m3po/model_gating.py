@@ -16,7 +16,6 @@ import torch
 from .gating.factory import create_gating_function, gate_class
 
 GATING_MODULE = "m3po_gating"
-GATING_FIELDS = ("m3po_gating_type", "m3po_gating_config")
 
 
 def has_gating(model: Any) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-TINY = torch.finfo(torch.float32).tiny
+from .base import TINY
+
 FEW = 8  # rows up to which the time of a product on a CPU goes by the number of entries
 BLOCK = 512  # tokens of a sum; sums of 151,936 roots, added one after the other, are off by up to 4e-4
 BUFFER = 1 << 20  # roots there at a time: fresh memory costs as much as they, and the caches hold 4 MiB

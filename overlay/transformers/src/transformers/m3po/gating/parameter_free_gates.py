@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .base import BaseM3POGating
+from .base import TINY, BaseM3POGating
 from .block_topk import block_topk
-from .gram import TINY, gram, root_gram
+from .gram import gram, root_gram
 
 SUPPORT = 8  # likeliest tokens of each path that the Jensen-Shannon divergence is worked out on
 EXACT_CHUNK = 1024  # tokens that an exact divergence takes at a time
