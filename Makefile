@@ -2,18 +2,19 @@
 # The menu: `make` lists it. Each target is one command; all but `help` and `clean` complete the environment first.
 PYTHON ?= python3
 ENV := .venv/bin/python
+COMPLETE = PYTHONPATH=scripts $(PYTHON) -m patchset.environment
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env apply-patches status export-patches check-patches upgrade bundle compatibility lint format test bench \
-	export-model clean
+.PHONY: help env apply-patches status export-patches check-patches upgrade bundle compatibility lint format \
+	test bench export-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env: ## make or complete .venv and vendor/ (a no-op when up to date)
+env: ## make or complete .venv and vendor/ (a no-op when up to date) [EXTRA=unsloth: with what Unsloth needs]
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 7) and "env: error: this Python is too old: 3.11 is needed")'
-	@PYTHONPATH=scripts $(PYTHON) -m patchset.environment
+	@$(COMPLETE) $(addprefix --extra=,$(EXTRA))
 
 apply-patches: ## fetch the upstreams and lay patches/ and overlay/ on vendor/
 	@PYTHONPATH=scripts $(PYTHON) -m patchset apply

