@@ -6,7 +6,7 @@ COMPLETE = PYTHONPATH=scripts $(PYTHON) -m patchset.environment
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env apply-patches status export-patches check-patches upgrade bundle compatibility lint format \
+.PHONY: help env env-unsloth apply-patches status export-patches check-patches upgrade bundle compatibility lint format \
 	test bench export-model clean
 
 help: ## list the targets
@@ -15,6 +15,9 @@ help: ## list the targets
 env: ## make or complete .venv and vendor/ (a no-op when up to date) [EXTRA=unsloth: with what Unsloth needs]
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 7) and "env: error: this Python is too old: 3.11 is needed")'
 	@$(COMPLETE) $(addprefix --extra=,$(EXTRA))
+
+env-unsloth: env
+	@$(COMPLETE) --extra=unsloth
 
 apply-patches: ## fetch the upstreams and lay patches/ and overlay/ on vendor/
 	@PYTHONPATH=scripts $(PYTHON) -m patchset apply
@@ -46,8 +49,9 @@ format: env ## let ruff write the formatting and the simple fixes
 	@$(ENV) -m ruff check --fix
 	@$(ENV) -m ruff format
 
-test: env ## the whole test suite
+test: env-unsloth ## the whole test suite, in two processes: importing Unsloth patches the other libraries
 	@$(ENV) -m pytest
+	@$(ENV) -m pytest tests/unsloth
 
 bench: env ## rollout, memory and policy pass of each mode and of ASLR over plain; soft thoughts by size; gates
 	@$(ENV) benchmarks/rollout.py

@@ -2,6 +2,9 @@
 """What every test shares: no Hub, two threads, fixed seeds, and tiny models of the two architectures.
 
 The variables are set before any test imports torch or transformers; child processes inherit them.
+
+tests/unsloth runs in a process of its own, because importing Unsloth patches the other libraries: its tests are
+collected only when asked for by path.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,6 +25,25 @@ os.environ.pop("M3PO_DEBUG", None)
 
 hypothesis.settings.register_profile("m3po", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("m3po")
+
+UNSLOTH = Path(__file__).parent / "unsloth"
+
+
+def asks_for_unsloth(config: pytest.Config) -> list[bool]:
+    """For each path of the command line (without one: of `testpaths`), whether it lies in tests/unsloth."""
+    paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
+    return [path.is_relative_to(UNSLOTH.resolve()) for path in paths]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if len(set(asks_for_unsloth(config))) > 1:
+        raise pytest.UsageError("tests/unsloth needs a process of its own: run `pytest tests/unsloth` by itself")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """True for tests/unsloth where no path asks for it; None leaves the decision to pytest."""
+    return True if collection_path == UNSLOTH and not any(asks_for_unsloth(config)) else None
+
 
 TINY: dict[str, Any] = {
     "vocab_size": 256,
