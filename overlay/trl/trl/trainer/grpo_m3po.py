@@ -12,6 +12,7 @@ Axes: B rows of this process, C completion positions of the padded batch, L inpu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -33,8 +34,8 @@ from .grpo_own_modules import prepare_reference, settle_modules
 
 logger = logging.get_logger(__name__)
 
-# What the trainer does with a rollout; a subclass that does it in its own way does not know of bags.
-_SCORING = ("_compute_loss", "_generate_and_score_completions", "_get_per_token_logps_and_entropies")
+# What the trainer does with a rollout, `compute_loss` aside; whoever does it in its own way does not know of bags.
+_SCORING = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 # What every scoring pass reads of a rollout, by its name in the batch.
 _SCORED = ("thinking_bag_ids", "thinking_bag_weights", "aslr_row_seeds", "thinking_mask", "gating_group_ids")
 # Attributes of the trainer that move the rollouts out of a single call of `generate`.
@@ -92,8 +93,6 @@ class GRPORollouts:
         return "; ".join(told)
 
     def _check_trainer(self, elsewhere: list[str]) -> None:
-        from .grpo_trainer import GRPOTrainer  # it imports this module
-
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         what = what_needs_generate(self._trainer.args)
         record = "bags" if self.mode != "none" else "seeds"
@@ -106,10 +105,13 @@ class GRPORollouts:
                 f"{why}. Leave it out, or {mend}."
             )
         kind = type(self._trainer)
-        if own := [name for name in _SCORING if getattr(kind, name) is not getattr(GRPOTrainer, name)]:
+        if (own := _unaware(kind)) is not None:
+            way = "take GRPOTrainer"
+            if kind.__name__.startswith("Unsloth"):
+                way = "this Unsloth lacks the patches of this overlay; take engine='trl', or install them"
             raise ValueError(
-                f"{kind.__name__} has its own {own[0]}, which does not hand the {record} of {what} to the policy pass; "
-                f"take GRPOTrainer, or {mend}."
+                f"{kind.__name__} has its own {own}, which does not hand the {record} of {what} to the policy pass; "
+                f"{way}, or {mend}."
             )
         if self.settings is not None:
             self._check_distribution(model)
@@ -124,6 +126,11 @@ class GRPORollouts:
                 f"gating_type={args.gating_type!r} cannot be trained with {engine.value}: a rollout reads the gate "
                 "outside the forward pass, where its parameters are split over the processes. Take DDP "
                 "(configs/accelerate), or a gate without parameters."
+            )
+        if args.gating_training == "logits" and type(self._trainer).__name__.startswith("Unsloth"):
+            raise ValueError(
+                "gating_training='logits' blends output distributions, which Unsloth's log-prob pass never makes; "
+                "train with TRL's own trainer, or set gating_training='embeddings'."
             )
         if args.gating_training == "logits" and args.cast_lm_head_to_fp32:
             raise ValueError(
@@ -186,7 +193,7 @@ class GRPORollouts:
             given["thinking_bag_ids"] = _fit(state.bag_ids, num_positions)
             given["thinking_bag_weights"] = _fit(state.bag_weights, num_positions)
         if state.row_seeds is not None:
-            given["aslr_row_seeds"] = state.row_seeds
+            given["aslr_row_seeds"] = _ordinary(state.row_seeds)
         return {"m3po_inputs": given} if given else {}
 
     def policy_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -324,6 +331,31 @@ class GRPORollouts:
         return torch.tensor(counts, dtype=torch.float32, device=completion_ids.device).mean()
 
 
+def _unaware(kind: type) -> str | None:
+    """The first function between a rollout and its loss that knows nothing of its record; None if all do.
+
+    Unsloth writes the trainer anew, with a loss of its own: looked at is the code that runs, whoever wrote it.
+    """
+    functions = {name: getattr(kind, name) for name in _SCORING}
+    loss = inspect.unwrap(kind.compute_loss)  # type: ignore[attr-defined]
+    if "grpo_accumulated_loss" in loss.__code__.co_names:
+        functions |= {"compute_loss": loss, "grpo_accumulated_loss": loss.__globals__["grpo_accumulated_loss"]}
+    else:
+        functions["_compute_loss"] = kind._compute_loss  # type: ignore[attr-defined]
+    return next((name for name, function in functions.items() if not _mentions_us(function)), None)
+
+
+def _mentions_us(function: Any) -> bool:
+    """Whether the code of a function, or of one that it wraps, has a name of ours in it."""
+    function = inspect.unwrap(function)
+    code = function.__code__
+    words = (*code.co_names, *code.co_varnames, *code.co_consts)
+    if any("m3po" in word for word in words if isinstance(word, str)):
+        return True
+    wrapped = [cell.cell_contents for cell in function.__closure__ or ()]
+    return any(_mentions_us(inner) for inner in wrapped if inspect.isfunction(inner))
+
+
 def _keeps_all(processor: Any) -> bool:
     return isinstance(processor, MinPLogitsWarper) and processor.min_p == 0
 
@@ -344,8 +376,13 @@ def checkpoint_info(args: Any) -> dict[str, Any]:
 
 def _fit(record: torch.Tensor, num_positions: int) -> torch.Tensor:
     """Cuts or zero-pads a record (B, T, ...) to (B, num_positions, ...)."""
-    fitted = record[:, :num_positions]
+    fitted = _ordinary(record[:, :num_positions])
     missing = num_positions - fitted.size(1)
     if missing <= 0:
         return fitted
     return torch.cat([fitted, fitted.new_zeros(fitted.size(0), missing, *fitted.shape[2:])], dim=1)
+
+
+def _ordinary(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that autograd may keep: an engine that generates in inference mode leaves ones that it may not."""
+    return value.clone() if value.is_inference() else value

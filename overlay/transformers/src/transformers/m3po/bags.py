@@ -138,8 +138,9 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
         model: the base model, for its `embed_tokens` and its residual gate if it has one.
         inputs_embeds: (B, L, H).
         forward_kwargs: the extra arguments of the forward; `thinking_bag_ids`, `thinking_bag_weights`,
-            `thinking_trace` and `thinking_gating` (arguments of `regated_weights`) are taken out of it, so that the
-            layers never see them.
+            `thinking_trace`, `thinking_gating` (arguments of `regated_weights`) and `thinking_columns` are taken out of
+            it, so that the layers never see them. The last, (B, T) long, says where the positions of the bags stand in
+            rows that an engine has packed; without it they are the last ones.
 
     Returns:
         (B, L, H): the very tensor that came in when the pass has no bags.
@@ -153,4 +154,9 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
 
         bag_weights = regated_weights(model.m3po_gating, model.embed_tokens, bag_ids, bag_weights, **gating)
     gate = model.thinking_residual if has_residual_gate(model) else None
-    return mix_bags(model.embed_tokens, inputs_embeds, bag_ids, bag_weights, gate, trace)
+    columns = forward_kwargs.pop("thinking_columns", None)
+    if columns is None:
+        return mix_bags(model.embed_tokens, inputs_embeds, bag_ids, bag_weights, gate, trace)
+    at = columns.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
+    own = inputs_embeds.gather(1, at)
+    return inputs_embeds.scatter(1, at, mix_bags(model.embed_tokens, own, bag_ids, bag_weights, gate, trace))

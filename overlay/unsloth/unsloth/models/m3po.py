@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thinking inputs and ASLR on Unsloth's fast paths: what the hooks in its files and in unsloth_zoo's call.
+
+Unsloth has its own forwards, decode step, log-prob pass and GRPO loss. The model's side is the same code as in
+Transformers (`transformers.m3po`), called with what these forwards have at hand; the trainer's side (`ScoredRows`)
+hands what TRL's hooks recorded to the passes that score a rollout. Their rows are packed to the left, so each row's
+completion starts elsewhere.
+
+Axes: B rows, C completion positions of the padded batch, L input positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.m3po.aslr import refine_states as _refine_states
+from transformers.m3po.aslr import take_aslr_inputs
+from transformers.m3po.aslr_settings import has_aslr
+from transformers.m3po.bags import mix_thinking_inputs
+from transformers.m3po.own_modules import OWN_MODULES
+from transformers.utils import logging
+
+__all__ = [
+    "UNQUANTIZED",
+    "ScoredRows",
+    "acts",
+    "make_float32",
+    "mix_thinking_inputs",
+    "not_own",
+    "reads_final_norm",
+    "refine_states",
+    "take_aslr_inputs",
+    "with_own_modules",
+]
+
+logger = logging.get_logger(__name__)
+
+_OWN = tuple(name for own in OWN_MODULES for name in own.names)
+# What 4-bit and 8-bit loading leaves alone, as patterns that upstream matches from the start of a module's full name.
+UNQUANTIZED = [rf".*\b{name}\b" for name in _OWN]
+_BAGS = ("thinking_bag_ids", "thinking_bag_weights")
+
+
+def refine_states(
+    model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor | None, inputs: dict[str, Any]
+) -> torch.Tensor:
+    """Hook of both forwards, see `transformers.m3po.aslr.refine_states`; position ids of None count from 0."""
+    if position_ids is None:
+        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+    return _refine_states(model, hidden_states, position_ids.long(), inputs)
+
+
+def reads_final_norm(model: Any) -> bool:
+    """Whether the base model reads the output of its last norm more than once, so that the gradient is shared."""
+    return has_aslr(model)
+
+
+def acts(model: Any, forward_kwargs: dict[str, Any]) -> bool:
+    """Whether this decode step is not upstream's: a captured graph would leave out what the mode does."""
+    return any(name in forward_kwargs for name in _BAGS) or has_aslr(model)
+
+
+def with_own_modules(model: Any, modules_to_save: list[str] | None) -> list[str] | None:
+    """Hook of `get_peft_model`: adds the modules of this overlay that the model has; an adapter trains them whole."""
+    has = [name for own in OWN_MODULES if own.on(model) for name in own.names]
+    missing = [name for name in has if name not in (modules_to_save or [])]
+    return [*(modules_to_save or []), *missing] if missing else modules_to_save
+
+
+def not_own(modules_to_save: Iterable[str]) -> list[str]:
+    """Hook of `get_peft_model`: the names that upstream has to judge."""
+    return [name for name in modules_to_save if name.rpartition(".")[2] not in _OWN]
+
+
+def make_float32(model: Any) -> None:
+    """Hook of `patch_peft_model`: the parameters of our modules in float32, whatever the load has cast them to."""
+    named = dict(model.named_parameters())
+    for own in OWN_MODULES:
+        for name in own.among(named):
+            named[name].data = named[name].data.float()
+
+
+class ScoredRows:
+    """What a pass over a rollout gets beside its tokens, row by row, on Unsloth's log-prob pass and in its loss.
+
+    Args:
+        trainer: the trainer, patched or not.
+        input_ids: (B, L), prompts padded on the left and completions on the right, before upstream packs them.
+        logits_to_keep: C.
+        inputs: what TRL's hooks recorded (`m3po_inputs`), or nothing.
+        batch: the micro-batch of the loss, whose `rollout_per_token_logps` are compared; None in the other passes.
+
+    Raises:
+        ValueError: a mini-batch of the loss would split the groups that a learnable gate needs.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        input_ids: torch.Tensor,
+        logits_to_keep: int,
+        inputs: dict[str, torch.Tensor] | None,
+        batch: dict[str, Any] | None = None,
+    ):
+        self._trainer, self._inputs, self._batch = trainer, inputs or {}, batch
+        self._length = input_ids.shape[1]
+        if self._inputs or batch is not None:
+            # Upstream packs a row by a stable sort that puts all padding last; the inverse says where a token went.
+            order = (input_ids == trainer.processing_class.pad_token_id).long().argsort(dim=1, stable=True)
+            self._columns = order.argsort(dim=1)[:, self._length - logits_to_keep :]
+            self._packed_mask = input_ids.gather(1, order) != trainer.processing_class.pad_token_id
+        if not self.may_pack:
+            logger.warning_once(
+                "Unsloth's sequence packing and prefix grouping are off: thinking inputs belong to one row each."
+            )
+
+    @classmethod
+    def of_batch(
+        cls, trainer: Any, input_ids: torch.Tensor, logits_to_keep: int, batch: dict[str, Any] | None
+    ) -> ScoredRows:
+        """Those of the loss over a micro-batch; None comes from a trainer without hooks."""
+        return cls(trainer, input_ids, logits_to_keep, trainer.m3po.policy_inputs(batch) if batch else None, batch)
+
+    @property
+    def may_pack(self) -> bool:
+        """Whether rows may be joined to one, or share a prompt: not when a row brings inputs of its own."""
+        return not self._inputs
+
+    def add_to(self, chunks: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+        """The forward's extra arguments of each mini-batch of `batch_size` rows, with ours."""
+        if not self._inputs:
+            return chunks
+        group_ids = self._inputs.get("gating_group_ids")
+        given = []
+        for index, chunk in enumerate(chunks):
+            rows = slice(index * batch_size, (index + 1) * batch_size)
+            ours = self._trainer.m3po.model_inputs(rows, self._packed_mask[rows], self._inputs)
+            if group_ids is not None and torch.isin(group_ids[rows], group_ids[rows.stop :]).any():
+                raise ValueError(
+                    f"a learnable gate needs whole groups, and a mini-batch of {batch_size} rows splits one; set "
+                    "unsloth_grpo_mini_batch=1."
+                )
+            if "thinking_bag_ids" in ours:
+                ours["thinking_columns"] = self._columns[rows]
+            given.append({**chunk, **ours})
+        return given
+
+    def log_rollout_diff(self, logps: torch.Tensor) -> None:
+        """Logs how far the policy pass is from the rollout: logps (B, W), for the last W columns of the packed rows."""
+        if self._batch is None:
+            return
+        columns = self._columns - (self._length - logps.shape[1])
+        scored = self._batch["completion_ids"] != self._trainer.processing_class.pad_token_id  # as upstream has it
+        mask = self._batch["completion_mask"] * (columns >= 0) * scored
+        self._trainer.m3po.log_rollout_diff(self._batch, logps.detach().gather(1, columns.clamp_min(0)), mask)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unsloth's real patched functions on tiny models: the stand-ins of `standins.py`, its generated trainer, and models.
+
+Importing Unsloth patches the other libraries, so these tests have a process of their own (`pytest tests/unsloth`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+CACHE = tempfile.TemporaryDirectory()  # read by Unsloth when it is imported
+os.environ["UNSLOTH_COMPILE_LOCATION"] = CACHE.name
+
+
+def _load(path: Path) -> ModuleType:
+    """A module by its path (test folders are no packages), importable by its name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+standins = _load(Path(__file__).with_name("standins.py"))
+standins.enter()
+cases = _load(Path(__file__).with_name("cases.py"))
+
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model of this size is many times faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`fast(net, **options)`: a model as Unsloth's loader gives it, from the weights of `net`."""
+    from unsloth import FastLanguageModel
+
+    def load(net: Any, **options: Any) -> Any:
+        folder = tmp_path_factory.mktemp("model")
+        net.save_pretrained(folder)
+        words = cases.tokenizer()
+        words.unk_token = words.eos_token  # else Qwen2's tokenizer class adds one, beyond the model's embeddings
+        words.save_pretrained(folder)
+        given = {"dtype": torch.float32, "load_in_4bit": False, "device_map": "cpu", "max_seq_length": 64} | options
+        return FastLanguageModel.from_pretrained(str(folder), **given)[0]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def trainer_class() -> Any:
+    """Unsloth's GRPOTrainer, which it writes from the text of TRL's; skipped upstream under the CPU stand-ins."""
+    import trl
+    from unsloth import FastLanguageModel
+    from unsloth.models.rl import PatchFastRL
+
+    standins.generate_trainers(PatchFastRL, FastLanguageModel)
+    assert trl.GRPOTrainer.__name__ == "UnslothGRPOTrainer"
+    return trl.GRPOTrainer

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unsloth's forward, backward and decode step in every mode against the plain path, in float32 to 1e-4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import peft
+import pytest
+import torch
+from transformers.m3po import M3POGenerationState
+
+PROMPTS = torch.tensor(
+    [[0, 0, 4, 5, 9], [0, 0, 4, 5, 9], [0, 0, 4, 5, 9], [3, 8, 2, 7, 6], [3, 8, 2, 7, 6], [0, 0, 0, 0, 7]]
+)
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])  # uneven, one path alone
+SEEDS = torch.arange(6) + 11
+ENDS = [1, 14, 19]  # end tokens enough that some rows end and some do not
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOLERANCE = 1e-4
+
+every_case = pytest.mark.parametrize("case", cases.CASES)
+both_kinds = pytest.mark.parametrize("kind", cases.KINDS)
+
+
+def roll_out(net: Any, case: str, prompts: torch.Tensor = PROMPTS) -> tuple[torch.Tensor, M3POGenerationState]:
+    """Samples completions of 10 tokens at most; the same random numbers every time."""
+    state = M3POGenerationState(
+        group_ids=GROUPS,
+        settings=cases.settings(case),
+        tokenizer=cases.tokenizer(),
+        row_seeds=SEEDS if cases.CASES[case].get("aslr_enabled") else None,
+    )
+    torch.manual_seed(4)
+    given = {"do_sample": True, "top_k": 0, "top_p": 1.0, "eos_token_id": ENDS, "pad_token_id": 0, "max_new_tokens": 10}
+    aslr = {"is_m3po_inference": False} if cases.CASES[case].get("aslr_enabled") else {}
+    mask = (prompts != 0).long()
+    sequences = net.generate(input_ids=prompts, attention_mask=mask, m3po=state, **given, **aslr)
+    return sequences.clone(), state
+
+
+def scoring_inputs(sequences: torch.Tensor, state: M3POGenerationState, case: str) -> dict[str, Any]:
+    """What a scoring pass over whole sequences gets, prompts without padding."""
+    inputs: dict[str, Any] = {"position_ids": torch.arange(sequences.shape[1]).expand(len(sequences), -1)}
+    if state.bag_ids is not None and state.bag_weights is not None:
+        inputs |= {"thinking_bag_ids": state.bag_ids.clone(), "thinking_bag_weights": state.bag_weights.clone()}
+    if state.gating is not None:
+        record = type(state.gating)(**{name[7:]: value.clone() for name, value in state.gating.tensors().items()})
+        thoughts = cases.CASES[case]["mode"] == "h3po"
+        inputs["thinking_gating"] = {
+            "record": record,
+            "group_ids": GROUPS,
+            "lambda_blend": cases.LAMBDA,
+            "has_thoughts": thoughts,
+        }
+    if state.row_seeds is not None:
+        inputs |= {"aslr_row_seeds": state.row_seeds.clone(), "is_m3po_inference": False}
+    return inputs
+
+
+def gradients(
+    net: Any, sequences: torch.Tensor, inputs: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and the gradients of a weighted sum of the completions' log-probs to all that is trained."""
+    logits = net(input_ids=sequences, attention_mask=(sequences != 0).long(), use_cache=False, **inputs).logits.float()
+    length = sequences.shape[1] - PROMPTS.shape[1]
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)[:, -length:]
+    weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(2)) * (sequences[:, -length:] != 0)
+    (logps * weights).sum().div(len(sequences)).backward()
+    return logits.detach(), {name: value.grad for name, value in net.named_parameters() if value.requires_grad}
+
+
+def lively(net: Any) -> None:
+    """Gives the B matrices of an adapter values that are not zero, by their names."""
+    for index, (name, value) in enumerate(sorted(net.named_parameters())):
+        if "lora_" in name:
+            value.data = 0.2 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
+
+
+def adapters(kind: str, case: str, fast: Callable[..., Any], checkpointing: Any = False) -> tuple[Any, Any]:
+    """The plain model and Unsloth's, each with its own LoRA of the same weights."""
+    from unsloth import FastLanguageModel
+
+    net = cases.model(kind, case)
+    sizes = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": TARGETS}
+    quick = FastLanguageModel.get_peft_model(fast(net), use_gradient_checkpointing=checkpointing, **sizes)
+    config = peft.LoraConfig(**sizes, task_type="CAUSAL_LM", modules_to_save=cases.own_names(net) or None)
+    plain = peft.get_peft_model(net, config)
+    for model in (plain, quick):
+        lively(model)
+    return plain.train(), quick
+
+
+def assert_close(found: torch.Tensor | None, wanted: torch.Tensor | None, name: str) -> None:
+    assert (found is None) == (wanted is None), name
+    if found is not None and wanted is not None:
+        allowed = TOLERANCE * max(1.0, wanted.abs().max().item())
+        assert (found - wanted).abs().max().item() <= allowed, name
+
+
+@both_kinds
+@every_case
+def test_a_rollout_is_the_plain_one(kind: str, case: str, fast: Callable[..., Any]) -> None:
+    net = cases.model(kind, case)
+    wanted, plain_state = roll_out(net, case)
+    found, state = roll_out(fast(net), case)
+    assert torch.equal(found, wanted)
+    assert (wanted[:, 5:] == 0).any() and wanted.shape[1] == 15  # ragged: some rows end, not all
+    assert (state.rollout_logps - plain_state.rollout_logps).abs().max() < TOLERANCE
+    if state.bag_ids is not None:
+        assert (state.bag_weights > 0).any() and torch.equal(state.bag_ids, plain_state.bag_ids)
+        assert (state.bag_weights - plain_state.bag_weights).abs().max() < TOLERANCE
+    for name, value in plain_state.statistics.items():
+        assert_close(state.statistics[name], value, name)
+
+
+@both_kinds
+@every_case
+def test_logits_and_gradients_are_the_plain_ones(kind: str, case: str, fast: Callable[..., Any]) -> None:
+    plain, quick = adapters(kind, case, fast)
+    prompts = PROMPTS.clone()
+    prompts[prompts == 0] = 3  # Unsloth trains on rows that begin with their first token
+    sequences, state = roll_out(plain.eval(), case, prompts)
+    inputs = scoring_inputs(sequences, state, case)
+    wanted = gradients(plain.train(), sequences, inputs)
+    found = gradients(quick, sequences, scoring_inputs(sequences, state, case))
+    real = sequences != 0
+    assert_close(found[0][real], wanted[0][real], "logits")
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        assert_close(found[1][name], value, name)
+    own = [name for name in found[1] if any(part in name for part in cases.own_names(plain.get_base_model()))]
+    assert bool(own) == (case not in ("none", "m3po"))
+    assert all(found[1][name] is not None and found[1][name].abs().max() > 0 for name in own)
+    # The rollout's own log-probs: the pass scores what was sampled.
+    logps = found[0][:, :-1].log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)[:, 4:]
+    scored = sequences[:, 5:] != 0
+    assert (logps - state.rollout_logps)[scored].abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("checkpointing", [True, "unsloth"])
+@both_kinds
+def test_gradient_checkpointing_changes_no_gradient(kind: str, checkpointing: Any, fast: Callable[..., Any]) -> None:
+    case = "h3po-aslr"
+    plain, quick = adapters(kind, case, fast, checkpointing)
+    prompts = PROMPTS.clamp_min(3)
+    sequences, state = roll_out(plain.eval(), case, prompts)
+    inputs = scoring_inputs(sequences, state, case)
+    wanted = gradients(plain.train(), sequences, inputs)[1]
+    found = gradients(quick, sequences, scoring_inputs(sequences, state, case))[1]
+    for name, value in wanted.items():
+        assert_close(found[name], value, name)
