@@ -151,9 +151,7 @@ def test_a_padding_token_inside_a_completion_moves_the_bags_with_the_tokens() ->
     assert torch.equal(packed.gather(1, rows._columns), ids[:, 3:])
 
 
-@pytest.mark.parametrize(
-    "name", ["_get_per_token_logps_and_entropies", "compute_loss", "_generate_and_score_completions"]
-)
+@pytest.mark.parametrize("name", ["_get_per_token_logps_and_entropies", "compute_loss"])
 def test_without_a_hook_a_mode_is_refused(
     name: str, trainer_class: Any, build: Callable[..., Any], monkeypatch: Any
 ) -> None:
