@@ -107,7 +107,6 @@ def test_a_rollout_is_the_plain_one(kind: str, case: str, fast: Callable[..., An
     wanted, plain_state = roll_out(net, case)
     found, state = roll_out(fast(net), case)
     assert torch.equal(found, wanted)
-    assert (wanted[:, 5:] == 0).any() and wanted.shape[1] == 15  # ragged: some rows end, not all
     assert (state.rollout_logps - plain_state.rollout_logps).abs().max() < TOLERANCE
     if state.bag_ids is not None:
         assert (state.bag_weights > 0).any() and torch.equal(state.bag_ids, plain_state.bag_ids)

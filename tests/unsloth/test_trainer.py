@@ -76,8 +76,7 @@ def completions_of(packed: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     return packed.gather(1, shift[:, None] + torch.arange(length))
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize(("kind", "case"), [*(("llama", case) for case in cases.CASES), ("qwen2", "m3po")])
 def test_log_probs_loss_and_gradients_are_trls(
     kind: str, case: str, plain: dict[str, Any], plain_trl: Any, build: Callable[..., Any]
 ) -> None:
@@ -108,33 +107,6 @@ def test_a_run_on_the_fast_path_trains(case: str, build: Callable[..., Any], tmp
     assert bool(own) == (case != "none") and set(own) <= moved
     run.save_model(str(tmp_path / "final"))
     assert json.loads((tmp_path / "final" / "m3po.json").read_text())["mode"] == cases.CASES[case]["mode"]
-
-
-@pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.parametrize("case", ["h3po-aslr", "h3po-bahdanau"])
-def test_full_fine_tuning_runs_through_unsloths_stock_forwards(kind: str, case: str, build: Callable[..., Any]) -> None:
-    run = build(kind, case, lora=False, beta=0.0, max_steps=2, learning_rate=1e-3)
-    run.train()
-    assert len(cases.tiny_grpo.logged(run, "m3po/rollout_logp_diff_max")) == 2
-    assert max(cases.tiny_grpo.logged(run, "m3po/rollout_logp_diff_max")) < TOLERANCE
-
-
-def test_a_mini_batch_that_splits_the_groups_of_a_learnable_gate_is_refused(
-    plain: dict[str, Any], plain_trl: Any, build: Callable[..., Any]
-) -> None:
-    run = build("llama", "m3po-luong")
-    run.args.unsloth_grpo_mini_batch = 6
-    batch = plain["llama m3po-luong"]["batch"]
-    with pytest.raises(ValueError, match="a mini-batch of 1 rows splits one; set unsloth_grpo_mini_batch=1"):
-        plain_trl.scored(run, batch)
-
-
-def test_mini_batches_give_the_same_gradients(plain: dict[str, Any], plain_trl: Any, build: Callable[..., Any]) -> None:
-    run, wanted = build("llama", "h3po-aslr", beta=0.0), plain["llama h3po-aslr"]
-    run.args.unsloth_grpo_mini_batch = 3
-    found = plain_trl.scored(run, wanted["batch"])
-    for name, value in wanted["gradients"].items():
-        assert_close(found["gradients"][name], value, name)
 
 
 def test_a_padding_token_inside_a_completion_moves_the_bags_with_the_tokens() -> None:
