@@ -36,6 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
     "h3po-bahdanau": {"mode": "h3po", "gating_type": "bahdanau"},
 }
 LAMBDA = 0.5
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 def flags(case: str) -> dict[str, Any]:
@@ -75,3 +81,9 @@ def model(kind: str, case: str) -> Any:
 def own_names(net: Any) -> list[str]:
     """The names of our modules that a model has."""
     return [name for own in OWN_MODULES if own.on(net) for name in own.names]
+
+
+def lively(net: Any) -> None:
+    """Gives every LoRA matrix values that are not zero, the same ones wherever the names are the same."""
+    for index, (_, value) in enumerate(sorted((n, v) for n, v in net.named_parameters() if "lora_" in n)):
+        value.data = 0.2 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index))

@@ -10,14 +10,13 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory()  # read by Unsloth when it is imported
 os.environ["UNSLOTH_COMPILE_LOCATION"] = CACHE.name
 
@@ -36,15 +35,7 @@ standins.enter()
 cases = _load(Path(__file__).with_name("cases.py"))
 
 import torch  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model of this size is many times faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from reference.threads import one_thread  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +50,7 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         words.unk_token = words.eos_token  # else Qwen2's tokenizer class adds one, beyond the model's embeddings
         words.save_pretrained(folder)
         given = {"dtype": torch.float32, "load_in_4bit": False, "device_map": "cpu", "max_seq_length": 64} | options
+        os.environ["UNSLOTH_ENABLE_FULL_FINETUNING"] = "0"  # a load with full_finetuning leaves it at 1 for the process
         return FastLanguageModel.from_pretrained(str(folder), **given)[0]
 
     return load
@@ -66,7 +58,7 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def trainer_class() -> Any:
-    """Unsloth's GRPOTrainer, which it writes from the text of TRL's; skipped upstream under the CPU stand-ins."""
+    """Unsloth's GRPOTrainer, which it writes from the text of TRL's."""
     import trl
     from unsloth import FastLanguageModel
     from unsloth.models.rl import PatchFastRL

@@ -22,12 +22,6 @@ cases = sys.modules.setdefault("cases", importlib.util.module_from_spec(_spec))
 if not hasattr(cases, "CASES"):
     _spec.loader.exec_module(cases)
 
-LORA: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 RUN = {
     **cases.tiny_grpo.FLAGS,
     "per_device_train_batch_size": 6,
@@ -46,12 +40,6 @@ def prompts() -> Dataset:
 def arguments(case: str, folder: str, **more: Any) -> Any:
     """The arguments of a run of a case."""
     return trl.GRPOConfig(output_dir=folder, **{**RUN, **cases.flags(case), **more})
-
-
-def lively(net: Any) -> None:
-    """Gives every LoRA matrix values that are not zero, the same ones wherever the names are the same."""
-    for index, (_, value) in enumerate(sorted((n, v) for n, v in net.named_parameters() if "lora_" in n)):
-        value.data = 0.2 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
 
 
 def scored(run: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -83,9 +71,9 @@ def plain(kind: str, case: str, folder: str) -> dict[str, Any]:
         reward_funcs=cases.tiny_grpo.reward,
         train_dataset=prompts(),
         processing_class=cases.tokenizer(),
-        peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(**cases.LORA, task_type="CAUSAL_LM"),
     )
-    lively(run.model)
+    cases.lively(run.model)
     run.model.train()
     batch = run._generate_and_score_completions(next(iter(run.get_train_dataloader())))
     batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}

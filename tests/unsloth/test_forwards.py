@@ -18,7 +18,6 @@ PROMPTS = torch.tensor(
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])  # uneven, one path alone
 SEEDS = torch.arange(6) + 11
 ENDS = [1, 14, 19]  # end tokens enough that some rows end and some do not
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 1e-4
 
 every_case = pytest.mark.parametrize("case", cases.CASES)
@@ -72,24 +71,16 @@ def gradients(
     return logits.detach(), {name: value.grad for name, value in net.named_parameters() if value.requires_grad}
 
 
-def lively(net: Any) -> None:
-    """Gives the B matrices of an adapter values that are not zero, by their names."""
-    for index, (name, value) in enumerate(sorted(net.named_parameters())):
-        if "lora_" in name:
-            value.data = 0.2 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
-
-
 def adapters(kind: str, case: str, fast: Callable[..., Any], checkpointing: Any = False) -> tuple[Any, Any]:
     """The plain model and Unsloth's, each with its own LoRA of the same weights."""
     from unsloth import FastLanguageModel
 
     net = cases.model(kind, case)
-    sizes = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": TARGETS}
-    quick = FastLanguageModel.get_peft_model(fast(net), use_gradient_checkpointing=checkpointing, **sizes)
-    config = peft.LoraConfig(**sizes, task_type="CAUSAL_LM", modules_to_save=cases.own_names(net) or None)
+    quick = FastLanguageModel.get_peft_model(fast(net), use_gradient_checkpointing=checkpointing, **cases.LORA)
+    config = peft.LoraConfig(**cases.LORA, task_type="CAUSAL_LM", modules_to_save=cases.own_names(net) or None)
     plain = peft.get_peft_model(net, config)
     for model in (plain, quick):
-        lively(model)
+        cases.lively(model)
     return plain.train(), quick
 
 
@@ -151,3 +142,20 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, checkpointing: An
     found = gradients(quick, sequences, scoring_inputs(sequences, state, case))[1]
     for name, value in wanted.items():
         assert_close(found[name], value, name)
+
+
+def test_a_step_that_is_not_upstreams_is_not_replayed_from_a_graph(fast: Callable[..., Any], monkeypatch: Any) -> None:
+    # A mock: graphs are captured on CUDA alone. It declines, so that the step goes on as without graphs.
+    from unsloth.models import _decode_graphs
+
+    asked: list[int] = []
+    monkeypatch.setattr(_decode_graphs, "enabled", lambda: True)
+    monkeypatch.setattr(_decode_graphs, "start_generation", lambda length: None)
+    monkeypatch.setattr(_decode_graphs, "end_generation", lambda: None)
+    monkeypatch.setattr(_decode_graphs, "decode_step", lambda *args: asked.append(1))
+    counts = {}
+    for case in ("none", "m3po", "none-aslr"):
+        asked.clear()
+        roll_out(fast(cases.model("llama", case)), case)
+        counts[case] = len(asked)
+    assert counts["none"] > 0 and counts["m3po"] == counts["none-aslr"] == 0

@@ -52,8 +52,8 @@ def build(trainer_class: Any, plain_trl: Any, fast: Callable[..., Any], tmp_path
     def make(kind: str, case: str, lora: bool = True, **flags: Any) -> Any:
         net = fast(cases.model(kind, case), full_finetuning=not lora)
         if lora:
-            net = FastLanguageModel.get_peft_model(net, use_gradient_checkpointing=False, **plain_trl.LORA)
-            plain_trl.lively(net)
+            net = FastLanguageModel.get_peft_model(net, use_gradient_checkpointing=False, **cases.LORA)
+            cases.lively(net)
         return trainer_class(
             model=net,
             args=plain_trl.arguments(case, str(tmp_path), **flags),
@@ -107,6 +107,31 @@ def test_a_run_on_the_fast_path_trains(case: str, build: Callable[..., Any], tmp
     assert bool(own) == (case != "none") and set(own) <= moved
     run.save_model(str(tmp_path / "final"))
     assert json.loads((tmp_path / "final" / "m3po.json").read_text())["mode"] == cases.CASES[case]["mode"]
+
+
+@pytest.mark.parametrize(("kind", "case"), [("llama", "h3po-aslr"), ("qwen2", "h3po-bahdanau")])
+def test_full_fine_tuning_runs_through_unsloths_stock_forwards(kind: str, case: str, build: Callable[..., Any]) -> None:
+    run = build(kind, case, lora=False, beta=0.0, max_steps=2, learning_rate=1e-3)
+    run.train()
+    found = cases.tiny_grpo.logged(run, "m3po/rollout_logp_diff_max")
+    assert len(found) == 2 and max(found) < TOLERANCE
+
+
+def test_a_mini_batch_that_splits_the_groups_of_a_learnable_gate_is_refused(
+    plain: dict[str, Any], plain_trl: Any, build: Callable[..., Any]
+) -> None:
+    run = build("llama", "m3po-luong")
+    run.args.unsloth_grpo_mini_batch = 6
+    with pytest.raises(ValueError, match="a mini-batch of 1 rows splits one; set unsloth_grpo_mini_batch=1"):
+        plain_trl.scored(run, plain["llama m3po-luong"]["batch"])
+
+
+def test_mini_batches_give_the_same_gradients(plain: dict[str, Any], plain_trl: Any, build: Callable[..., Any]) -> None:
+    run, wanted = build("llama", "h3po-aslr", beta=0.0), plain["llama h3po-aslr"]
+    run.args.unsloth_grpo_mini_batch = 3
+    found = plain_trl.scored(run, wanted["batch"])
+    for name, value in wanted["gradients"].items():
+        assert_close(found["gradients"][name], value, name)
 
 
 def test_a_padding_token_inside_a_completion_moves_the_bags_with_the_tokens() -> None:

@@ -108,7 +108,7 @@ class GRPORollouts:
         if (own := _unaware(kind)) is not None:
             way = "take GRPOTrainer"
             if kind.__name__.startswith("Unsloth"):
-                way = "this Unsloth lacks the patches of this overlay; take engine='trl', or install them"
+                way = "this Unsloth lacks the patches of this overlay; take those of `make env EXTRA=unsloth`"
             raise ValueError(
                 f"{kind.__name__} has its own {own}, which does not hand the {record} of {what} to the policy pass; "
                 f"{way}, or {mend}."
