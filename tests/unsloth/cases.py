@@ -22,6 +22,8 @@ _spec.loader.exec_module(tiny_grpo)
 tokenizer = tiny_grpo.tokenizer
 
 KINDS = ("llama", "qwen2")
+# So that no path listens to one peer alone, where a gate has no gradient to speak of.
+SOFT = {"cross_path_temp": 2.0}
 # Name -> flags of GRPOConfig. λ is large, so that what a hook leaves out is seen in the logits.
 CASES: dict[str, dict[str, Any]] = {
     "none": {"mode": "none"},
@@ -32,8 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "m3po-aslr": {"mode": "m3po", "aslr_enabled": True},
     "hrpo-aslr": {"mode": "hrpo", "aslr_enabled": True},
     "h3po-aslr": {"mode": "h3po", "aslr_enabled": True},
-    "m3po-luong": {"mode": "m3po", "gating_type": "luong"},
-    "h3po-bahdanau": {"mode": "h3po", "gating_type": "bahdanau"},
+    "m3po-luong": {"mode": "m3po", "gating_type": "luong", **SOFT},
+    "h3po-bahdanau": {"mode": "h3po", "gating_type": "bahdanau", **SOFT},
 }
 LAMBDA = 0.5
 LORA: dict[str, Any] = {

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from transformers.m3po import M3POGenerationState
+from transformers.m3po.model_gating import GATING_MODULE
 
 PROMPTS = torch.tensor(
     [[0, 0, 4, 5, 9], [0, 0, 4, 5, 9], [0, 0, 4, 5, 9], [3, 8, 2, 7, 6], [3, 8, 2, 7, 6], [0, 0, 0, 0, 7]]
@@ -18,7 +19,8 @@ PROMPTS = torch.tensor(
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])  # uneven, one path alone
 SEEDS = torch.arange(6) + 11
 ENDS = [1, 14, 19]  # end tokens enough that some rows end and some do not
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest value
+FLOOR = 1e-2  # below it, of this
 
 every_case = pytest.mark.parametrize("case", cases.CASES)
 both_kinds = pytest.mark.parametrize("kind", cases.KINDS)
@@ -87,7 +89,7 @@ def adapters(kind: str, case: str, fast: Callable[..., Any], checkpointing: Any 
 def assert_close(found: torch.Tensor | None, wanted: torch.Tensor | None, name: str) -> None:
     assert (found is None) == (wanted is None), name
     if found is not None and wanted is not None:
-        allowed = TOLERANCE * max(1.0, wanted.abs().max().item())
+        allowed = TOLERANCE * max(FLOOR, wanted.abs().max().item())
         assert (found - wanted).abs().max().item() <= allowed, name
 
 
@@ -123,7 +125,9 @@ def test_logits_and_gradients_are_the_plain_ones(kind: str, case: str, fast: Cal
         assert_close(found[1][name], value, name)
     own = [name for name in found[1] if any(part in name for part in cases.own_names(plain.get_base_model()))]
     assert bool(own) == (case not in ("none", "m3po"))
-    assert all(found[1][name] is not None and found[1][name].abs().max() > 0 for name in own)
+    # A gate's gradient may be 0 here: paths as sure as these often sample the same token as their peers.
+    felt = [name for name in own if GATING_MODULE not in name]
+    assert all(found[1][name] is not None and found[1][name].abs().max() > 1e-4 for name in felt)
     # The rollout's own log-probs: the pass scores what was sampled.
     logps = found[0][:, :-1].log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)[:, 4:]
     scored = sequences[:, 5:] != 0
