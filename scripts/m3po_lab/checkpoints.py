@@ -141,12 +141,18 @@ def written_by(checkpoint: Path) -> int:
     return int(callbacks.get("TrainingClock", {}).get("attributes", {}).get("processes", 1))
 
 
+def engine_of(checkpoint: Path) -> str:
+    """The engine of the run that wrote a checkpoint; before there was a choice it was TRL."""
+    callbacks = (read_json(checkpoint / "trainer_state.json") or {}).get("stateful_callbacks", {})
+    return str(callbacks.get("TrainingClock", {}).get("attributes", {}).get("engine", "trl"))
+
+
 def counted(number: int) -> str:
     """A number of processes in words."""
     return f"{number} process{'' if number == 1 else 'es'}"
 
 
-def checkpoint_to_resume(training: GRPOConfig) -> Path | None:
+def checkpoint_to_resume(training: GRPOConfig, engine: str = "trl") -> Path | None:
     """The checkpoint a run starts from, None for a new run. It looks only, so that several processes see the same.
 
     ``--resume_from_checkpoint true`` means the newest whole one; a path means that one.
@@ -178,14 +184,15 @@ def checkpoint_to_resume(training: GRPOConfig) -> Path | None:
             f"--resume_from_checkpoint {asked}: {folder} already has {in_the_way[-1]}, which is later; resume that one "
             "('true'), or give another --output_dir for the new branch."
         )
-    check_same_run(chosen, training)
+    check_same_run(chosen, training, engine)
     return chosen
 
 
-def check_same_run(checkpoint: Path, training: GRPOConfig, settled: bool = False) -> None:
+def check_same_run(checkpoint: Path, training: GRPOConfig, engine: str = "trl", settled: bool = False) -> None:
     """Refuse to resume a checkpoint with other numbers than those its `m3po.json` says it was trained with.
 
     Args:
+        engine: what trains now.
         settled: the trainer has been made, so that `training` says what the start model's residual gate began with,
             if that model has one, and what ASLR it has. Before, this is not compared.
 
@@ -196,6 +203,12 @@ def check_same_run(checkpoint: Path, training: GRPOConfig, settled: bool = False
         raise UserError(
             f"{checkpoint.name} was written by {counted(written_by(checkpoint))} and this run has "
             f"{training.world_size}, whose batches would be others; start as many, or start a new run from it with "
+            f"--model_name_or_path {checkpoint}."
+        )
+    if engine_of(checkpoint) != engine:
+        raise UserError(
+            f"{checkpoint.name} was written by a run with --engine {engine_of(checkpoint)}, and this one has {engine}, "
+            f"which rounds otherwise; set --engine {engine_of(checkpoint)}, or start a new run from it with "
             f"--model_name_or_path {checkpoint}."
         )
     stored = read_checkpoint_info(checkpoint)
@@ -211,7 +224,7 @@ def check_same_run(checkpoint: Path, training: GRPOConfig, settled: bool = False
             )
 
 
-def claim_run_folder(training: GRPOConfig, overwrite: bool) -> Path | None:
+def claim_run_folder(training: GRPOConfig, overwrite: bool, engine: str = "trl") -> Path | None:
     """Make the run folder this run's, and return the checkpoint it starts from (None: from the start).
 
     Half-written checkpoints behind that one are removed; of a new run with `overwrite`, all that an old one wrote. The
@@ -222,7 +235,7 @@ def claim_run_folder(training: GRPOConfig, overwrite: bool) -> Path | None:
             is touched then.
     """
     folder = Path(training.output_dir)
-    chosen = checkpoint_to_resume(training)
+    chosen = checkpoint_to_resume(training, engine)
     found = checkpoints(folder)
     if chosen is None and found and not overwrite:
         raise UserError(

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
-from m3po_lab.errors import PROJECT_ROOT, UserError, find_config, one_line
+from m3po_lab.engine import TRL, Engine, check_flags
+from m3po_lab.errors import DEFAULT_CONFIG, PROJECT_ROOT, UserError, find_config, one_line, split_config
 from m3po_lab.processes import on_cpus
 
-DEFAULT_CONFIG = "configs/demo.yaml"
 UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in when no output_dir is given
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_REWARD_WEIGHTS = [1.0, 0.25]  # correct, format; dyadic, so that a uniform group has a standard deviation of 0
@@ -68,6 +68,13 @@ class RunArguments:
             "{question: What is 7 + 5?, answer: It is 12.}"
         },
     )
+    engine: str = field(
+        default="auto",
+        metadata={
+            "help": "What trains: 'trl', 'unsloth' (needs an NVIDIA GPU and the extra unsloth of the environment), or "
+            "'auto', which takes Unsloth for LoRA where it can run and else TRL. docs/engines.md has what each can do."
+        },
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Start anew in a run folder that has checkpoints; they and the old report are deleted."},
@@ -87,12 +94,13 @@ class RunArguments:
 
 @dataclass
 class Run:
-    """One parsed command: the three argument groups and where the YAML came from."""
+    """One parsed command: the three argument groups, where the YAML came from, and what will train."""
 
     script: RunArguments
     training: GRPOConfig
     model: ModelConfig
     config_file: Path
+    engine: Engine
 
     @property
     def folder(self) -> Path:
@@ -133,21 +141,6 @@ def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, An
     return value
 
 
-def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Take the YAML out of the arguments: the first positional one, or the value of ``--config``."""
-    argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        return argv.pop(0), argv
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise UserError("--config needs the path of a YAML file.")
-        given = argv[at + 1]
-        del argv[at : at + 2]
-        return given, argv
-    return None, argv
-
-
 def check_unknown(parser: RunParser, from_yaml: list[str], from_command_line: list[str], config_file: Path) -> None:
     """Refuse what no argument group knows, naming the nearest flag.
 
@@ -161,11 +154,12 @@ def check_unknown(parser: RunParser, from_yaml: list[str], from_command_line: li
         raise UserError(f"{where}.{f' Did you mean {near[0]}?' if near else ''} All flags: --help.")
 
 
-def parse_run(argv: list[str]) -> Run:
+def parse_run(argv: list[str], engine: Engine = TRL) -> Run:
     """Read ``[X.yaml] [--flag value ...]``; without a YAML, `configs/demo.yaml`.
 
     The command line wins over the YAML. An output_dir that neither gives becomes
     ``runs/<config>-<mode>[-<gate>][-aslr]-seed<seed>`` in the project's root; the gate if it is not the baseline.
+    `engine` is the one that was chosen (`engine.choose_engine`) and, if it is Unsloth, imported.
 
     Raises:
         UserError: for anything that cannot be read, is unknown or fails the validation of an argument group.
@@ -194,18 +188,19 @@ def parse_run(argv: list[str]) -> Run:
         aslr = "-aslr" if training.aslr_enabled else ""
         name = f"{config_file.stem}-{training.mode}{gate}{aslr}-seed{training.seed}"
         training.output_dir = str(PROJECT_ROOT / "runs" / name)
-    return Run(script, training, model, config_file)
+    run = Run(script, training, model, config_file, engine)
+    check_flags(run)
+    return run
 
 
 def check_model_flags(model: ModelConfig) -> None:
     """Refuse what `models.load_model` would not do.
 
     Raises:
-        UserError: for quantised base weights and for a dtype that is none.
+        UserError: for weights in 8 bits and for a dtype that is none.
     """
-    for flag in ("load_in_4bit", "load_in_8bit"):
-        if getattr(model, flag):
-            raise UserError(f"--{flag} true is refused: quantised base weights are not supported here; leave it out.")
+    if model.load_in_8bit:
+        raise UserError("--load_in_8bit true is refused: such base weights are not supported here; leave it out.")
     if model.dtype is not None and model.dtype not in DTYPES:
         raise UserError(f"--dtype {model.dtype} is unknown; give one of {', '.join(DTYPES)}.")
 

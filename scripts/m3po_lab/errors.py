@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wrong input is one line; and finding the YAML file that an input names. Nothing large is imported here."""
+"""A wrong input is one line; and the YAML file that an input names. Nothing large is imported here."""
 
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = "configs/demo.yaml"
 OF_OTHER_COMMANDS = ("accelerate", "eval")  # folders in configs/ whose files are no runs
 
 
@@ -31,3 +32,18 @@ def find_config(given: str, folder: str = "configs") -> Path:
     raise UserError(
         f"Config file {given} does not exist. Give the path of a YAML file; the project has {', '.join(known)}."
     )
+
+
+def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Take the YAML out of the arguments: the first positional one, or the value of ``--config``."""
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        return argv.pop(0), argv
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise UserError("--config needs the path of a YAML file.")
+        given = argv[at + 1]
+        del argv[at : at + 2]
+        return given, argv
+    return None, argv

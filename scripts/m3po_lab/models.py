@@ -65,13 +65,22 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTra
         model, tokenizer = _load_gguf(Path(name), config)
     else:
         model, tokenizer = _load_pretrained(name, config)
+    settle(model, tokenizer, name)
+    return model, tokenizer
+
+
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Make a loaded model and its tokenizer what rollouts need (in place).
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
     forget_sampling_defaults(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         raise UserError(f"--model_name_or_path {name}: its tokenizer has no chat template; take an instruct model.")
-    return model, tokenizer
 
 
 def model_digest(config: ModelConfig) -> str:
@@ -156,11 +165,21 @@ def _load_gguf(file: Path, config: ModelConfig) -> tuple[PreTrainedModel, PreTra
         raise UserError(f"--model_name_or_path {file.name} cannot be read as GGUF: {one_line(error)[:200]}") from error
 
 
-def _load_pretrained(name: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A local folder or a Hub id, safetensors only."""
+def is_local(name: str) -> bool:
+    """Whether a model's name is that of a local folder, and not a Hub id.
+
+    Raises:
+        UserError: it is one and holds no model.
+    """
     local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if local and not (Path(name) / "config.json").is_file():
         raise UserError(f"--model_name_or_path {name} is not a model folder: no config.json there.")
+    return local
+
+
+def _load_pretrained(name: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A local folder or a Hub id, safetensors only."""
+    local = is_local(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a result comes from: the commit of this project and the engine it ran on."""
+"""Where a result comes from: the commit of this project and how the training was distributed."""
 
 import subprocess
 from pathlib import Path
@@ -16,8 +16,8 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
         return None, None
 
 
-def engine_name(accelerator: Accelerator) -> str:
-    """What runs the training: 'single process', or accelerate's name of the distribution, e.g. 'multi_gpu', 'fsdp'."""
+def distribution(accelerator: Accelerator) -> str:
+    """How the training is distributed: 'single process', or accelerate's name of it, e.g. 'multi_gpu', 'fsdp'."""
     kind = accelerator.distributed_type.value.lower()
     return "single process" if kind == "no" else kind
 

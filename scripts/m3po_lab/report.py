@@ -19,7 +19,7 @@ from m3po_lab.data_sources import Problem
 from m3po_lab.evaluate import Answered
 from m3po_lab.figure import draw_rewards
 from m3po_lab.files import shown_path, write_json, write_text
-from m3po_lab.provenance import engine_name, git_state
+from m3po_lab.provenance import distribution, git_state
 from m3po_lab.rewards import make_rewards
 from m3po_lab.stats import Paired, compare
 
@@ -89,7 +89,10 @@ def summarise(
         "mode": run.training.mode,
         "gating_type": run.training.gating_type if run.training.mode in CROSS_PATH_MODES else None,
         "aslr_enabled": bool(run.training.aslr_enabled),
-        "engine": engine_name(trainer.accelerator),
+        "engine": run.engine.name,
+        "engine_version": run.engine.version,
+        "engine_why": run.engine.why,
+        "distribution": distribution(trainer.accelerator),
         "num_processes": trainer.accelerator.num_processes,
         "accuracy_before": accuracy.before,
         "accuracy_after": accuracy.after,

@@ -40,21 +40,25 @@ from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
 from m3po_lab.processes import check_engine
 from m3po_lab.report import write_report
 from m3po_lab.rewards import make_rewards
+from m3po_lab.unsloth_model import load_with_unsloth
 
 
 class TrainingClock(TrainerCallback, ExportableState):
     """Seconds spent in optimizer steps, over all parts of an interrupted run: they lie in `trainer_state.json`.
 
-    So does the number of processes, with which alone a checkpoint can be resumed (`checkpoints.check_same_run`).
+    So do the engine and the number of processes, with which alone a checkpoint can be resumed
+    (`checkpoints.check_same_run`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str = "trl") -> None:
+        self.engine = engine
         self.seconds = 0.0
         self._last = 0.0
         self._processes = 1
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds, "processes": self._processes}}
+        attributes = {"seconds": self.seconds, "processes": self._processes, "engine": self.engine}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,17 +123,18 @@ def run_session(run: Run, command: str) -> None:
     """
     training = run.training
     check_save_steps(training)
-    resume = claim_run_folder(training, run.script.overwrite)
+    resume = claim_run_folder(training, run.script.overwrite, run.engine.name)
     train_problems, held_out = load_problems(run.script)
     rows = training_rows(train_problems, run.script, rows_of_run(training, len(train_problems)))
     training.shuffle_dataset = False  # the order is in the rows
     if training.max_steps <= 0:
         training.num_train_epochs = 1
-    clock = TrainingClock()
+    clock = TrainingClock(run.engine.name)
     trainer = build_trainer(run, rows, clock)
     if resume is not None:
-        check_same_run(resume, training, settled=True)
+        check_same_run(resume, training, run.engine.name, settled=True)
     if trainer.accelerator.is_main_process:
+        print(run.engine.describe())
         print(start_line(run, trainer, len(train_problems), len(held_out), resume))
     settings = EvalSettings.of_run(run, trainer.accelerator.mixed_precision)
     trainer.add_callback(KeepSettings(settings))
@@ -144,18 +149,18 @@ def run_session(run: Run, command: str) -> None:
 
 
 def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
-    """TRL's trainer on the run's model, with our progress bar.
+    """TRL's trainer, or what Unsloth has put in its place, on the run's model, with our progress bar.
 
     Raises:
         UserError: when the trainer refuses its arguments.
     """
-    model, tokenizer = load_model(run.model)
-    peft_config = None if isinstance(model, PeftModel) else get_peft_config(run.model)
-    if peft_config is not None:
-        peft_config.revision = run.model.model_revision  # the adapter says which weights it belongs to
-    if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
-        settle_reference(run, model)
     try:
+        model, tokenizer = load_model(run.model) if run.engine.name == "trl" else load_with_unsloth(run)
+        peft_config = None if isinstance(model, PeftModel) else get_peft_config(run.model)
+        if peft_config is not None:
+            peft_config.revision = run.model.model_revision  # the adapter says which weights it belongs to
+        if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
+            settle_reference(run, model)
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=make_rewards(run.training.answer_start),

@@ -114,7 +114,7 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.config import PROJECT_ROOT, UserError, find_config, split_config
+    from m3po_lab.errors import PROJECT_ROOT, UserError, find_config, split_config
 
     flags = argparse.ArgumentParser(
         usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--seeds SEED ...] "

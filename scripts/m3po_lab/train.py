@@ -3,7 +3,7 @@
 
 Exit codes: 0 the run ended with its report, 2 a wrong input (one line says which), 130 interrupted by Ctrl-C.
 Of several processes, which `m3po_lab.launch` starts, the first one speaks. The libraries are imported inside `main`,
-after the environment variables that they read at import are set.
+after the environment variables that they read at import are set, and Unsloth, if it trains, before all others.
 """
 
 import os
@@ -23,28 +23,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # one process shows the progress bars
+    from m3po_lab.engine import choose_engine, enter
+    from m3po_lab.errors import UserError
+
+    try:
+        engine = choose_engine(words)
+        enter(engine)
+    except UserError as error:
+        return refused(error)
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
     from m3po_lab.checkpoints import checkpoints, missing_part
-    from m3po_lab.config import UserError, parse_run
+    from m3po_lab.config import parse_run
     from m3po_lab.processes import VARIABLE, check_joined, check_started
     from m3po_lab.session import run_session
 
     run = None
-    engine = os.environ.get(VARIABLE)
-    prefix = f"{VARIABLE}={shlex.quote(engine)} " if engine else ""
+    processes = os.environ.get(VARIABLE)
+    prefix = f"{VARIABLE}={shlex.quote(processes)} " if processes else ""
     command = prefix + shlex.join(["bash", "scripts/train_grpo.sh", *words])
     try:
         check_started()
-        run = parse_run(words)
+        run = parse_run(words, engine)
         check_joined(run.training)
         run_session(run, command)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(PATIENCE)  # as a rule the first one says the same, and the launcher then ends this one
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes on the one that the terminal sent already
         if os.environ.get("RANK", "0") != "0":
@@ -55,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nStopped. {way_on}", file=sys.stderr)
         return 130
     return 0
+
+
+def refused(error: Exception) -> int:
+    """Says what is wrong with the input; returns the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)  # as a rule the first one says the same, and the launcher then ends this one
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

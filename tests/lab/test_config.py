@@ -125,7 +125,7 @@ def test_yaml_without_keys_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--load_in_4bit", "true"], "--load_in_4bit true is refused"),
+        (["--load_in_4bit", "true"], "--load_in_4bit true needs Unsloth, and this run has engine trl"),
         (["--load_in_8bit", "true"], "--load_in_8bit true is refused"),
         (["--dtype", "float99"], "--dtype.*float99.*auto.*bfloat16"),
     ],

@@ -61,7 +61,7 @@ def words_of(config: Path, folder: Path) -> list[str]:
 def test_two_processes_write_one_report(whole: tuple[Path, str], finished_run: Path) -> None:
     folder, printed = whole
     summary = read_json(folder / "summary.json") or {}
-    assert (summary["engine"], summary["num_processes"], summary["steps"]) == ("multi_cpu", 2, 6)
+    assert (summary["distribution"], summary["num_processes"], summary["steps"]) == ("multi_cpu", 2, 6)
     assert summary["command"].startswith(f"ACCELERATE_CONFIG={CPU2} bash scripts/train_grpo.sh ")
     assert summary["rollout_logp_diff_max"] < 1e-4
     assert [printed.count(text) for text in ("mode m3po (", "accuracy, form right", "train more")] == [1, 1, 1]

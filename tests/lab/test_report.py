@@ -17,6 +17,9 @@ RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), A
 KEYS = {
     "mode": str,
     "engine": str,
+    "engine_version": str,
+    "engine_why": str,
+    "distribution": str,
     "num_processes": int,
     "accuracy_before": float,
     "accuracy_after": float,
