@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In mode `none` the patched Unsloth is upstream's, bit for bit: rollouts, forward, gradients, training, adapters.
+
+`plain_unsloth.py` runs twice, each in a process of its own: on our checkouts, and on their pristine trees.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+VENDOR = HERE.parents[1] / "vendor"
+PACKAGES = {"transformers": "transformers/src", "trl": "trl", "unsloth": "unsloth", "unsloth_zoo": "unsloth_zoo"}
+KINDS = ("llama", "qwen2")
+CLOCKS = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+
+
+def unpack(folder: Path) -> list[Path]:
+    """The pristine trees of all upstreams, unpacked under `folder`; the paths that their packages lie in."""
+    for name in PACKAGES:
+        (folder / name).mkdir(parents=True)
+        tree = ["git", "-C", VENDOR / name, "archive", "refs/patchset/pristine", "--", ".", ":(exclude)studio"]
+        with subprocess.Popen(tree, stdout=subprocess.PIPE) as archive:
+            subprocess.run(["tar", "-x", "-C", folder / name], stdin=archive.stdout, check=True)
+        assert archive.returncode == 0
+    return [folder / place for place in PACKAGES.values()]
+
+
+def start(result: Path, first: list[Path]) -> subprocess.Popen[bytes]:
+    """Starts `plain_unsloth.py` with `first` in front of the path; what it says is written beside the result."""
+    result.with_suffix(".compiled").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("UNSLOTH", "TRITON"))}
+    environment |= {
+        "UNSLOTH_COMPILE_LOCATION": str(result.with_suffix(".compiled")),
+        "PYTHONPATH": os.pathsep.join(map(str, first)),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, HERE / "plain_unsloth.py", result]
+    with result.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[dict[str, dict[str, Any]]]:
+    """What both wrote: `ours` and `upstream`."""
+    with tempfile.TemporaryDirectory() as place:  # pytest would keep the trees
+        folder = Path(place)
+        paths = {"ours": [VENDOR / place for place in PACKAGES.values()], "upstream": unpack(folder / "pristine")}
+        running = {name: start(folder / f"{name}.pt", first) for name, first in paths.items()}
+        try:
+            ended = {name: process.wait(timeout=280) for name, process in running.items()}
+        finally:
+            for process in running.values():
+                process.kill()
+        for name, code in ended.items():
+            assert code == 0, (folder / f"{name}.log").read_text()[-3000:]
+        yield {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in running}
+
+
+def assert_same(ours: Any, theirs: Any, where: str) -> None:
+    """Equal to the last bit, all the way down."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for name, value in theirs.items():
+            assert_same(ours[name], value, f"{where}, {name}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f"{where}, {index}")
+    else:
+        assert ours == theirs, where
+
+
+def test_one_run_was_ours_and_the_other_pristine(results: dict[str, Any]) -> None:
+    ours, upstream = results["ours"], results["upstream"]
+    for name, place in PACKAGES.items():
+        assert Path(ours["places"][name]).parent == (VENDOR / place)
+        for where in ("places", "metadata"):
+            assert "pristine" in Path(upstream[where][name]).parts, (name, where)
+    assert ours["ours"] and not upstream["ours"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_trains_the_same_parameters(kind: str, results: dict[str, Any]) -> None:
+    assert len(results["upstream"][f"{kind} trained"]) == 28
+    assert results["ours"][f"{kind} trained"] == results["upstream"][f"{kind} trained"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rollouts_logits_and_random_state_are_upstreams(kind: str, results: dict[str, Any]) -> None:
+    ours, theirs = (results[name][f"{kind} rollouts"] for name in ("ours", "upstream"))
+    assert_same(ours, theirs, "rollouts")
+    assert len(theirs["sampled logits"]) > 2 and not torch.equal(theirs["sampled"], theirs["greedy"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_are_upstreams(kind: str, results: dict[str, Any]) -> None:
+    ours, theirs = (results[name][f"{kind} forward"] for name in ("ours", "upstream"))
+    assert_same(ours, theirs, "forward")
+    assert len(theirs) == 29 and all(value.abs().max() > 1e-4 and value.isfinite().all() for value in theirs.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_upstreams(kind: str, results: dict[str, Any]) -> None:
+    ours, theirs = (results[name][f"{kind} training"] for name in ("ours", "upstream"))
+    for name in ("tokens", "losses", "weights", "rng"):
+        assert_same(ours[name], theirs[name], name)
+    for batch, wanted in zip(ours["batches"], theirs["batches"], strict=True):
+        assert_same({name: batch[name] for name in wanted}, wanted, "batch")
+    for entry, wanted in zip(ours["log"], theirs["log"], strict=True):
+        assert {"loss", "kl"} <= wanted.keys() or "train_loss" in wanted
+        kept = wanted.keys() - set(CLOCKS)
+        assert_same({name: entry[name] for name in kept}, {name: wanted[name] for name in kept}, "log")
+    # Something was compared: old and reference log-probs, two losses, weights that moved by them.
+    assert {"old_per_token_logps", "ref_per_token_logps"} <= theirs["batches"][0].keys()
+    assert len(set(theirs["losses"])) == 2 and all(theirs["losses"])
