@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.m3po.gating import list_gating_functions
 from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.model_gating import attach_gating
-from trl.trainer.grpo_gating import shuffle_groups
+from trl.trainer.grpo_gating import as_groups, as_rows
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 BOUND = 1e-4
@@ -206,7 +206,7 @@ def test_shuffling_moves_whole_groups_and_everything_that_belongs_to_a_row():
         "step": torch.tensor(3),
     }
     torch.manual_seed(1)
-    mixed = shuffle_groups({**batch, "none": None}, 4, shuffle_sequence_dict)
+    mixed = as_rows(shuffle_sequence_dict(as_groups({**batch, "none": None}, 4)))
     order = mixed["ids"] // 10
     assert order.tolist() != rows.tolist() and sorted(order.tolist()) == rows.tolist()
     assert (order.view(3, 4) == order.view(3, 4)[:, :1] + torch.arange(4)).all()
@@ -220,7 +220,7 @@ def test_other_gates_shuffle_as_upstream_does(tiny: Any, tmp_path: Path):
     batch = {"ids": torch.arange(8)}
     run = tiny.trainer(tmp_path, flags=FLAGS | {"mode": "m3po", "gating_type": "raw_dot"})
     torch.manual_seed(2)
-    ours = run.m3po.shuffle(batch, shuffle_sequence_dict)["ids"]
+    ours = run.m3po.as_rows(shuffle_sequence_dict(run.m3po.as_groups(batch)))["ids"]
     torch.manual_seed(2)
     assert torch.equal(ours, shuffle_sequence_dict(batch)["ids"])
 

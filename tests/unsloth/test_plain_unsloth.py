@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In mode `none` the patched Unsloth is upstream's, bit for bit: rollouts, forward, gradients, training, adapters.
+"""In mode `none` the patched Unsloth is upstream's, bit for bit, and so is the text of the trainer that it writes.
 
 `plain_unsloth.py` runs twice, each in a process of its own: on our checkouts, and on their pristine trees.
 """
@@ -10,15 +10,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trl.trainer.grpo_m3po_config import M3POArguments
 
 HERE = Path(__file__).parent
-VENDOR = HERE.parents[1] / "vendor"
+VENDOR, PATCHES = (HERE.parents[1] / name for name in ("vendor", "patches"))
 PACKAGES = {"transformers": "transformers/src", "trl": "trl", "unsloth": "unsloth", "unsloth_zoo": "unsloth_zoo"}
 KINDS = ("llama", "qwen2")
 CLOCKS = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
@@ -126,3 +129,39 @@ def test_training_is_upstreams(kind: str, results: dict[str, Any]) -> None:
     # Something was compared: old and reference log-probs, two losses, weights that moved by them.
     assert {"old_per_token_logps", "ref_per_token_logps"} <= theirs["batches"][0].keys()
     assert len(set(theirs["losses"])) == 2 and all(theirs["losses"])
+
+
+# The text that Unsloth writes its trainer from
+
+
+def lines_of(text: str) -> Counter[str]:
+    """The lines without their indentation, and how often each is there; blank ones are left out."""
+    return Counter(line.strip() for line in text.splitlines() if line.strip())
+
+
+def changed_by_patches(sign: str) -> Counter[str]:
+    """The lines that the patches of TRL and Unsloth add (+) or remove (-)."""
+    files = [file for name in PACKAGES if name != "transformers" for file in (PATCHES / name).glob("*.patch")]
+    diffs = "\n".join(file.read_text().partition("\ndiff --git")[2] for file in files)
+    changed = [line[1:] for line in diffs.splitlines() if line.startswith(sign) and not line.startswith(sign * 3)]
+    return lines_of("\n".join(changed))
+
+
+def imported(text: str) -> tuple[set[str], str]:
+    """The names that a generated trainer imports from TRL's, and the text without that line."""
+    (line,) = [line for line in text.splitlines() if line.startswith("from trl.trainer.grpo_trainer import (")]
+    return set(line.partition("(")[2].rstrip(")").split(", ")), text.replace(line, "")
+
+
+def test_the_generated_trainer_is_upstreams_but_for_the_lines_of_our_patches(results: dict[str, Any]) -> None:
+    # A rewrite of upstream's that no longer finds its place in our text is a line that is lost.
+    (our_names, ours), (names, theirs) = (imported(results[name]["trainer"]) for name in ("ours", "upstream"))
+    assert names < our_names and our_names - names == {"GRPORollouts", "create_optimizer", "prepare_policy"}
+    lost, gained = lines_of(theirs) - lines_of(ours), lines_of(ours) - lines_of(theirs)
+    assert not lost - changed_by_patches("-")
+    more = gained - changed_by_patches("+")
+    # Beside the patches: each of our flags, as an argument of the config and where it is handed on.
+    assert all(line.endswith(",") for line in more)
+    ours_alone = sorted(line.partition(" = ")[0] for line in more)
+    assert ours_alone == sorted(2 * [flag.name for flag in fields(M3POArguments)])
+    assert "m3po_rows = ScoredRows" in ours and "self.m3po = GRPORollouts(self)" in ours

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from types import SimpleNamespace
@@ -17,8 +16,8 @@ from transformers.m3po.own_modules import GATING
 Batch = dict[str, Any]
 
 
-def shuffle_groups(batch: Batch, num_generations: int, shuffle: Callable[[Batch], Batch]) -> Batch:
-    """Shuffles whole groups: `shuffle` (TRL's) gets one entry a group instead of one a row.
+def as_groups(batch: Batch, num_generations: int) -> Batch:
+    """The batch with one entry a group instead of one a row, so that TRL's shuffle keeps groups together.
 
     Args:
         batch: tensors and lists of B rows, the N = `num_generations` rows of a group side by side; 0-dim tensors and
@@ -32,13 +31,18 @@ def shuffle_groups(batch: Batch, num_generations: int, shuffle: Callable[[Batch]
             return None
         return [value[start : start + num_generations] for start in range(0, len(value), num_generations)]
 
+    return {name: by_group(value) for name, value in batch.items()}
+
+
+def as_rows(batch: Batch) -> Batch:
+    """The inverse of `as_groups`."""
+
     def by_row(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.flatten(0, 1) if value.dim() else value
         return None if value is None else [*chain.from_iterable(value)]
 
-    grouped = shuffle({name: by_group(value) for name, value in batch.items()})
-    return {name: by_row(value) for name, value in grouped.items()}
+    return {name: by_row(value) for name, value in batch.items()}
 
 
 def blended_scores(

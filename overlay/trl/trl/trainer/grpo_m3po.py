@@ -13,7 +13,6 @@ Axes: B rows of this process, C completion positions of the padded batch, L inpu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -28,7 +27,7 @@ from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.utils import logging
 
 from .grpo_aslr import latent_statistics
-from .grpo_gating import blended_scores, gate_parameters, gate_statistics, hold_back_the_rest, shuffle_groups
+from .grpo_gating import as_groups, as_rows, blended_scores, gate_parameters, gate_statistics, hold_back_the_rest
 from .grpo_m3po_config import GATE_START, check_model_type, thinking_settings, what_needs_generate
 from .grpo_own_modules import prepare_reference, settle_modules
 
@@ -244,9 +243,13 @@ class GRPORollouts:
         given = base.base_model, model_inputs, labels, blend, self.settings, self._trainer.temperature
         return blended_scores(model, *given)
 
-    def shuffle(self, batch: dict[str, Any], shuffle: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-        """Shuffles the rows of a rollout, or its whole groups where a gate learns from them."""
-        return shuffle_groups(batch, self._trainer.num_generations, shuffle) if self.learns else shuffle(batch)
+    def as_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Before a rollout is shuffled: where a gate learns from whole groups, they are what is shuffled."""
+        return as_groups(batch, self._trainer.num_generations) if self.learns else batch
+
+    def as_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """After it: rows again."""
+        return as_rows(batch) if self.learns else batch
 
     def add_to_batch(self, batch: dict[str, Any]) -> None:
         """Puts what the policy pass needs beside the batch (every tensor has B rows) and logs the rollout."""
