@@ -148,18 +148,75 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, checkpointing: An
         assert_close(found[name], value, name)
 
 
-def test_a_step_that_is_not_upstreams_is_not_replayed_from_a_graph(fast: Callable[..., Any], monkeypatch: Any) -> None:
-    # A mock: graphs are captured on CUDA alone. It declines, so that the step goes on as without graphs.
+# The captured decode step. Graphs are captured on CUDA alone: the mock of `decode_step` does what a replay does, as far
+# as our hooks can tell: it runs the step without the extra arguments of the forward, on whatever lies in the buffer.
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Turns graphs on; one entry a replayed step, the address of the buffer it read, None without."""
     from unsloth.models import _decode_graphs
 
-    asked: list[int] = []
+    places: list[int | None] = []
+
+    def replay(model: Any, forward: Any, logits_of: Any, mask_of: Any, ids: Any, cache: Any, places_: Any, mask: Any):
+        buffer = model.model.__dict__["_m3po_step"]
+        places.append(None if buffer is None else buffer.data_ptr())
+        found = forward(model, ids, cache, position_ids=places_, attention_mask=mask)
+        return logits_of(model, found[0]), found[1]
+
     monkeypatch.setattr(_decode_graphs, "enabled", lambda: True)
     monkeypatch.setattr(_decode_graphs, "start_generation", lambda length: None)
     monkeypatch.setattr(_decode_graphs, "end_generation", lambda: None)
-    monkeypatch.setattr(_decode_graphs, "decode_step", lambda *args: asked.append(1))
-    counts = {}
-    for case in ("none", "m3po", "none-aslr"):
-        asked.clear()
-        roll_out(fast(cases.model("llama", case)), case)
-        counts[case] = len(asked)
-    assert counts["none"] > 0 and counts["m3po"] == counts["none-aslr"] == 0
+    monkeypatch.setattr(_decode_graphs, "decode_step", replay)
+    return places
+
+
+@pytest.mark.parametrize("case", ["none", "m3po", "h3po", "m3po-luong", "h3po-aslr"])
+def test_a_replayed_rollout_is_the_plain_one(case: str, fast: Callable[..., Any], replays: list[int | None]) -> None:
+    net = cases.model("llama", case)
+    wanted, plain_state = roll_out(net, case)
+    found, state = roll_out(fast(net), case)
+    assert torch.equal(found, wanted)
+    assert (state.rollout_logps - plain_state.rollout_logps).abs().max() < TOLERANCE
+    for name, value in plain_state.statistics.items():
+        assert torch.allclose(state.statistics[name], value, atol=TOLERANCE), name
+    if case == "h3po-aslr":
+        assert not replays
+    else:
+        assert len(replays) > 5 and len(set(replays)) == 1 and (replays[0] is None) == (case == "none")
+
+
+def test_steps_without_bags_read_their_tokens_from_the_buffer_once_there_is_one(
+    fast: Callable[..., Any], replays: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unsloth.models import _decode_graphs
+
+    dropped: list[Any] = []
+    monkeypatch.setattr(_decode_graphs, "invalidate", dropped.append)
+    net = cases.model("llama", "m3po")
+    quick = fast(net)
+    plain = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    mask = (PROMPTS != 0).long()
+    wanted = net.generate(input_ids=PROMPTS, attention_mask=mask, **plain)
+    assert torch.equal(quick.generate(input_ids=PROMPTS, attention_mask=mask, **plain), wanted)
+    assert set(replays) == {None} and not dropped  # a graph captured now would read no buffer
+    roll_out(quick, "m3po")
+    assert dropped == [quick]
+    replays.clear()
+    assert torch.equal(quick.generate(input_ids=PROMPTS, attention_mask=mask, **plain), wanted)
+    assert len(set(replays)) == 1 and None not in replays and len(dropped) == 1
+
+
+def test_with_graphs_off_again_no_buffer_is_read(
+    fast: Callable[..., Any], replays: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unsloth.models import _decode_graphs
+
+    net = cases.model("llama", "m3po")
+    quick = fast(net)
+    wanted = roll_out(net, "m3po")[0]
+    roll_out(quick, "m3po")
+    monkeypatch.setattr(_decode_graphs, "enabled", lambda: False)
+    replays.clear()
+    assert torch.equal(roll_out(quick, "m3po")[0], wanted) and not replays

@@ -22,11 +22,14 @@ from transformers.m3po.bags import mix_thinking_inputs
 from transformers.m3po.own_modules import OWN_MODULES
 from transformers.utils import logging
 
+from . import _decode_graphs
+
 __all__ = [
     "UNQUANTIZED",
     "ScoredRows",
-    "acts",
+    "begin_step",
     "make_float32",
+    "mix_step_inputs",
     "mix_thinking_inputs",
     "not_own",
     "reads_final_norm",
@@ -57,9 +60,44 @@ def reads_final_norm(model: Any) -> bool:
     return has_aslr(model)
 
 
-def acts(model: Any, forward_kwargs: dict[str, Any]) -> bool:
-    """Whether this decode step is not upstream's: a captured graph would leave out what the mode does."""
-    return any(name in forward_kwargs for name in _BAGS) or has_aslr(model)
+def begin_step(causal_lm: Any, input_ids: torch.Tensor, forward_kwargs: dict[str, Any]) -> bool:
+    """Hook of a decode step, before upstream may replay it from a captured graph.
+
+    A graph reads its inputs from fixed places. So where graphs are on, the inputs of the step are mixed here, into a
+    buffer that `mix_step_inputs` hands to the step, captured or not; the bags are taken out of `forward_kwargs`. Once a
+    number of rows has such a buffer, every step of as many rows reads it, with bags or without.
+
+    Args:
+        causal_lm: the model with its head; the buffers are kept on its base model.
+        input_ids: (B, 1).
+        forward_kwargs: the extra arguments of the forward.
+
+    Returns:
+        Whether a graph would leave something out: the inner loop of ASLR, whose inputs differ from step to step.
+    """
+    model, rows = causal_lm.model, len(input_ids)
+    buffers = model.__dict__.setdefault("_m3po_step_inputs", {})
+    model.__dict__["_m3po_step"] = None
+    if has_aslr(model):
+        return True
+    if not _decode_graphs.enabled() or not (rows in buffers or any(name in forward_kwargs for name in _BAGS)):
+        return False
+    inputs = mix_thinking_inputs(model, model.embed_tokens(input_ids), forward_kwargs)
+    if rows not in buffers or buffers[rows].dtype != inputs.dtype or buffers[rows].device != inputs.device:
+        with torch.inference_mode(False):  # it is written in other modes too
+            buffers[rows] = torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device)
+        _decode_graphs.invalidate(causal_lm)  # those of as many rows read no buffer
+    buffers[rows].copy_(inputs)
+    model.__dict__["_m3po_step"] = buffers[rows]
+    return False
+
+
+def mix_step_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs: dict[str, Any]) -> torch.Tensor:
+    """Hook of the decode step: the thinking inputs, (B, 1, H), mixed here or by `begin_step` of this step."""
+    prepared = model.__dict__.get("_m3po_step")
+    if prepared is None:
+        return mix_thinking_inputs(model, inputs_embeds, forward_kwargs)
+    return prepared.to(inputs_embeds.dtype, copy=True)  # upstream writes into what it gets
 
 
 def with_own_modules(model: Any, modules_to_save: list[str] | None) -> list[str] | None:
