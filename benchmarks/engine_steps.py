@@ -3,9 +3,9 @@
 
 python benchmarks/engine_steps.py ENGINE SETTINGS.json RESULT.json
 
-ENGINE is `trl`, `unsloth`, or `unpatched`: Unsloth on the pristine upstreams, with nothing of ours imported. A mode's
-rollouts are scored before its first step too; those of `unsloth` are kept beside the result, and `trl` scores them
-again, in the run's precision and in float32.
+ENGINE is `trl`, `unsloth`, or `unpatched`: Unsloth on the pristine upstreams, with nothing of ours imported. A killed
+process goes on behind the last run in RESULT.json. A mode's rollouts are scored before its first step too; those of
+`unsloth` are kept beside the result, and `trl` scores them again, in the run's precision and in float32.
 """
 
 from __future__ import annotations
@@ -225,20 +225,22 @@ def main(argv: list[str]) -> int:
     settings = json.loads(Path(given).read_text())
     modes = [None] if engine == "unpatched" else settings["modes"]
     AutoTokenizer.from_pretrained(settings["model"])  # a wrong folder is told before anything is measured
-    runs: list[dict[str, Any]] = []
-    scores: dict[str, Any] = {}
+    before = json.loads(Path(result).read_text()) if Path(result).exists() else {"runs": [], "scores": {}}
+    runs, scores = before["runs"], before["scores"]
     plan = [(number, mode) for number in range(settings["rounds"]) for mode in modes]
-    for number, mode in tqdm(plan, desc=engine, unit="run"):
+    for number, mode in tqdm(plan[len(runs) :], desc=engine, unit="run"):
         kept = Path(result).with_name(f"batch-{mode}.pt")
         if number == 0 and mode is not None and (engine == "unsloth" or kept.exists()):
             scores[mode] = scored(engine, settings, mode, kept)
         runs.append({"mode": mode or "none", "round": number, **timed(engine, settings, mode)})
+        packages = {
+            name: sys.modules[name].__file__ for name in ("transformers", "trl", "unsloth") if name in sys.modules
+        }
+        found = {"runs": runs, "scores": scores, "packages": packages, "machine": machine()}
+        Path(result).write_text(json.dumps(found, indent=1))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    packages = {name: sys.modules[name].__file__ for name in ("transformers", "trl", "unsloth") if name in sys.modules}
-    found = {"runs": runs, "scores": scores, "packages": packages, "machine": machine()}
-    Path(result).write_text(json.dumps(found, indent=1))
     return 0
 
 

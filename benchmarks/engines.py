@@ -73,10 +73,16 @@ def environment(engine: str) -> dict[str, str]:
     return given
 
 
+def missing_runs(engine: str, settings: dict[str, Any], file: Path) -> int:
+    """How many runs of an engine are not in its result yet."""
+    done = len(json.loads(file.read_text())["runs"]) if file.exists() else 0
+    return settings["rounds"] * (1 if engine == "unpatched" else len(settings["modes"])) - done
+
+
 def run_engine(engine: str, settings: dict[str, Any], folder: Path, dry: bool) -> dict[str, Any] | None:
     """The result of an engine: of a process, or the kept one of the same settings; None in a dry run."""
     file, told = folder / f"{engine}.json", folder / "settings.json"
-    if file.exists():
+    if missing_runs(engine, settings, file) == 0:
         print(f"{engine}: done before", flush=True)
         return json.loads(file.read_text())
     command = [sys.executable, str(WORKER), engine, str(told), str(file)]
@@ -89,31 +95,43 @@ def run_engine(engine: str, settings: dict[str, Any], folder: Path, dry: bool) -
     return json.loads(file.read_text())
 
 
-def speeds(result: dict[str, Any], mode: str) -> list[float]:
-    """Tokens/s of each timed step of a mode."""
+def speeds(result: dict[str, Any], mode: str, of: str = "seconds") -> list[float]:
+    """Tokens/s of each timed step of a mode, or of its rollout alone."""
     runs = [run for run in result["runs"] if run["mode"] == mode]
-    return [count / time for run in runs for count, time in zip(run["tokens"], run["seconds"], strict=True)]
+    return [count / time for run in runs for count, time in zip(run["tokens"], run[of], strict=True)]
 
 
 def report(results: dict[str, dict[str, Any]], settings: dict[str, Any]) -> list[str]:
     """Two tables: speed and memory of each engine and mode, and the log-probs of the two patched engines."""
     base = median(speeds(results["unpatched"], "none"))
-    lines = [
-        "| engine | mode | tokens/s, median of the steps (min to max) | over unpatched Unsloth | over TRL, same mode | "
-        "rollout, share of the step | peak memory, MiB | largest difference of rollout and policy pass |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "engine",
+        "mode",
+        "steps",
+        "tokens/s, median of the steps (min to max)",
+        "over unpatched Unsloth",
+        "over TRL, same mode",
+        "tokens/s of the rollout alone, median",
+        "peak memory, MiB",
+        "largest difference of rollout and policy pass",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for engine in ENGINES:
-        for mode in ["none"] if engine == "unpatched" else settings["modes"]:
-            found, runs = speeds(results[engine], mode), [r for r in results[engine]["runs"] if r["mode"] == mode]
-            share = sum(sum(run["rollout_seconds"]) for run in runs) / sum(sum(run["seconds"]) for run in runs)
-            over_trl = median(found) / median(speeds(results["trl"], mode))
+        for mode in settings["modes"]:
+            runs = [run for run in results[engine]["runs"] if run["mode"] == mode]
+            if not runs:
+                continue
+            found, trls = speeds(results[engine], mode), speeds(results["trl"], mode)
+            alone = median(speeds(results[engine], mode, "rollout_seconds"))
             worst = max((value for run in runs for value in run["rollout_logp_diff_max"]), default=None)
+            over_trl = f"{median(found) / median(trls):.2f}" if trls else "-"
             lines.append(
-                f"| {engine} | `{mode}` | {median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | "
-                f"{median(found) / base:.3f} | {over_trl:.3f} | {share:.2f} | "
-                f"{max(run['peak_bytes'] for run in runs) / MIB:.0f} | {'-' if worst is None else f'{worst:.3f}'} |"
+                f"| {engine} | `{mode}` | {len(found)} | {median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | "
+                f"{median(found) / base:.2f} | {over_trl} | {alone:.0f} | "
+                f"{max(run['peak_bytes'] for run in runs) / MIB:.0f} | {'-' if worst is None else f'{worst:.2f}'} |"
             )
+    if not results["trl"]["scores"]:
+        return lines
     lines += [
         "",
         "Log-probs of one rollout of Unsloth's (its bags and seeds), by each engine's policy pass in bfloat16, against "
@@ -149,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = CACHE / f"{trainer_cache().name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     why = machine_obstacle()
-    missing = [engine for engine in ENGINES if not (folder / f"{engine}.json").exists()]
+    missing = [engine for engine in ENGINES if missing_runs(engine, settings, folder / f"{engine}.json")]
     if missing and why is not None and not args.dry_run:
         print(f"error: this comparison needs Unsloth, and {why}; --dry-run shows what it would do.", file=sys.stderr)
         return 2

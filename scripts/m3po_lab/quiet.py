@@ -7,18 +7,19 @@ Each one is named; anything else a library has to say is shown.
 import logging
 import warnings
 
-from transformers.utils.logging import disable_progress_bar
-
 
 def silence_known_noise() -> None:
     """Let known chatterers report errors only, and show no bars for reading and writing weights."""
-    disable_progress_bar()  # that of the training is not one of these
     for name in (
         "torchao",
+        "bitsandbytes.backends.cpu.ops",  # which of its parts a CPU lacks
         "torch.utils._pytree",
         "trl.trainer.grpo_m3po",  # says the mode and its numbers, which the start line of a run says too
         "lm_eval",  # what it would change is refused in evaluate.py
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar  # its import is when the first of them speak
+
+    disable_progress_bar()  # that of the training is not one of these
     # A dependency of reasoning-gym compares with `is`; Python says so when it first compiles the file.
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*cellpylib")
