@@ -10,13 +10,15 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+HERE = Path(__file__).parent
 CACHE = tempfile.TemporaryDirectory()  # read by Unsloth when it is imported
 os.environ["UNSLOTH_COMPILE_LOCATION"] = CACHE.name
 
@@ -30,12 +32,31 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-standins = _load(Path(__file__).with_name("standins.py"))
+standins = _load(HERE / "standins.py")
 standins.enter()
-cases = _load(Path(__file__).with_name("cases.py"))
+cases = _load(HERE / "cases.py")
+processes = _load(HERE / "processes.py")
 
 import torch  # noqa: E402
 from reference.threads import one_thread  # noqa: E402, F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+    """What tests compare with, computed beside them from the first on: one process after the other."""
+    jobs = {  # name -> the fixture that asks for it, the script, whether on the pristine trees
+        "ours": ("results", "plain_unsloth.py", False),
+        "upstream": ("results", "plain_unsloth.py", True),
+        "trl": ("plain", "plain_trl.py", False),
+    }
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        yield {
+            name: pool.submit(processes.run, script, Path(folder) / name, pristine)
+            for name, (fixture, script, pristine) in jobs.items()
+            if fixture in wanted
+        }
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

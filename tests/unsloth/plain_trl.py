@@ -29,12 +29,13 @@ RUN = {
     "gradient_accumulation_steps": 1,
     "max_completion_length": 6,
     "max_steps": 1,
+    "seed": 6,  # with it paths of a group differ enough for a learnable gate to have a gradient
 }
 
 
 def prompts() -> Dataset:
-    """Four prompts of 1 to 6 tokens: each batch of two is padded on the left."""
-    return Dataset.from_dict({"prompt": ["7", "12+ab=", "c", "3+4="]})
+    """Four prompts of 1 to 4 tokens: each batch of two is padded on the left."""
+    return Dataset.from_dict({"prompt": ["7", "2+b=", "c", "3+="]})
 
 
 def arguments(case: str, folder: str, **more: Any) -> Any:

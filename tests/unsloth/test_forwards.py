@@ -11,13 +11,11 @@ import peft
 import pytest
 import torch
 from transformers.m3po import M3POGenerationState
-from transformers.m3po.model_gating import GATING_MODULE
 
-PROMPTS = torch.tensor(
-    [[0, 0, 4, 5, 9], [0, 0, 4, 5, 9], [0, 0, 4, 5, 9], [3, 8, 2, 7, 6], [3, 8, 2, 7, 6], [0, 0, 0, 0, 7]]
-)
+PROMPTS = torch.tensor([[0, 4, 5, 9], [0, 4, 5, 9], [0, 4, 5, 9], [8, 2, 7, 6], [8, 2, 7, 6], [0, 0, 0, 7]])
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])  # uneven, one path alone
 SEEDS = torch.arange(6) + 11
+SHORT = 6  # tokens of a completion in a training pass, which takes 50 ms each under Triton's interpreter
 ENDS = [1, 14, 19]  # end tokens enough that some rows end and some do not
 TOLERANCE = 1e-4  # of the largest value
 FLOOR = 1e-2  # below it, of this
@@ -26,19 +24,21 @@ every_case = pytest.mark.parametrize("case", cases.CASES)
 both_kinds = pytest.mark.parametrize("kind", cases.KINDS)
 
 
-def roll_out(net: Any, case: str, prompts: torch.Tensor = PROMPTS) -> tuple[torch.Tensor, M3POGenerationState]:
-    """Samples completions of 10 tokens at most; the same random numbers every time."""
+def roll_out(
+    net: Any, case: str, prompts: torch.Tensor = PROMPTS, length: int = 10
+) -> tuple[torch.Tensor, M3POGenerationState]:
+    """Samples completions of `length` tokens at most; the same random numbers every time."""
     state = M3POGenerationState(
         group_ids=GROUPS,
         settings=cases.settings(case),
         tokenizer=cases.tokenizer(),
         row_seeds=SEEDS if cases.CASES[case].get("aslr_enabled") else None,
     )
-    torch.manual_seed(4)
-    given = {"do_sample": True, "top_k": 0, "top_p": 1.0, "eos_token_id": ENDS, "pad_token_id": 0, "max_new_tokens": 10}
+    torch.manual_seed(11)  # with it the three paths of a group differ for some steps, where a gate has a gradient
+    given = {"do_sample": True, "top_k": 0, "top_p": 1.0, "eos_token_id": ENDS, "pad_token_id": 0}
     aslr = {"is_m3po_inference": False} if cases.CASES[case].get("aslr_enabled") else {}
     mask = (prompts != 0).long()
-    sequences = net.generate(input_ids=prompts, attention_mask=mask, m3po=state, **given, **aslr)
+    sequences = net.generate(input_ids=prompts, attention_mask=mask, max_new_tokens=length, m3po=state, **given, **aslr)
     return sequences.clone(), state
 
 
@@ -114,7 +114,7 @@ def test_logits_and_gradients_are_the_plain_ones(kind: str, case: str, fast: Cal
     plain, quick = adapters(kind, case, fast)
     prompts = PROMPTS.clone()
     prompts[prompts == 0] = 3  # Unsloth trains on rows that begin with their first token
-    sequences, state = roll_out(plain.eval(), case, prompts)
+    sequences, state = roll_out(plain.eval(), case, prompts, SHORT)
     inputs = scoring_inputs(sequences, state, case)
     wanted = gradients(plain.train(), sequences, inputs)
     found = gradients(quick, sequences, scoring_inputs(sequences, state, case))
@@ -125,12 +125,10 @@ def test_logits_and_gradients_are_the_plain_ones(kind: str, case: str, fast: Cal
         assert_close(found[1][name], value, name)
     own = [name for name in found[1] if any(part in name for part in cases.own_names(plain.get_base_model()))]
     assert bool(own) == (case not in ("none", "m3po"))
-    # A gate's gradient may be 0 here: paths as sure as these often sample the same token as their peers.
-    felt = [name for name in own if GATING_MODULE not in name]
-    assert all(found[1][name] is not None and found[1][name].abs().max() > 1e-4 for name in felt)
+    assert all(wanted[1][name] is not None and wanted[1][name].abs().max() > 1e-4 for name in own)
     # The rollout's own log-probs: the pass scores what was sampled.
-    logps = found[0][:, :-1].log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)[:, 4:]
-    scored = sequences[:, 5:] != 0
+    logps = found[0][:, :-1].log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)[:, PROMPTS.shape[1] - 1 :]
+    scored = sequences[:, PROMPTS.shape[1] :] != 0
     assert (logps - state.rollout_logps)[scored].abs().max() < TOLERANCE
 
 
@@ -140,7 +138,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, checkpointing: An
     case = "h3po-aslr"
     plain, quick = adapters(kind, case, fast, checkpointing)
     prompts = PROMPTS.clamp_min(3)
-    sequences, state = roll_out(plain.eval(), case, prompts)
+    sequences, state = roll_out(plain.eval(), case, prompts, SHORT)
     inputs = scoring_inputs(sequences, state, case)
     wanted = gradients(plain.train(), sequences, inputs)[1]
     found = gradients(quick, sequences, scoring_inputs(sequences, state, case))[1]

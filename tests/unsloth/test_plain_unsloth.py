@@ -6,67 +6,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import PACKAGES, VENDOR
 from trl.trainer.grpo_m3po_config import M3POArguments
 
-HERE = Path(__file__).parent
-VENDOR, PATCHES = (HERE.parents[1] / name for name in ("vendor", "patches"))
-PACKAGES = {"transformers": "transformers/src", "trl": "trl", "unsloth": "unsloth", "unsloth_zoo": "unsloth_zoo"}
+PATCHES = VENDOR.parent / "patches"
 KINDS = ("llama", "qwen2")
 CLOCKS = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
 
-def unpack(folder: Path) -> list[Path]:
-    """The pristine trees of all upstreams, unpacked under `folder`; the paths that their packages lie in."""
-    for name in PACKAGES:
-        (folder / name).mkdir(parents=True)
-        tree = ["git", "-C", VENDOR / name, "archive", "refs/patchset/pristine", "--", ".", ":(exclude)studio"]
-        with subprocess.Popen(tree, stdout=subprocess.PIPE) as archive:
-            subprocess.run(["tar", "-x", "-C", folder / name], stdin=archive.stdout, check=True)
-        assert archive.returncode == 0
-    return [folder / place for place in PACKAGES.values()]
-
-
-def start(result: Path, first: list[Path]) -> subprocess.Popen[bytes]:
-    """Starts `plain_unsloth.py` with `first` in front of the path; what it says is written beside the result."""
-    result.with_suffix(".compiled").mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("UNSLOTH", "TRITON"))}
-    environment |= {
-        "UNSLOTH_COMPILE_LOCATION": str(result.with_suffix(".compiled")),
-        "PYTHONPATH": os.pathsep.join(map(str, first)),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, HERE / "plain_unsloth.py", result]
-    with result.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
 @pytest.fixture(scope="module")
-def results() -> Iterator[dict[str, dict[str, Any]]]:
+def results(beside: dict[str, Future[Any]]) -> dict[str, dict[str, Any]]:
     """What both wrote: `ours` and `upstream`."""
-    with tempfile.TemporaryDirectory() as place:  # pytest would keep the trees
-        folder = Path(place)
-        paths = {"ours": [VENDOR / place for place in PACKAGES.values()], "upstream": unpack(folder / "pristine")}
-        running = {name: start(folder / f"{name}.pt", first) for name, first in paths.items()}
-        try:
-            ended = {name: process.wait(timeout=280) for name, process in running.items()}
-        finally:
-            for process in running.values():
-                process.kill()
-        for name, code in ended.items():
-            assert code == 0, (folder / f"{name}.log").read_text()[-3000:]
-        yield {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in running}
+    return {name: beside[name].result() for name in ("ours", "upstream")}
 
 
 def assert_same(ours: Any, theirs: Any, where: str) -> None:

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import cases
 import pytest
 import torch
+from transformers.m3po.model_gating import GATING_MODULE
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4  # of the largest value
@@ -21,16 +21,9 @@ FLOOR = 1e-2  # below it, of this
 
 
 @pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def plain(beside: dict[str, Future[Any]]) -> dict[str, Any]:
     """What TRL's trainer makes of a batch, by kind and case; made in a process without Unsloth and its stand-ins."""
-    file = tmp_path_factory.mktemp("plain") / "results.pt"
-    standins = ("UNSLOTH", "TRITON_INTERPRET")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(standins)}
-    done = subprocess.run(
-        [sys.executable, HERE / "plain_trl.py", file], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(file, weights_only=True)
+    return beside["trl"].result()
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +70,12 @@ def completions_of(packed: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     return packed.gather(1, shift[:, None] + torch.arange(length))
 
 
-@pytest.mark.parametrize(("kind", "case"), [*(("llama", case) for case in cases.CASES), ("qwen2", "m3po")])
+SOME = ("none", "m3po", "h3po-aslr", "h3po-bahdanau")  # of Qwen2, whose trainer differs in the model alone
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [("llama", case) for case in cases.CASES] + [("qwen2", case) for case in SOME]
+)
 def test_log_probs_loss_and_gradients_are_trls(
     kind: str, case: str, plain: dict[str, Any], plain_trl: Any, build: Callable[..., Any]
 ) -> None:
@@ -89,6 +87,9 @@ def test_log_probs_loss_and_gradients_are_trls(
     assert_close(completions_of(found["logps"], batch)[mask], wanted["logps"][mask], "log-probs")
     assert_close(found["loss"], wanted["loss"], "loss")
     assert found["gradients"].keys() == wanted["gradients"].keys()
+    gates = [value for name, value in wanted["gradients"].items() if GATING_MODULE in name]
+    assert bool(gates) == ("gating_type" in cases.CASES[case])
+    assert all(value.abs().max() > 1e-4 for value in gates)
     for name, value in wanted["gradients"].items():
         assert_close(found["gradients"][name], value, name)
     assert found["rollout_logp_diff_max"] < TOLERANCE
