@@ -160,7 +160,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names = ("modes", "prompts", "paths", "length", "rounds", "warmup", "steps")
     settings = {name: getattr(args, name) for name in names} | {"dtype": "bfloat16"}
-    settings["model"] = str(model_folder(args.model_name_or_path))
     from rollout import commit, write_results
 
     key = re.sub(r"\W+", "-", json.dumps([settings[name] for name in names] + [args.model_name_or_path])).strip("-")
@@ -171,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     if missing and why is not None and not args.dry_run:
         print(f"error: this comparison needs Unsloth, and {why}; --dry-run shows what it would do.", file=sys.stderr)
         return 2
+    settings["model"] = str(model_folder(args.model_name_or_path))
     found = {engine: run_engine(engine, settings, folder, args.dry_run) for engine in ENGINES}
     if args.dry_run:
         check_modes(settings)

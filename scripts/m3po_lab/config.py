@@ -111,8 +111,8 @@ class Run:
 class RunParser(TrlParser):
     """`TrlParser` whose errors are one line (`UserError`) and which takes no abbreviated flags."""
 
-    def __init__(self) -> None:
-        super().__init__([RunArguments, GRPOConfig, ModelConfig], allow_abbrev=False)
+    def __init__(self, training: type[GRPOConfig] = GRPOConfig) -> None:
+        super().__init__([RunArguments, training, ModelConfig], allow_abbrev=False)
         # TRL's default dropout makes rollout and policy pass two policies; and bf16 without a GPU needs use_cpu.
         self.set_defaults(lora_dropout=0.0, use_cpu=on_cpus())
 
@@ -166,11 +166,15 @@ def parse_run(argv: list[str], engine: Engine = TRL) -> Run:
     """
     given, rest = split_config(argv)
     config_file = find_config(given or DEFAULT_CONFIG)
+    words = ["--config", str(config_file), *rest]
     parser = RunParser()
     try:
         script, training, model, yaml_unknown, unknown = parser.parse_args_and_config(
-            ["--config", str(config_file), *rest], return_remaining_strings=True, separate_remaining_strings=True
+            words, return_remaining_strings=True, separate_remaining_strings=True
         )
+        if engine.name == "unsloth":
+            as_trl = RunParser(trls_config()).parse_args_and_config(words, return_remaining_strings=True)
+            keep_values(training, as_trl[1])
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{config_file.name} or a flag: {one_line(error)}") from error
     check_unknown(parser, yaml_unknown, unknown, config_file)
@@ -191,6 +195,24 @@ def parse_run(argv: list[str], engine: Engine = TRL) -> Run:
     run = Run(script, training, model, config_file, engine)
     check_flags(run)
     return run
+
+
+def trls_config() -> type[GRPOConfig]:
+    """TRL's own `GRPOConfig`, in whose place Unsloth puts one that it derives from it and that has its name."""
+    return [kind for kind in GRPOConfig.__mro__ if kind.__module__ == "trl.trainer.grpo_config"][-1]
+
+
+def keep_values(training: GRPOConfig, as_trl: GRPOConfig) -> None:
+    """Puts back, in place and with a line each, the values that Unsloth's arguments class has overridden.
+
+    It replaces some by those of the papers it knows (`epsilon_high` of DAPO and CISPO, `scale_rewards` of Dr. GRPO) and
+    rounds batch sizes: the same command would be another run than with TRL.
+    """
+    for entry in dataclasses.fields(as_trl):
+        wanted, found = getattr(as_trl, entry.name), getattr(training, entry.name)
+        if wanted != found:
+            setattr(training, entry.name, wanted)
+            print(f"--{entry.name} stays {wanted!r}: the {found!r} that Unsloth would set is not what the flags say")
 
 
 def check_model_flags(model: ModelConfig) -> None:

@@ -83,3 +83,13 @@ def test_recorded_runs_come_from_commits_without_changes() -> None:
     runs = [read_json(path) for path in RESULTS]
     assert len(runs) >= 4
     assert [run["git_dirty"] for run in runs if run] == [False] * len(RESULTS)
+
+
+def test_patches_to_unsloths_files_are_short_and_say_their_licence() -> None:
+    patches = sorted(path for name in ("unsloth", "unsloth_zoo") for path in (ROOT / "patches" / name).glob("*.patch"))
+    texts = [path.read_text(encoding="utf-8") for path in patches]
+    assert len(texts) >= 3 and all(re.search(r"^Licence: ", text, re.MULTILINE) for text in texts)
+    added = [
+        line for text in texts for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")
+    ]
+    assert len(added) <= 60
