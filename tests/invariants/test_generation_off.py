@@ -16,7 +16,8 @@ from reference.tiny import LIVELY, left_padded, small_tokenizer
 from transformers.m3po import M3POGenerationState, bags
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = "cross_path", "gating", "answer_start", "thinking", "m3po"
+OURS = "cross_path", "gating", "answer_start", "thinking", "m3po", "mhc"
+FAMILIES = "Llama", "Qwen2", "NanoChat"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def facts(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("model", ["Llama float32", "Llama bfloat16", "Qwen2 float32", "Qwen2 bfloat16"])
+@pytest.mark.parametrize("model", [f"{family} {dtype}" for family in FAMILIES for dtype in ("float32", "bfloat16")])
 def test_everything_off_is_upstream_bit_for_bit(facts, model):
     pristine, patched = facts["pristine"][model], facts["patched"][model]
     assert pristine.keys() == patched.keys()
@@ -54,7 +55,7 @@ def test_everything_off_is_upstream_bit_for_bit(facts, model):
     assert not different
 
 
-@pytest.mark.parametrize("model", ["Llama float32", "Qwen2 float32"])
+@pytest.mark.parametrize("model", [f"{family} float32" for family in FAMILIES])
 def test_saved_configurations_hold_no_field_of_ours(facts, model):
     for name in ("config.json", "generation_config.json"):
         assert not any(word in facts["patched"][model][name] for word in OURS)

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     if patched != (argv[0] == "patched"):
         print(f"this is not the {argv[0]} transformers", file=sys.stderr)
         return 2
-    runs = [(family, dtype) for family in ("Llama", "Qwen2") for dtype in ("float32", "bfloat16")]
+    runs = [(family, dtype) for family in ("Llama", "Qwen2", "NanoChat") for dtype in ("float32", "bfloat16")]
     print(json.dumps({f"{family} {dtype}": facts_of(family, dtype) for family, dtype in runs}))
     return 0
 

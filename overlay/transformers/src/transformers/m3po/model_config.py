@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields that this overlay adds to `LlamaConfig` and `Qwen2Config` (design, the flag table).
+"""The fields that this overlay adds to `LlamaConfig`, `Qwen2Config` and `NanoChatConfig` (design, the flag table).
 
-A class decorator under `@strict`, rather than lines in the class body: the bodies of these two are the source from
+A class decorator under `@strict`, rather than lines in the class body: the bodies of the first two are the source from
 which upstream generates a good dozen other configurations, which have no such modules.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .aslr_settings import ASLR_DEFAULTS, check_aslr_numbers
+from .hyper_connection_settings import MHC_DEFAULTS, MHC_FIELDS, check_mhc_numbers
 from .model_gating import check_gating_fields
 
 FIELDS: dict[str, tuple[type | Any, Any]] = {
@@ -22,11 +23,13 @@ FIELDS: dict[str, tuple[type | Any, Any]] = {
     "m3po_gating_enabled": (bool, False),
     "m3po_gating_type": (str | None, None),
     "m3po_gating_config": (dict | None, None),
+    **MHC_FIELDS,
 }
 SWITCHES = {
     "thinking_residual_": "thinking_residual_enabled",
     "aslr_": "aslr_enabled",
     "m3po_gating_": "m3po_gating_enabled",
+    "mhc_": "mhc_enabled",
 }
 
 
@@ -39,17 +42,58 @@ def with_m3po_fields(cls: type) -> type:
     aslr_num_paths and the other five: their numbers, see `ASLRNumbers`; the defaults are seed 2's.
     m3po_gating_enabled: the model has a learnable gate (`transformers.m3po.model_gating`).
     m3po_gating_type, m3po_gating_config: its name and the options that say its size.
+    mhc_enabled and the others: see `with_mhc_fields`.
 
     The fields of a system that is off are left out of `to_dict`, so that saved files are upstream's.
     """
+    cls = _with_fields(cls, FIELDS)
+
+    def validate_thinking_residual(self: Any) -> None:
+        check_bounds(self.thinking_residual_r_min, self.thinking_residual_r_max)
+
+    def validate_aslr(self: Any) -> None:
+        size = self.hidden_size if self.aslr_enabled else None
+        check_aslr_numbers({name: getattr(self, name) for name in ASLR_DEFAULTS}, size)
+
+    def validate_m3po_gating(self: Any) -> None:
+        if self.m3po_gating_enabled:
+            check_gating_fields(self.m3po_gating_type, self.m3po_gating_config)
+
+    cls.validate_thinking_residual = validate_thinking_residual  # type: ignore[attr-defined]
+    cls.validate_aslr = validate_aslr  # type: ignore[attr-defined]
+    cls.validate_m3po_gating = validate_m3po_gating  # type: ignore[attr-defined]
+    cls.validate_mhc = _validate_mhc  # type: ignore[attr-defined]
+    return cls
+
+
+def with_mhc_fields(cls: type) -> type:
+    """Declares the fields of the hyper-connections alone, on the configuration of a model without the other systems.
+
+    mhc_enabled: the model has hyper-connections (`transformers.m3po.hyper_connections`).
+    mhc_num_streams: S. mhc_residual: "sinkhorn" or "birkhoff", what makes H_res doubly stochastic.
+    mhc_sinkhorn_iters, mhc_sinkhorn_tau: rounds, and what divides the logits; the paper has 20 and no such number.
+    mhc_alpha, mhc_diagonal_bias, mhc_stream_offset: the start, see `DynamicMHC` and `StreamOffsets`.
+    mhc_gate_noise: in training, the probability that a row draws its routing gate from U(0, 1).
+    """
+    cls = _with_fields(cls, MHC_FIELDS)
+    cls.validate_mhc = _validate_mhc  # type: ignore[attr-defined]
+    return cls
+
+
+def _validate_mhc(self: Any) -> None:
+    check_mhc_numbers({name: getattr(self, name) for name in MHC_DEFAULTS})
+
+
+def _with_fields(cls: type, added: dict[str, tuple[type | Any, Any]]) -> type:
+    """The class with these fields, typed, and left out of `to_dict` where their switch is off."""
     cls.__annotations__ = {
         **cls.__dict__.get("__annotations__", {}),
-        **{name: kind for name, (kind, _) in FIELDS.items()},
+        **{name: kind for name, (kind, _) in added.items()},
     }
-    for name, (_, default) in FIELDS.items():
+    for name, (_, default) in added.items():
         setattr(cls, name, default)
     cls = dataclass(cls, repr=False, kw_only=True)
-    missing = set(FIELDS) - {entry.name for entry in fields(cls)}
+    missing = set(added) - {entry.name for entry in fields(cls)}
     if missing:
         raise TypeError(
             f"{cls.__name__} did not take the fields {sorted(missing)}; dataclasses work in another way now."
@@ -63,21 +107,7 @@ def with_m3po_fields(cls: type) -> type:
                 for name in [name for name in saved if name.startswith(prefix)]:
                     del saved[name]
 
-    def validate_thinking_residual(self: Any) -> None:
-        check_bounds(self.thinking_residual_r_min, self.thinking_residual_r_max)
-
-    def validate_aslr(self: Any) -> None:
-        size = self.hidden_size if self.aslr_enabled else None
-        check_aslr_numbers({name: getattr(self, name) for name in ASLR_DEFAULTS}, size)
-
-    def validate_m3po_gating(self: Any) -> None:
-        if self.m3po_gating_enabled:
-            check_gating_fields(self.m3po_gating_type, self.m3po_gating_config)
-
     cls._remove_keys_not_serialized = _remove_keys_not_serialized  # type: ignore[attr-defined]
-    cls.validate_thinking_residual = validate_thinking_residual  # type: ignore[attr-defined]
-    cls.validate_aslr = validate_aslr  # type: ignore[attr-defined]
-    cls.validate_m3po_gating = validate_m3po_gating  # type: ignore[attr-defined]
     return cls
 
 

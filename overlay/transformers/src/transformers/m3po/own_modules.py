@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .aslr import ASLR_MODULES, ASLR_PARAMETERS, add_aslr
+from .hyper_connections import MHC_MODULES, add_streams
 from .model_gating import GATING_MODULE, add_gating, gating_parameters
 from .residual_gate import GATE_MODULES, GATE_PARAMETERS, add_residual_gate
 
@@ -66,6 +67,15 @@ GATING = OwnModules(
     add=add_gating,
 )
 OWN_MODULES = (RESIDUAL_GATE, ASLR, GATING)
+# Not among those: most of them sit on the decoder layers, which make them, and no trainer adds them to a plain model.
+HYPER_CONNECTIONS = OwnModules(
+    switch="mhc_enabled",
+    noun="hyper-connections",
+    article="hyper-connections",
+    names=MHC_MODULES,
+    parameters=lambda numbers: (),
+    add=add_streams,
+)
 
 
 def add_own_modules(model: Any) -> None:
@@ -87,7 +97,7 @@ def refuse_nested(model: Any) -> None:
         ValueError: it names the switch.
     """
     text = model.config.get_text_config()
-    for own in OWN_MODULES:
+    for own in (*OWN_MODULES, HYPER_CONNECTIONS):
         if text is not model.config and getattr(text, own.switch, False):
             raise ValueError(
                 f"{own.switch}=True in the text_config of a {model.config.model_type!r} model: decoding would not know "
@@ -112,7 +122,7 @@ def check_loaded_modules(
             checkpoint with modules loaded with the switch off loses them on purpose.
     """
     missing_keys, unexpected_keys = list(missing_keys), list(unexpected_keys)
-    for own in OWN_MODULES:
+    for own in (*OWN_MODULES, HYPER_CONNECTIONS):
         missing, unexpected = own.among(missing_keys), own.among(unexpected_keys)
         if not (missing if own.on(model) else unexpected):
             continue

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of the hyper-connections (mHC), with their rules (seed 5, section 2.3; errata E22-E24)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MHC_SINKHORN, MHC_BIRKHOFF = "sinkhorn", "birkhoff"
+MHC_DEFAULTS: dict[str, Any] = {
+    "mhc_num_streams": 4,
+    "mhc_sinkhorn_iters": 20,
+    "mhc_sinkhorn_tau": 1.0,
+    "mhc_residual": MHC_SINKHORN,
+    "mhc_alpha": 0.01,
+    "mhc_diagonal_bias": 5.0,
+    "mhc_stream_offset": 0.5,
+    "mhc_gate_noise": 0.0,
+}
+MHC_FIELDS: dict[str, tuple[type | Any, Any]] = {
+    "mhc_enabled": (bool, False),
+    **{
+        name: (type(value) if isinstance(value, int | str) else int | float, value)
+        for name, value in MHC_DEFAULTS.items()
+    },
+}
+
+
+def has_hyper_connections(model: Any) -> bool:
+    """Whether the configuration of a model, or a configuration, says that it has hyper-connections."""
+    return bool(getattr(getattr(model, "config", model), "mhc_enabled", False))
+
+
+def check_mhc_numbers(numbers: Mapping[str, Any]) -> None:
+    """Refuses numbers that break their rule.
+
+    Args:
+        numbers: all of `MHC_DEFAULTS`.
+
+    Raises:
+        ValueError: one line that names the flag and what it may be.
+    """
+    streams, residual = numbers["mhc_num_streams"], numbers["mhc_residual"]
+    rules = {
+        "mhc_num_streams": (streams >= 1, "at least 1; the paper has 4"),
+        "mhc_sinkhorn_iters": (numbers["mhc_sinkhorn_iters"] >= 1, "at least 1; the paper has 20"),
+        "mhc_sinkhorn_tau": (numbers["mhc_sinkhorn_tau"] > 0, "above 0; the paper has none, which is 1.0"),
+        "mhc_residual": (residual in (MHC_SINKHORN, MHC_BIRKHOFF), "'sinkhorn' or 'birkhoff'"),
+        "mhc_diagonal_bias": (
+            0 <= numbers["mhc_diagonal_bias"] <= 100,
+            "in [0, 100]; about 5 learns, and from 12 on H_res hardly does",
+        ),
+        "mhc_stream_offset": (numbers["mhc_stream_offset"] >= 0, "0 or more, in units of the state's RMS"),
+        "mhc_gate_noise": (0 <= numbers["mhc_gate_noise"] <= 1, "a probability, in [0, 1]"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{name}={numbers[name]!r} must be {rule}.")
+    if residual == MHC_BIRKHOFF and streams > 4:
+        raise ValueError(
+            f"mhc_residual='birkhoff' with mhc_num_streams={streams}: it weighs all S! permutations, so at most 4 "
+            "streams; take mhc_residual='sinkhorn'."
+        )
