@@ -88,9 +88,7 @@ def routing_report(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     with _recorded(model) as seen:
         model(**{**inputs, "use_cache": False})
-    mask = inputs.get("attention_mask")
-    keep = torch.ones(seen[0][0].shape[:2]) if mask is None else mask
-    keep = keep.bool().to(seen[0][0].device)
+    keep = _kept(inputs, seen[0][0])
     figures, product = [], None
     for mixer, (streams, mixing) in zip(mixers(model).values(), seen, strict=True):
         mixing, streams = mixing[keep], streams[keep].float()  # (M, S, S), (M, S, H)
@@ -113,6 +111,21 @@ def routing_report(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         "composite_gain_rows": gains[0],
         "composite_gain_columns": gains[1],
     }
+
+
+@torch.no_grad()
+def mean_matrices(model: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """H_res of each sublayer, (S, S) float32, the mean over the positions of a batch; arguments of `routing_report`."""
+    with _recorded(model) as seen:
+        model(**{**inputs, "use_cache": False})
+    keep = _kept(inputs, seen[0][0])
+    return {name: mixing[keep].mean(0).float() for name, (_, mixing) in zip(mixers(model), seen, strict=True)}
+
+
+def _kept(inputs: Mapping[str, Any], streams: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool, the positions that are no padding."""
+    mask = inputs.get("attention_mask")
+    return (torch.ones(streams.shape[:2]) if mask is None else mask).bool().to(streams.device)
 
 
 def _cosine(streams: torch.Tensor) -> torch.Tensor:

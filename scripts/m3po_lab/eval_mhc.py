@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a base model by lm-eval: ``bash scripts/eval_mhc.sh CHECKPOINT [--gate G] [--baseline CHECKPOINT] ...``.
+
+GSM8K with 0 and 8 examples, HellaSwag, ARC-Easy and bits per byte are lm-eval's own tasks; from the Hub, or with
+`--data DIR` from files of the same formats. With `--baseline` each task is run on that model too, and the seconds and
+the memory of decoding stand side by side.
+Exit codes: 0 evaluated, 2 a wrong input, 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FILES = {  # task -> split: file in --data; rows in the format of the dataset on the Hub
+    "gsm8k": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
+    "gsm8k_8shot": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
+    "hellaswag": {"validation": "hellaswag_validation.jsonl"},
+    "arc_easy": {"test": "arc_easy_test.jsonl"},
+    "bits_per_byte": {"validation": "text.jsonl"},
+}
+SHIPPED = {  # task -> lm-eval's own file, and the number of examples
+    "gsm8k": ("gsm8k/gsm8k.yaml", 0),
+    "gsm8k_8shot": ("gsm8k/gsm8k.yaml", 8),
+    "hellaswag": ("hellaswag/hellaswag.yaml", 0),
+    "arc_easy": ("arc/arc_easy.yaml", 0),
+    "bits_per_byte": ("wikitext/wikitext.yaml", 0),
+}
+SHOWN = {
+    "gsm8k": "exact_match,flexible-extract",
+    "gsm8k_8shot": "exact_match,flexible-extract",
+    "hellaswag": "acc_norm,none",
+    "arc_easy": "acc_norm,none",
+    "bits_per_byte": "bits_per_byte,none",
+}
+DECODED, PAIRS = 64, 5
+MIB = 1 << 20
+
+
+def write_task(name: str, data: Path | None, folder: Path) -> str:
+    """Writes the file of a task: the one that lm-eval ships, with its dataset replaced by local files if there are any.
+
+    Returns:
+        Its path, which lm-eval takes for a task.
+    """
+    import lm_eval
+    import yaml
+
+    shipped, shots = SHIPPED[name]
+    task: dict[str, Any] = {"include": str(Path(lm_eval.__file__).parent / "tasks" / shipped), "task": name}
+    task |= {"num_fewshot": shots, "tag": []}
+    if data is not None:
+        files = {split: str((data / file).resolve()) for split, file in FILES[name].items()}
+        task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        task |= {f"{split}_split": None for split in ("training", "validation", "test")}
+        task |= {"training_split" if split == "train" else f"{split}_split": split for split in files}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(task), encoding="utf-8")
+    return str(file)
+
+
+def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | None) -> dict[str, Any]:
+    """lm-eval's results of the tasks, given by name and file."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    length = model.config.max_position_embeddings
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=length, device=str(model.device))
+    manager = TaskManager(include_defaults=False)
+    found = {}
+    for name, file in tasks.items():
+        done = simple_evaluate(
+            lm, tasks=[file], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+        )
+        assert done is not None
+        found[name] = done["results"][name]
+    return found
+
+
+def decoding(models: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Seconds for each token and peak bytes of greedy decoding, the models in turn; medians of `PAIRS`."""
+    from statistics import median
+
+    import torch
+
+    from m3po_lab.live_bytes import LiveBytes
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    peaks = {}
+
+    def decode(model: Any) -> None:
+        prompt = torch.full((1, 8), model.config.bos_token_id, device=model.device)
+        model.generate(prompt, do_sample=False, min_new_tokens=DECODED, max_new_tokens=DECODED)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for name, model in models.items():
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            decode(model)
+            peaks[name] = torch.cuda.max_memory_allocated()
+        else:
+            with LiveBytes() as memory:
+                decode(model)
+            peaks[name] = memory.peak
+    for _ in range(PAIRS):
+        for name, model in models.items():
+            start = time.perf_counter()
+            decode(model)
+            seconds[name].append((time.perf_counter() - start) / DECODED)
+    return {name: {"seconds_per_token": median(seconds[name]), "peak_bytes": peaks[name]} for name in models}
+
+
+def table(results: dict[str, dict[str, Any]], speed: dict[str, dict[str, float]]) -> str:
+    """Tasks as rows, models as columns."""
+    models = list(results)
+    lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    for task in next(iter(results.values())):
+        cells = [f"{results[model][task][SHOWN[task]]:.4f}" for model in models]
+        lines.append(f"| {task}, {SHOWN[task].split(',')[0]} | {' | '.join(cells)} |")
+    times = [f"{1e3 * speed[model]['seconds_per_token']:.2f}" for model in models]
+    peaks = [f"{speed[model]['peak_bytes'] / MIB:.2f}" for model in models]
+    lines += [f"| ms per decoded token | {' | '.join(times)} |", f"| MiB at peak | {' | '.join(peaks)} |"]
+    return "\n".join(lines)
+
+
+def load(place: str) -> tuple[Any, Any]:
+    """A model folder's model, on the GPU if there is one, and its tokenizer.
+
+    Raises:
+        UserError: it is no model folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from m3po_lab.errors import UserError, one_line
+
+    if not (Path(place) / "config.json").is_file():
+        raise UserError(f"{place} is not a model folder: give the folder final of a run.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} cannot be loaded: {one_line(error)[:200]}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def run(given: argparse.Namespace) -> None:
+    """Evaluate and report.
+
+    Raises:
+        UserError: for a wrong input, before anything is evaluated.
+    """
+    from transformers.m3po.hyper_connection_settings import has_hyper_connections
+    from transformers.m3po.hyper_connections import set_mhc_gate
+
+    from m3po_lab.errors import PROJECT_ROOT, UserError
+    from m3po_lab.files import shown_path, write_json, write_text
+
+    data = Path(given.data) if given.data else None
+    for name in given.tasks:
+        for file in FILES[name].values() if data else ():
+            if not (data / file).is_file():  # type: ignore[operator]
+                raise UserError(
+                    f"--data {data} has no {file}, which {name} needs: add it, or leave {name} out of --tasks."
+                )
+    places = {"model": given.checkpoint, **({"baseline": given.baseline} if given.baseline else {})}
+    loaded = {name: load(place) for name, place in places.items()}
+    model = loaded["model"][0]
+    if given.gate is not None:
+        if not has_hyper_connections(model):
+            raise UserError(f"--gate {given.gate}: {given.checkpoint} has no hyper-connections; leave it out.")
+        if not 0 <= given.gate <= 1:
+            raise UserError(f"--gate {given.gate}: it must be in [0, 1]; 0 is identity routing, 1 the full H_res.")
+        set_mhc_gate(model, given.gate)
+    told = "" if given.gate is None else f"-gate{given.gate:g}"
+    usual = PROJECT_ROOT / "evals" / ("-".join(Path(given.checkpoint).parts[-2:]) + told)
+    folder = Path(given.output_dir) if given.output_dir else usual
+    tasks = {name: write_task(name, data, folder / "tasks") for name in given.tasks}
+    results = {name: evaluate(*pair, tasks, given.limit) for name, pair in loaded.items()}
+    speed = decoding({name: pair[0] for name, pair in loaded.items()})
+    text = table(results, speed)
+    about = {"places": places, "gate": given.gate, "data": given.data, "limit": given.limit}
+    write_json(folder / "results.json", {**about, "results": results, "decoding": speed})
+    write_text(folder / "results.md", text + "\n")
+    print(f"{text}\n\nwritten to {shown_path(folder)}/results.md and results.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as command-line words say (those of the process by default); returns the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from m3po_lab.quiet import silence_known_noise
+
+    silence_known_noise()
+    from m3po_lab.errors import UserError
+
+    flags = argparse.ArgumentParser(usage="bash scripts/eval_mhc.sh CHECKPOINT [--flag value ...]", allow_abbrev=False)
+    flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
+    flags.add_argument("--baseline", help="another one, evaluated beside it")
+    flags.add_argument("--gate", type=float, help="the routing gate, in [0, 1] (default: 1)")
+    flags.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES), metavar="TASK")
+    flags.add_argument("--data", help="folder with the tasks' files, see docs/hyper-connections.md (default: the Hub)")
+    flags.add_argument("--limit", type=int, help="the first N problems of each task")
+    flags.add_argument("--output_dir", help="default: evals/<run>-final")
+    try:
+        run(flags.parse_args(list(sys.argv[1:] if argv is None else argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

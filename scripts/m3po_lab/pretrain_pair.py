@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hyper-connections against the plain model: ``bash scripts/train_mhc.sh [X.yaml] [--seeds S ...] [--flag value ...]``.
+
+Each seed has two runs that differ in `mhc_enabled` alone, each in a process of its own, in
+`<output_dir>/<variant>-seed<seed>`. The same command goes on after a stop. At the end `report.md` and two figures.
+Exit codes: 0 all runs are done and compared, 2 a wrong input, 130 interrupted by Ctrl-C; else that of the run that
+failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m3po_lab.errors import PROJECT_ROOT, UserError, find_config, split_config
+
+VARIANTS = {"baseline": "false", "mhc": "true"}
+
+
+def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[str]) -> int:
+    """Run what is not done and report; returns an exit code."""
+    from m3po_lab.files import shown_path
+    from m3po_lab.pretrain import parse
+    from m3po_lab.pretrain_report import write_report
+
+    plan = [(seed, variant) for seed in seeds for variant in VARIANTS]
+    places = {pair: folder / f"{pair[1]}-seed{pair[0]}" for pair in plan}
+    for number, (seed, variant) in enumerate(plan, start=1):
+        place = places[seed, variant]
+        words = [shown_path(config), *more, "--mhc_enabled", VARIANTS[variant], "--seed", str(seed)]
+        words += ["--output_dir", shown_path(place)]
+        parse(words)  # a wrong flag stops here, in one line
+        print(f"run {number} of {len(plan)}: {variant}, seed {seed}", flush=True)
+        if (place / "result.json").is_file():
+            print(f"{shown_path(place)}: done before", flush=True)
+            continue
+        code = subprocess.run([sys.executable, "-m", "m3po_lab.pretrain", *words], check=False).returncode
+        if code:
+            told = f"{variant}, seed {seed} ended with exit code {code}; the same command goes on from there."
+            print(f"error: {told}", file=sys.stderr)
+            return code
+    print(f"\n{write_report(list(places.values()), folder)}\n")
+    print(f"report  {shown_path(folder)}/report.md  curves.png  routing.png")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare as command-line words say (those of the process by default); returns the exit code."""
+    flags = argparse.ArgumentParser(
+        usage="bash scripts/train_mhc.sh [config.yaml] [--seeds SEED ...] [--output_dir DIR] [--flag value ...]",
+        description="Pretrain NanoChat with and without hyper-connections and compare. The YAML is "
+        "configs/mhc_small.yaml by default.",
+        epilog="Other flags go to every run: .venv/bin/python -m m3po_lab.pretrain --help.",
+        allow_abbrev=False,
+    )
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0])
+    flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/<config>)")
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        yaml, rest = split_config(words)
+        given, more = flags.parse_known_args(rest)
+        config = find_config(yaml or "configs/mhc_small.yaml")
+        if any(word.split("=")[0] in ("--mhc_enabled", "--seed") for word in more):
+            raise UserError("--mhc_enabled and --seed are what the runs of a comparison differ in: give --seeds.")
+        folder = given.output_dir or PROJECT_ROOT / "runs" / config.stem
+        return run_pairs(config, given.seeds, folder.resolve(), more)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nStopped. Go on with: {shlex.join(['bash', 'scripts/train_mhc.sh', *words])}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of pretraining runs with and without hyper-connections: `report.md`, `curves.png`, `routing.png`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.stats import t as student
+
+from m3po_lab.config import UserError
+from m3po_lab.files import read_json, write_text
+
+COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}
+SAME = ("max_steps", "tokens_per_step")  # besides all flags but `mhc_enabled`
+COLUMNS = (
+    "seed",
+    "row error of H_res",
+    "column error",
+    "from its start",
+    "from identity",
+    "stream cosine",
+    "composite gain",
+    "gate effect, nats",
+)
+PAPER = "the paper has 6.7 % more time a step, with fused kernels on a 27B model"
+
+
+def load_results(folders: Sequence[Path]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The results by variant and seed.
+
+    Raises:
+        UserError: one is missing, or the runs differ in more than `mhc_enabled` and the seed.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {"baseline": {}, "mhc": {}}
+    for folder in folders:
+        result = read_json(folder / "result.json")
+        if result is None:
+            raise UserError(f"{folder} has no result.json: give the folders of finished runs.")
+        found[result["variant"]][result["seed"]] = result
+    runs = [run for by_seed in found.values() for run in by_seed.values()]
+    for run in runs[1:]:
+        pairs = {name: (run["script"][name], runs[0]["script"][name]) for name in runs[0]["script"]}
+        pairs |= {name: (run[name], runs[0][name]) for name in SAME}
+        differing = [name for name, (one, other) in pairs.items() if name != "mhc_enabled" and one != other]
+        if differing:
+            raise UserError(f"the runs differ in {differing[0]}: only runs that differ in mhc_enabled can be compared.")
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean by Student's t; None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """The tables, as Markdown."""
+    seeds = sorted(set(found["baseline"]) & set(found["mhc"]))
+    first = found["mhc"][seeds[0]]
+    lines = [
+        "| seed | baseline, bits per byte | mHC | difference | tokens/s over baseline | peak memory over baseline |",
+        "|---|---|---|---|---|---|",
+    ]
+    differences = []
+    for seed in seeds:
+        plain, own = found["baseline"][seed], found["mhc"][seed]
+        differences.append(own["bits_per_byte"] - plain["bits_per_byte"])
+        lines.append(
+            f"| {seed} | {plain['bits_per_byte']:.4f} | {own['bits_per_byte']:.4f} | {differences[-1]:+.4f} | "
+            f"{own['tokens_per_second'] / plain['tokens_per_second']:.2f} | "
+            f"{own['peak_bytes'] / plain['peak_bytes']:.2f} |"
+        )
+    bounds = interval(differences)
+    if bounds is None:
+        verdict = "One pair cannot tell a difference from chance: give --seeds 0 1 2."
+    else:
+        told = f"{bounds[0]:+.4f} to {bounds[1]:+.4f}"
+        what = "no difference is shown" if bounds[0] <= 0 <= bounds[1] else "mHC and baseline differ"
+        verdict = f"Mean difference {fmean(differences):+.4f} bits per byte, 95 % interval {told}: {what}."
+    more = first["mhc_parameters"]
+    lines += [
+        "",
+        f"{verdict} mHC adds {more} parameters to {first['parameters'] - more} "
+        f"({more / (first['parameters'] - more):.1%}). {first['max_steps']} steps of {first['tokens_per_step']} "
+        f"tokens; times are medians of the steps; {PAPER}.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for seed in seeds:
+        report = found["mhc"][seed]["report"]
+        parts = list(report["sublayers"].values())
+        worst = [max(part[name] for part in parts) for name in ("row_error", "column_error")]
+        means = [fmean(part[name] for part in parts) for name in ("from_start", "from_identity", "stream_cosine")]
+        gain = max(report["composite_gain_rows"], report["composite_gain_columns"])
+        lines.append(
+            f"| {seed} | {worst[0]:.1e} | {worst[1]:.1e} | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.3f} | "
+            f"{gain:.3f} | {report['gate_effect']:.2e} |"
+        )
+    warnings = [f"Seed {seed}: {line}" for seed in seeds for line in found["mhc"][seed]["report"]["verdicts"]]
+    if warnings:
+        lines += ["", *(f"**{line}**" for line in warnings)]
+    return "\n".join(lines)
+
+
+def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
+    """Bits per byte over the steps, a line for each run."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for variant, by_seed in found.items():
+        for index, run in enumerate(by_seed.values()):
+            steps, values = zip(*run["curve"], strict=True)
+            axes.plot(steps, values, color=COLOURS[variant], linewidth=1.5, label=variant if index == 0 else None)
+    first = next(iter(found["mhc"].values()))
+    axes.set(xlabel="optimizer step", ylabel="bits per byte, validation")
+    axes.set_title(f"{first['script']['dataset']}, {len(found['mhc'])} seed(s)", fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    figure.savefig(file)
+
+
+def draw_routing(run: dict[str, Any], file: Path) -> None:
+    """H_res of each sublayer, mean over positions: rows are the streams that are read, columns those written."""
+    matrices = run["matrices"]
+    layers = len(matrices) // 2
+    figure = Figure(figsize=(1.6 * layers + 1.4, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, layers, squeeze=False)
+    for name, matrix in matrices.items():
+        layer, half = name.split(".")
+        axes = grid[0 if half == "attn" else 1][int(layer)]
+        shown = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"layer {layer}, {half}", fontsize=8)
+    figure.colorbar(shown, ax=grid.ravel().tolist(), shrink=0.8, label="weight")
+    figure.suptitle(f"H_res after {run['max_steps']} steps, seed {run['seed']}", fontsize=10)
+    figure.savefig(file)
+
+
+def write_report(folders: Sequence[Path], folder: Path) -> str:
+    """Writes the three files into `folder`; returns the text.
+
+    Raises:
+        UserError: see `load_results`.
+    """
+    found = load_results(folders)
+    text = text_of(found)
+    write_text(folder / "report.md", text + "\n")
+    draw_curves(found, folder / "curves.png")
+    draw_routing(found["mhc"][min(found["mhc"])], folder / "routing.png")
+    return text

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining with and without hyper-connections: the text, bits per byte, the pair, its report; lm-eval offline."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import NanoChatForCausalLM
+
+from m3po_lab import eval_mhc, pretrain, pretrain_data, pretrain_pair, pretrain_report
+from m3po_lab.errors import UserError
+from m3po_lab.files import read_json
+
+TINY = ["--depth", "2", "--model_dim", "32", "--num_heads", "2", "--max_seq_len", "32", "--validation_rows", "4"]
+TINY += ["--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--warmup_steps", "1", "--report_to", "none"]
+TINY += ["--per_device_train_batch_size", "4"]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = [" ".join(f"{(7 * i + j) % 31} plus {j}" for j in range(12)) + " é" for i in range(120)]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in words), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def pair(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished comparison over one seed."""
+    folder = tmp_path_factory.mktemp("pairs")
+    words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--output_dir", str(folder)]
+    assert pretrain_pair.main(words) == 0
+    return folder
+
+
+def test_a_byte_is_a_token_and_back() -> None:
+    tokenizer = pretrain_data.byte_tokenizer()
+    sample = "naïve 你好\n\t x = 1"
+    ids = tokenizer(sample)["input_ids"]
+    assert len(ids) == len(sample.encode()) and tokenizer.decode(ids) == sample
+    counted = pretrain_data.bytes_of_tokens(tokenizer)
+    assert counted[[tokenizer.bos_token_id, tokenizer.eos_token_id]].tolist() == [0, 0] and counted.sum() == 256
+
+
+def test_rows_are_the_text_in_order_and_no_document_is_in_both(text: str) -> None:
+    tokenizer = pretrain_data.byte_tokenizer()
+    training, held_out = pretrain_data.load_text(text, None, tokenizer, 32, 4, 10**6)
+    assert isinstance(training, pretrain_data.Rows) and training.rows.shape[1] == 32 and len(held_out) == 4
+    whole = list(pretrain_data.documents(text, None))
+    told = tokenizer.decode(training.rows.flatten(), skip_special_tokens=True)
+    kept = "".join(line for index, line in enumerate(whole) if index % pretrain_data.HELD_OUT)
+    assert kept.startswith(told) and len(kept.encode()) - len(told.encode()) < 32
+    assert tokenizer.decode(held_out.rows[0], skip_special_tokens=True) == whole[0][: len(whole[0])][:31]
+    found = training[0]
+    assert found["labels"][0] == pretrain_data.UNSCORED and torch.equal(found["labels"][1:], found["input_ids"][1:])
+    assert len(pretrain_data.load_text(text, None, tokenizer, 32, 4, 5)[0]) == 5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "why"),
+    [("python:nosuchpackage", "no package nosuchpackage"), ("nosuch.jsonl", "does not exist")],
+)
+def test_a_text_that_is_not_there_is_one_line(dataset: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        next(pretrain_data.documents(dataset, None))
+
+
+def test_too_few_validation_rows_are_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="--validation_rows 999"):
+        pretrain_data.load_text(text, None, pretrain_data.byte_tokenizer(), 32, 999, 10)
+
+
+def test_bits_per_byte_are_those_of_the_formula() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 7, 11), torch.randint(11, (3, 7))
+    labels[0, 3] = labels[2, 6] = pretrain_data.UNSCORED
+    wanted = torch.zeros(3, dtype=torch.float64)
+    for row in range(3):
+        for at in range(1, 7):
+            if labels[row, at] >= 0:
+                wanted[row] -= logits[row, at - 1].double().log_softmax(-1)[labels[row, at]]
+    assert torch.allclose(pretrain.nats_of_rows(logits, labels).double(), wanted, atol=1e-5)
+
+
+def test_both_models_begin_as_the_same_one_and_as_nanochat(text: str, tmp_path: Path) -> None:
+    words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--output_dir", str(tmp_path)]
+    tokenizer, logits = pretrain_data.byte_tokenizer(), []
+    ids = torch.randint(2, 258, (2, 16), generator=torch.Generator().manual_seed(1))
+    for enabled in ("false", "true"):
+        for start in ("true", "false"):
+            script = pretrain.parse([*words, "--mhc_enabled", enabled, "--nanochat_init", start]).script
+            torch.manual_seed(5)
+            model = pretrain.make_model(script, 320, tokenizer).eval()
+            logits.append(model(input_ids=ids).logits)
+            zero = model.model.layers[0].mlp.fc2.weight.abs().max().item() == 0
+            assert zero == (start == "true") and model.lm_head.weight.std().item() == pytest.approx(
+                0.001 if start == "true" else 0.02, rel=0.1
+            )
+    assert torch.allclose(logits[0], logits[2], atol=1e-6) and torch.allclose(logits[1], logits[3], atol=1e-5)
+
+
+def test_a_pair_trains_and_reports(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = (pair / "report.md").read_text()
+    assert "One pair cannot tell a difference from chance" in report and "gate effect" in report
+    for name in ("curves.png", "routing.png"):
+        assert (pair / name).stat().st_size > 5000
+    own, plain = (read_json(pair / f"{variant}-seed0" / "result.json") for variant in ("mhc", "baseline"))
+    assert own is not None and plain is not None
+    assert own["curve"][0][0] == 3 and own["curve"][-1][1] == own["bits_per_byte"] < math.log2(320)
+    assert own["mhc_parameters"] == own["parameters"] - plain["parameters"] > 0 and plain["report"] is None
+    assert all(abs(sum(row) - 1) < 0.05 for matrix in own["matrices"].values() for row in matrix)
+    # The same command again does nothing but the report.
+    words = ["configs/mhc_small.yaml", "--output_dir", str(pair)]
+    (pair / "report.md").unlink()
+    assert pretrain_pair.main(words) == 0
+    assert capsys.readouterr().out.count("done before") == 2 and (pair / "report.md").read_text() == report
+
+
+def test_several_pairs_are_compared_by_their_differences(pair: Path, tmp_path: Path) -> None:
+    places = []
+    for seed, gain in enumerate((0.10, 0.12, 0.11)):
+        for variant in ("baseline", "mhc"):
+            result: Any = read_json(pair / f"{variant}-seed0" / "result.json")
+            result |= {"seed": seed, "bits_per_byte": 2.0 + seed - gain * (variant == "mhc")}
+            places.append(tmp_path / f"{variant}-{seed}")
+            places[-1].mkdir()
+            (places[-1] / "result.json").write_text(json.dumps(result))
+    text = pretrain_report.write_report(places, tmp_path)
+    # mean -0.11, s = 0.01, t(0.975, 2) = 4.3027: half an interval of 0.0248
+    assert "Mean difference -0.1100 bits per byte, 95 % interval -0.1348 to -0.0852: mHC and baseline differ" in text
+
+
+def test_runs_that_differ_in_more_are_not_compared(pair: Path, tmp_path: Path) -> None:
+    result: Any = read_json(pair / "mhc-seed0" / "result.json")
+    result["script"]["model_dim"] = 64
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="differ in model_dim"):
+        pretrain_report.load_results([pair / "baseline-seed0", tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--mhc_enabled", "true"], "--mhc_enabled and --seed are what"),
+        (["--nosuch", "1"], "Unknown argument --nosuch"),
+        (["--max_steps", "-1"], "--max_steps -1: it must be at least 1"),
+        (["--mhc_num_streams", "5", "--mhc_residual", "birkhoff"], "mhc_residual='birkhoff'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    words: list[str], why: str, text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--output_dir", str(tmp_path), *words]
+    assert pretrain_pair.main(given) == 2
+    assert why in capfd.readouterr().err
+
+
+def test_a_stopped_run_goes_on_and_ends_as_the_whole_one(text: str, pair: Path, tmp_path: Path) -> None:
+    words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--mhc_enabled", "true", "--output_dir", str(tmp_path)]
+    assert pretrain.main(words) == 0
+    (tmp_path / "result.json").unlink()
+    for path in tmp_path.glob("checkpoint-6"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    whole = NanoChatForCausalLM.from_pretrained(pair / "mhc-seed0" / "final").state_dict()
+    found = NanoChatForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in whole.items())
+
+
+@pytest.fixture(scope="session")
+def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few generated rows in the formats of the four tasks and of a text."""
+    folder = tmp_path_factory.mktemp("fixtures")
+    sums = [{"question": f"What is {i} + 2?", "answer": f"It is {i + 2}.\n#### {i + 2}"} for i in range(12)]
+    shared = {"activity_label": "Counting", "ctx_b": "one", "label": "1", "split": "val", "split_type": "x"}
+    hella = [
+        {"ind": i, "source_id": "x", "ctx_a": f"{i} and", "ctx": f"{i} and one", **shared,
+         "endings": ["is none.", f"is {i + 1}.", "is red.", "is far."]}
+        for i in range(4)
+    ]  # fmt: skip
+    arc = [
+        {"id": str(i), "question": f"Which is {i}?", "answerKey": "B",
+         "choices": {"text": ["x", str(i), "y", "z"], "label": ["A", "B", "C", "D"]}}
+        for i in range(4)
+    ]  # fmt: skip
+    files = {"gsm8k_train": sums[:8], "gsm8k_test": sums[8:], "hellaswag_validation": hella, "arc_easy_test": arc}
+    files["text"] = [{"page": "one plus two is three. " * 4}] * 3
+    for name, rows in files.items():
+        Dataset.from_list(rows).to_json(folder / f"{name}.jsonl")
+    return folder
+
+
+def test_lm_eval_runs_all_tasks_offline_beside_the_baseline_at_a_gate(
+    pair: Path, fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    places = [str(pair / f"{variant}-seed0" / "final") for variant in ("mhc", "baseline")]
+    words = [places[0], "--baseline", places[1], "--gate", "0", "--data", str(fixtures), "--limit", "2"]
+    assert eval_mhc.main([*words, "--output_dir", str(tmp_path)]) == 0
+    found: Any = read_json(tmp_path / "results.json")
+    for name in ("model", "baseline"):
+        assert list(found["results"][name]) == list(eval_mhc.FILES)
+        assert 0 < found["results"][name]["bits_per_byte"]["bits_per_byte,none"] < 20
+        assert found["decoding"][name]["seconds_per_token"] > 0
+    assert "ms per decoded token" in capsys.readouterr().out
+
+
+def test_what_the_evaluation_lacks_is_one_line(
+    pair: Path, fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, own = (str(pair / f"{variant}-seed0" / "final") for variant in ("baseline", "mhc"))
+    for words, why in (
+        ([plain, "--gate", "0.5"], "has no hyper-connections"),
+        ([own, "--gate", "2"], "must be in [0, 1]"),
+        ([str(tmp_path)], "is not a model folder"),
+        ([own, "--data", str(tmp_path)], "has no gsm8k_train.jsonl, which gsm8k needs"),
+    ):
+        assert eval_mhc.main(words) == 2
+        printed = capsys.readouterr().err
+        assert why in printed and len(printed.strip().splitlines()) == 1
