@@ -53,11 +53,12 @@ test: env-unsloth ## the whole test suite, in two processes: importing Unsloth p
 	@$(ENV) -m pytest
 	@$(ENV) -m pytest tests/unsloth
 
-bench: env ## rollout, memory and policy pass of each mode and of ASLR over plain; soft thoughts by size; gates
+bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gates
 	@$(ENV) benchmarks/rollout.py
 	@$(ENV) benchmarks/policy_pass.py
 	@$(ENV) benchmarks/thoughts.py
 	@$(ENV) benchmarks/aslr.py
+	@$(ENV) benchmarks/hyper_connections.py
 	@$(ENV) benchmarks/gates.py
 
 export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16] [ASLR=off] [GATING=off]: merge LoRA, write a standalone model

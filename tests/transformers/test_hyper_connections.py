@@ -158,6 +158,37 @@ def test_upstreams_own_module_computes_the_same_from_the_same_parameters(dtype):
     torch.testing.assert_close(write_streams(x, y, mix), expected, atol=rounding, rtol=rounding)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_of_a_mixer_is_that_of_its_formula(kind):
+    mixer = lively(DynamicMHC(3, 3, sinkhorn_iters=3, residual=kind).double())
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    parameters = [value.detach().requires_grad_() for value in mixer.parameters()]
+    names = [name for name, _ in mixer.named_parameters()]
+
+    def matrices(streams, *values):
+        given = {f"mixer.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(Caller(mixer), given, (streams,))
+
+    assert torch.autograd.gradcheck(matrices, (x, *parameters))
+    with torch.no_grad():
+        silent = mixer.get_matrices(x)
+    assert all(torch.equal(one, other) for one, other in zip(silent, mixer.get_matrices(x), strict=True))
+    zeros = torch.zeros(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)  # the embedding of a padding token
+    mixer.get_matrices(zeros)[0].sum().backward()
+    assert zeros.grad.isfinite().all()
+
+
+class Caller(torch.nn.Module):
+    """`get_matrices` as a forward."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, streams):
+        return self.mixer.get_matrices(streams)
+
+
 def test_matrices_stay_float32_under_autocast_and_in_a_model_cast_to_bfloat16():
     mixer, x = lively(DynamicMHC(8, 4)), torch.randn(2, 3, 4, 8)
     expected = mixer.get_matrices(x)

@@ -18,7 +18,8 @@ import torch
 from transformers.m3po.aslr import refine_states as _refine_states
 from transformers.m3po.aslr import take_aslr_inputs
 from transformers.m3po.aslr_settings import has_aslr
-from transformers.m3po.bags import mix_thinking_inputs
+from transformers.m3po.bags import mix_thinking_inputs as _mix_thinking_inputs
+from transformers.m3po.hyper_connection_settings import has_hyper_connections
 from transformers.m3po.own_modules import OWN_MODULES
 from transformers.utils import logging
 
@@ -44,6 +45,30 @@ _OWN = tuple(name for own in OWN_MODULES for name in own.names)
 # What 4-bit and 8-bit loading leaves alone, as patterns that upstream matches from the start of a module's full name.
 UNQUANTIZED = [rf".*\b{name}\b" for name in _OWN]
 _BAGS = ("thinking_bag_ids", "thinking_bag_weights")
+
+
+def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs: dict[str, Any]) -> torch.Tensor:
+    """Hook at the top of both forwards, see `transformers.m3po.bags.mix_thinking_inputs`.
+
+    Raises:
+        ValueError: the model has hyper-connections, which Unsloth's fast paths would leave out.
+    """
+    refuse_hyper_connections(model)
+    return _mix_thinking_inputs(model, inputs_embeds, forward_kwargs)
+
+
+def refuse_hyper_connections(model: Any) -> None:
+    """Unsloth's fast forwards replace the decoder layers, residual adds and all.
+
+    Raises:
+        ValueError: the model has hyper-connections.
+    """
+    if has_hyper_connections(model):
+        raise ValueError(
+            "mhc_enabled=True does not work with Unsloth: its fast paths add residuals of their own and would leave "
+            "the hyper-connections out. Load the model with Transformers and train it with engine=trl, or set "
+            "mhc_enabled=False."
+        )
 
 
 def refine_states(
@@ -78,6 +103,7 @@ def begin_step(causal_lm: Any, input_ids: torch.Tensor, forward_kwargs: dict[str
     model, rows = causal_lm.model, len(input_ids)
     buffers = model.__dict__.setdefault("_m3po_step_inputs", {})
     model.__dict__["_m3po_step"] = None
+    refuse_hyper_connections(model)
     if has_aslr(model):
         return True
     if not _decode_graphs.enabled() or not (rows in buffers or any(name in forward_kwargs for name in _BAGS)):
@@ -102,6 +128,7 @@ def mix_step_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs: dic
 
 def with_own_modules(model: Any, modules_to_save: list[str] | None) -> list[str] | None:
     """Hook of `get_peft_model`: adds the modules of this overlay that the model has; an adapter trains them whole."""
+    refuse_hyper_connections(model)
     has = [name for own in OWN_MODULES if own.on(model) for name in own.names]
     missing = [name for name in has if name not in (modules_to_save or [])]
     return [*(modules_to_save or []), *missing] if missing else modules_to_save

@@ -14,7 +14,7 @@ MHC_DEFAULTS: dict[str, Any] = {
     "mhc_residual": MHC_SINKHORN,
     "mhc_alpha": 0.01,
     "mhc_diagonal_bias": 5.0,
-    "mhc_stream_offset": 0.5,
+    "mhc_stream_offset": 1.0,
     "mhc_gate_noise": 0.0,
 }
 MHC_FIELDS: dict[str, tuple[type | Any, Any]] = {

@@ -77,6 +77,7 @@ class DynamicMHC(nn.Module):
         ValueError: a number breaks its rule.
     """
 
+    part: torch.Tensor  # which α each row of φ has, 0 to 2
     basis: torch.Tensor  # of birkhoff only: the permutations, (S!, S²)
 
     def __init__(
@@ -102,6 +103,7 @@ class DynamicMHC(nn.Module):
             self.register_buffer("basis", permutation_basis(num_streams), persistent=False)
             routes = math.factorial(num_streams)
         self.sizes = (num_streams, num_streams, routes)
+        self.register_buffer("part", self._parts(), persistent=False)
         # Trainer's weight decay leaves out every name with "bias" in it: those that hold no matrix have it.
         self.phi = nn.Parameter(torch.empty(sum(self.sizes), num_streams * dim, dtype=_own_dtype()))
         self.bias = nn.Parameter(torch.empty(sum(self.sizes), dtype=_own_dtype()))
@@ -111,6 +113,7 @@ class DynamicMHC(nn.Module):
     @torch.no_grad()
     def m3po_init_weights(self, model: Any = None) -> None:
         """The start; what was loaded from a checkpoint is left alone."""
+        init.copy_(self.part, self._parts().to(self.part.device))
         if self.residual == MHC_BIRKHOFF:
             init.copy_(self.basis, permutation_basis(self.num_streams).to(self.basis.device))
         init.zeros_(self.phi)
@@ -146,14 +149,13 @@ class DynamicMHC(nn.Module):
                 "give (B, T, S, H)."
             )
         with torch.autocast(x.device.type, enabled=False):
-            flat = wide(x).flatten(-2)
-            # The norm after the product: it is a number for each position, and no normed copy of the streams is made.
-            scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
-            parts = zip(wide(self.scale_bias).unbind(), self.sizes, strict=True)
-            alpha = torch.cat([part.expand(size) for part, size in parts])
-            logits = nn.functional.linear(flat, self.phi.to(flat.dtype)) * scale * alpha + wide(self.bias)
+            normed = _project(x.flatten(-2), self.phi, self.eps)
+            logits = torch.addcmul(wide(self.bias), normed, wide(self.scale_bias).index_select(0, self.part))
             pre, post, routes = logits.split(self.sizes, dim=-1)
             return self._route(routes, gate), torch.sigmoid(pre + self._even()), 2 * torch.sigmoid(post)
+
+    def _parts(self) -> torch.Tensor:
+        return torch.tensor([part for part, size in enumerate(self.sizes) for _ in range(size)])
 
     def _even(self) -> float:
         """What a sigmoid takes to 1/S."""
@@ -170,6 +172,40 @@ class DynamicMHC(nn.Module):
             return mixing
         share = gate[:, self.index[0], self.index[1], None, None, None].to(mixing.dtype)
         return (1 - share) * torch.eye(self.num_streams, dtype=mixing.dtype, device=mixing.device) + share * mixing
+
+
+def _project(flat: torch.Tensor, phi: torch.Tensor, eps: float) -> torch.Tensor:
+    """φ x / ρ for x (..., S H) of any dtype, in float32 or float64: (..., rows)."""
+    if torch.is_grad_enabled():
+        return _Projection.apply(flat, phi, eps)
+    return _projected(flat, phi, eps)[0]
+
+
+def _projected(flat: torch.Tensor, phi: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection, and 1 / ρ (..., 1). The norm comes after the product: it is a number for each position."""
+    flat = wide(flat)
+    mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
+    scale = torch.rsqrt(mean_square + eps)
+    return nn.functional.linear(flat, phi.to(flat.dtype)) * scale, scale
+
+
+class _Projection(torch.autograd.Function):
+    """`_project`, which keeps the streams in their own dtype and makes no normed copy of them, forward or backward."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: torch.Tensor, phi: torch.Tensor, eps: float) -> torch.Tensor:
+        projected, scale = _projected(flat, phi, eps)
+        ctx.save_for_backward(flat, phi, projected, scale)
+        return projected
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        flat, phi, projected, scale = ctx.saved_tensors
+        values, scaled = wide(flat), gradient * scale
+        to_phi = scaled.flatten(0, -2).T @ values.flatten(0, -2)
+        pull = (gradient * projected).sum(-1, keepdim=True) * scale.square() / -values.shape[-1]  # through 1 / ρ
+        to_flat = torch.addcmul(scaled @ phi.to(values.dtype), pull, values)
+        return to_flat.to(flat.dtype), to_phi.to(phi.dtype), None
 
 
 class StreamOffsets(nn.Module):
