@@ -71,8 +71,15 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | Non
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    class ShortContext(HFLM):  # type: ignore[misc]
+        """A model of a short context generates half of it at most; the prompt keeps its end."""
+
+        @property
+        def max_gen_toks(self) -> int:
+            return min(256, self.max_length // 2)
+
     length = model.config.max_position_embeddings
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=length, device=str(model.device))
+    lm = ShortContext(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=length, device=str(model.device))
     manager = TaskManager(include_defaults=False)
     found = {}
     for name, file in tasks.items():
