@@ -71,7 +71,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | Non
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    class ShortContext(HFLM):  # type: ignore[misc]
+    class ShortContext(HFLM):
         """A model of a short context generates half of it at most; the prompt keeps its end."""
 
         @property
