@@ -3,7 +3,7 @@
 
 One model, its ASLR switched on and off in its configuration, in turn in one process as in `rollout.py`; the theoretical
 cost in FLOPs and bytes of weights stands beside what was measured. The modules are trained in the policy pass, as the
-rest of the model is. Memory is the peak of the tensors alive in a pass (`m3po_lab.live_bytes`).
+rest of the model is. Memory is the peak of the tensors alive in a pass (`live_bytes.py`).
 """
 
 import argparse

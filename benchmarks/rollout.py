@@ -3,10 +3,9 @@
 
 Same model, prompts, number of paths and lengths; the two run in turn in one process, plain and mode changing places
 from pair to pair, after a warm-up of each, and the medians over the pairs are reported, for one mode after the other.
-Memory is the largest number of bytes of tensors alive at once (`m3po_lab.live_bytes`; on CUDA the allocator's peak);
-what a mode adds is shown at several lengths beside the size of its preallocated record, so that growth with the step
-would be seen. A table goes to standard output, the figures with machine and command to `benchmarks/results/` (`make
-bench`).
+Memory is the largest number of bytes of tensors alive at once (`live_bytes.py`; on CUDA the allocator's own peak); what
+a mode adds is shown at several lengths beside the size of its preallocated record, so that growth with the step would
+be seen. A table goes to standard output, the figures with machine and command to `benchmarks/results/` (`make bench`).
 """
 
 import argparse
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from live_bytes import LiveBytes
 from tqdm import tqdm
 from transformers.m3po import M3POGenerationState, ThinkingSettings
 from transformers.m3po.residual_gate import attach_residual_gate
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl import ModelConfig
 
-from m3po_lab.live_bytes import LiveBytes
 from m3po_lab.models import EMBEDDED_MODEL, load_model
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 FILES = {  # task -> split: file in --data; rows in the format of the dataset on the Hub
@@ -91,16 +92,12 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | Non
     return found
 
 
-def decoding(models: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Seconds for each token and peak bytes of greedy decoding, the models in turn; medians of `PAIRS`."""
-    from statistics import median
-
+def decoding(models: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Seconds for each token of greedy decoding, the models in turn, medians of `PAIRS`; on a GPU the peak in bytes."""
     import torch
 
-    from m3po_lab.live_bytes import LiveBytes
-
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    peaks = {}
+    peaks: dict[str, int | None] = {}
 
     def decode(model: Any) -> None:
         prompt = torch.full((1, 8), model.config.bos_token_id, device=model.device)
@@ -111,12 +108,8 @@ def decoding(models: dict[str, Any]) -> dict[str, dict[str, float]]:
     for name, model in models.items():
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            decode(model)
-            peaks[name] = torch.cuda.max_memory_allocated()
-        else:
-            with LiveBytes() as memory:
-                decode(model)
-            peaks[name] = memory.peak
+        decode(model)
+        peaks[name] = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
     for _ in range(PAIRS):
         for name, model in models.items():
             start = time.perf_counter()
@@ -125,16 +118,18 @@ def decoding(models: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {name: {"seconds_per_token": median(seconds[name]), "peak_bytes": peaks[name]} for name in models}
 
 
-def table(results: dict[str, dict[str, Any]], speed: dict[str, dict[str, float]]) -> str:
+def table(results: dict[str, dict[str, Any]], speed: dict[str, dict[str, float | None]]) -> str:
     """Tasks as rows, models as columns."""
     models = list(results)
     lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     for task in next(iter(results.values())):
         cells = [f"{results[model][task][SHOWN[task]]:.4f}" for model in models]
         lines.append(f"| {task}, {SHOWN[task].split(',')[0]} | {' | '.join(cells)} |")
-    times = [f"{1e3 * speed[model]['seconds_per_token']:.2f}" for model in models]
-    peaks = [f"{speed[model]['peak_bytes'] / MIB:.2f}" for model in models]
-    lines += [f"| ms per decoded token | {' | '.join(times)} |", f"| MiB at peak | {' | '.join(peaks)} |"]
+    times = [f"{1e3 * (speed[model]['seconds_per_token'] or 0):.2f}" for model in models]
+    lines.append(f"| ms per decoded token | {' | '.join(times)} |")
+    peaks = [value for model in models if (value := speed[model]["peak_bytes"]) is not None]
+    if peaks:
+        lines.append(f"| MiB at peak | {' | '.join(f'{value / MIB:.1f}' for value in peaks)} |")
     return "\n".join(lines)
 
 

@@ -8,13 +8,12 @@ import gc
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from reference.gated import PARAMETERS, STRONG
 from reference.tiny import LIVELY, alive_after, left_padded, small_tokenizer, teacher_forced_logps
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.m3po import M3POGenerationState
 from transformers.m3po.thoughts import thought_bags
-
-from m3po_lab.live_bytes import LiveBytes
 
 EOS = [2, 60, 61, 62]
 TEMPERATURE = 0.7
