@@ -6,6 +6,7 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "configs/demo.yaml"
 OF_OTHER_COMMANDS = ("accelerate", "eval")  # folders in configs/ whose files are no runs
+OF_PRETRAINING = "mhc_"  # how the files of scripts/train_mhc.sh begin
 
 
 class UserError(Exception):
@@ -18,8 +19,13 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def find_config(given: str, folder: str = "configs") -> Path:
-    """The YAML file `given`, seen from the current folder or else from the project's root; `folder` has the known ones.
+def find_config(given: str, folder: str = "configs", begins: str = "") -> Path:
+    """The YAML file `given`, seen from the current folder or else from the project's root.
+
+    Args:
+        given: its path.
+        folder: has the known ones, which an error names.
+        begins: how their names begin; empty leaves out those of pretraining.
 
     Raises:
         UserError: when neither exists.
@@ -27,7 +33,11 @@ def find_config(given: str, folder: str = "configs") -> Path:
     for candidate in (Path(given), PROJECT_ROOT / given):
         if candidate.is_file():
             return candidate.resolve()
-    files = [path.relative_to(PROJECT_ROOT / folder) for path in (PROJECT_ROOT / folder).rglob("*.yaml")]
+    files = [
+        path.relative_to(PROJECT_ROOT / folder)
+        for path in (PROJECT_ROOT / folder).rglob("*.yaml")
+        if path.name.startswith(begins) and (begins or not path.name.startswith(OF_PRETRAINING))
+    ]
     known = sorted(f"{folder}/{path.as_posix()}" for path in files if path.parts[0] not in OF_OTHER_COMMANDS)
     raise UserError(
         f"Config file {given} does not exist. Give the path of a YAML file; the project has {', '.join(known)}."

@@ -26,7 +26,7 @@ from transformers.m3po.hyper_connection_settings import MHC_DEFAULTS, check_mhc_
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
-from m3po_lab.errors import PROJECT_ROOT, UserError, find_config, one_line, split_config
+from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, one_line, split_config
 from m3po_lab.files import read_json, shown_path, write_json
 from m3po_lab.pretrain_data import UNSCORED, load_text, load_tokenizer
 from m3po_lab.processes import on_cpus
@@ -107,7 +107,7 @@ def parse(argv: list[str]) -> Pretraining:
         UserError: for anything that cannot be read or is unknown.
     """
     given, rest = split_config(argv)
-    file = find_config(given or DEFAULT_MHC_CONFIG)
+    file = find_config(given or DEFAULT_MHC_CONFIG, begins=OF_PRETRAINING)
     try:
         script, training, in_yaml, unknown = PretrainParser().parse_args_and_config(
             ["--config", str(file), *rest], return_remaining_strings=True, separate_remaining_strings=True

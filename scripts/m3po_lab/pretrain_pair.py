@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po_lab.errors import PROJECT_ROOT, UserError, find_config, split_config
+from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, split_config
 
 VARIANTS = {"baseline": "false", "mhc": "true"}
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         yaml, rest = split_config(words)
         given, more = flags.parse_known_args(rest)
-        config = find_config(yaml or "configs/mhc_small.yaml")
+        config = find_config(yaml or "configs/mhc_small.yaml", begins=OF_PRETRAINING)
         if any(word.split("=")[0] in ("--mhc_enabled", "--seed") for word in more):
             raise UserError("--mhc_enabled and --seed are what the runs of a comparison differ in: give --seeds.")
         folder = given.output_dir or PROJECT_ROOT / "runs" / config.stem

@@ -16,7 +16,9 @@ from m3po_lab.train import main
 CONFIGS = config.PROJECT_ROOT / "configs"
 OTHER_PARSERS = ("accelerate", "eval")
 RUN_CONFIGS = sorted(
-    path for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] not in OTHER_PARSERS
+    path
+    for path in CONFIGS.rglob("*.yaml")
+    if path.relative_to(CONFIGS).parts[0] not in OTHER_PARSERS and not path.name.startswith("mhc_")
 )
 MODELS = ("llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "qwen2.5-3b")
 

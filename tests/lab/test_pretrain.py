@@ -174,6 +174,15 @@ def test_a_stopped_run_goes_on_and_ends_as_the_whole_one(text: str, pair: Path, 
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
 
 
+@pytest.mark.parametrize("name", ["mhc_small", "mhc_d12"])
+def test_the_projects_files_parse_and_a_missing_one_names_them(name: str) -> None:
+    run = pretrain.parse([f"configs/{name}.yaml", "--use_cpu", "true", "--bf16", "false"])
+    assert run.script.depth in (4, 12) and run.variant == "baseline"
+    with pytest.raises(UserError, match=rf"nope.yaml does not exist.*{name}.yaml") as found:
+        pretrain.parse(["configs/nope.yaml"])
+    assert "demo" not in str(found.value)
+
+
 @pytest.fixture(scope="session")
 def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few generated rows in the formats of the four tasks and of a text."""
