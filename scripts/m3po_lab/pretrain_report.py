@@ -16,6 +16,7 @@ from scipy.stats import t as student
 
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_text
+from m3po_lab.pretrain import summary
 
 COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}
 SAME = ("max_steps", "tokens_per_step")  # besides all flags but `mhc_enabled`
@@ -97,14 +98,11 @@ def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for seed in seeds:
-        report = found["mhc"][seed]["report"]
-        parts = list(report["sublayers"].values())
-        worst = [max(part[name] for part in parts) for name in ("row_error", "column_error")]
-        means = [fmean(part[name] for part in parts) for name in ("from_start", "from_identity", "stream_cosine")]
-        gain = max(report["composite_gain_rows"], report["composite_gain_columns"])
+        one = summary(found["mhc"][seed]["report"])
         lines.append(
-            f"| {seed} | {worst[0]:.1e} | {worst[1]:.1e} | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.3f} | "
-            f"{gain:.3f} | {report['gate_effect']:.2e} |"
+            f"| {seed} | {one['row_error']:.1e} | {one['column_error']:.1e} | {one['from_start']:.3f} | "
+            f"{one['from_identity']:.3f} | {one['stream_cosine']:.3f} | {one['composite_gain']:.3f} | "
+            f"{one['gate_effect']:.2e} |"
         )
     warnings = [f"Seed {seed}: {line}" for seed in seeds for line in found["mhc"][seed]["report"]["verdicts"]]
     if warnings:

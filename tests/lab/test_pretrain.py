@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,14 @@ def test_a_wrong_flag_is_one_line(
 
 def test_a_stopped_run_goes_on_and_ends_as_the_whole_one(text: str, pair: Path, tmp_path: Path) -> None:
     words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--mhc_enabled", "true", "--output_dir", str(tmp_path)]
+    words += ["--save_total_limit", "2"]
     assert pretrain.main(words) == 0
     (tmp_path / "result.json").unlink()
-    for path in tmp_path.glob("checkpoint-6"):
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
+    for folder in ("checkpoint-6", "final"):
+        shutil.rmtree(tmp_path / folder)
+    assert pretrain.main(words) == 0
+    result = read_json(tmp_path / "result.json")
+    assert result is not None and result["steps_timed"] == 3  # the first three were not trained again
     whole = NanoChatForCausalLM.from_pretrained(pair / "mhc-seed0" / "final").state_dict()
     found = NanoChatForCausalLM.from_pretrained(tmp_path / "final").state_dict()
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
