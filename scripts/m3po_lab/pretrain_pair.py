@@ -10,6 +10,7 @@ failed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,7 @@ VARIANTS = {"baseline": "false", "mhc": "true"}
 
 def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[str]) -> int:
     """Run what is not done and report; returns an exit code."""
-    from m3po_lab.files import shown_path
+    from m3po_lab.files import read_json, shown_path
     from m3po_lab.pretrain import parse
     from m3po_lab.pretrain_report import write_report
 
@@ -33,9 +34,11 @@ def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[s
         place = places[seed, variant]
         words = [shown_path(config), *more, "--mhc_enabled", VARIANTS[variant], "--seed", str(seed)]
         words += ["--output_dir", shown_path(place)]
-        parse(words)  # a wrong flag stops here, in one line
+        run = parse(words)  # a wrong flag stops here, in one line
         print(f"run {number} of {len(plan)}: {variant}, seed {seed}", flush=True)
-        if (place / "result.json").is_file():
+        if (done := read_json(place / "result.json")) is not None:
+            if (done["script"], done["max_steps"]) != (dataclasses.asdict(run.script), run.training.max_steps):
+                raise UserError(f"--output_dir {shown_path(folder)} has a run with other flags: give another one.")
             print(f"{shown_path(place)}: done before", flush=True)
             continue
         code = subprocess.run([sys.executable, "-m", "m3po_lab.pretrain", *words], check=False).returncode

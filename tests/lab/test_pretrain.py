@@ -106,7 +106,7 @@ def test_both_models_begin_as_the_same_one_and_as_nanochat(text: str, tmp_path: 
     assert torch.allclose(logits[0], logits[2], atol=1e-6) and torch.allclose(logits[1], logits[3], atol=1e-5)
 
 
-def test_a_pair_trains_and_reports(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pair_trains_and_reports(pair: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = (pair / "report.md").read_text()
     assert "One pair cannot tell a difference from chance" in report and "gate effect" in report
     for name in ("curves.png", "routing.png"):
@@ -117,10 +117,12 @@ def test_a_pair_trains_and_reports(pair: Path, capsys: pytest.CaptureFixture[str
     assert own["mhc_parameters"] == own["parameters"] - plain["parameters"] > 0 and plain["report"] is None
     assert all(abs(sum(row) - 1) < 0.05 for matrix in own["matrices"].values() for row in matrix)
     # The same command again does nothing but the report.
-    words = ["configs/mhc_small.yaml", "--output_dir", str(pair)]
+    words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--output_dir", str(pair)]
     (pair / "report.md").unlink()
     assert pretrain_pair.main(words) == 0
     assert capsys.readouterr().out.count("done before") == 2 and (pair / "report.md").read_text() == report
+    assert pretrain_pair.main([*words, "--max_steps", "9"]) == 2
+    assert "has a run with other flags" in capsys.readouterr().err
 
 
 def test_several_pairs_are_compared_by_their_differences(pair: Path, tmp_path: Path) -> None:
