@@ -45,7 +45,8 @@ def sinkhorn(logits: torch.Tensor, num_iters: int = 20, tau: float = 1.0) -> tor
         raise ValueError(f"num_iters={num_iters} and tau={tau}: give at least 1 round and a tau above 0.")
     *batch, streams, _ = logits.shape
     inner = (wide(logits) / tau).movedim((-2, -1), (0, 1)).reshape(streams, streams, -1)
-    return _Sinkhorn.apply(inner, num_iters).view(streams, streams, *batch).movedim((0, 1), (-2, -1))
+    found = _Sinkhorn.apply(inner, num_iters).view(streams, streams, *batch).movedim((0, 1), (-2, -1))
+    return found.contiguous()  # torch.bmm copies matrices of other strides one by one
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -64,6 +65,7 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (logits,) = ctx.saved_tensors
+        gradient = gradient.contiguous()  # tokens innermost, as the values are
         rows = logits.log_softmax(1)
         first = values = rows.log_softmax(0).exp_()
         steps = []
