@@ -34,6 +34,7 @@ from m3po_lab.provenance import git_state
 
 DEFAULT_MHC_CONFIG = "configs/mhc_small.yaml"
 UNSET_OUTPUT_DIR = "trainer_output"
+KEY = "eval_bits_per_byte"  # in Trainer's log
 REPORTED_ROWS = 4  # validation rows on which H_res and the gate are looked at
 
 
@@ -268,6 +269,7 @@ def run_pretraining(run: Pretraining) -> dict[str, Any]:
         callbacks=[watch],
     )
     watch.trainer = trainer
+    first = matrices_of(model, watch.inputs)
     print(f"{run.variant}, seed {training.seed}: {describe(model, script)} into {shown_path(run.folder)}")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run.folder) if run.folder.is_dir() else None)
     final = trainer.evaluate()
@@ -281,15 +283,16 @@ def run_pretraining(run: Pretraining) -> dict[str, Any]:
     written = {
         "variant": run.variant,
         "seed": training.seed,
-        "bits_per_byte": final["eval_bits_per_byte"],
-        "curve": [[row["step"], row["eval_bits_per_byte"]] for row in history if "eval_bits_per_byte" in row],
+        "bits_per_byte": final[KEY],
+        "curve": sorted({row["step"]: row[KEY] for row in history if KEY in row}.items()),
         "parameters": sum(parts.values()),
         "mhc_parameters": sum(count for name, count in parts.items() if ".mhc_" in name),
         "tokens_per_second": a_step * script.max_seq_len / median(watch.seconds) if watch.seconds else None,
         "steps_timed": len(watch.seconds),
         "peak_bytes": peak_bytes(),
         "report": report,
-        "matrices": {k: v.tolist() for k, v in mean_matrices(net, inputs).items()} if script.mhc_enabled else None,
+        "matrices": matrices_of(net, inputs),
+        "first_matrices": first,
         "script": dataclasses.asdict(script),
         "max_steps": training.max_steps,
         "tokens_per_step": a_step * script.max_seq_len,
@@ -303,6 +306,13 @@ def run_pretraining(run: Pretraining) -> dict[str, Any]:
     for line in report["verdicts"] if report else ():
         print(f"WARNING: {line}")
     return written
+
+
+def matrices_of(model: NanoChatForCausalLM, inputs: dict[str, torch.Tensor]) -> dict[str, list[list[float]]] | None:
+    """`mean_matrices` for a file; None for the baseline."""
+    if not has_hyper_connections(model):
+        return None
+    return {name: matrix.tolist() for name, matrix in mean_matrices(model, inputs).items()}
 
 
 def describe(model: NanoChatForCausalLM, script: PretrainArguments) -> str:

@@ -25,6 +25,7 @@ from m3po_lab.errors import UserError, one_line
 PYTHON = "python:"
 BYTES = "bytes"
 HELD_OUT = 20  # every twentieth document is for validation
+LONGEST = 1 << 15  # characters of a file of a package; the longest are tables
 UNSCORED = -100
 
 
@@ -89,7 +90,7 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
         files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
         random.Random(0).shuffle(files)  # those of a folder are alike
         for file in files:
-            if text := file.read_text(encoding="utf-8", errors="replace"):
+            if text := file.read_text(encoding="utf-8", errors="replace")[:LONGEST]:
                 yield text
     elif dataset.endswith(".jsonl"):
         if not Path(dataset).is_file():
@@ -168,16 +169,16 @@ def load_text(
         UserError: see `documents`; or there are fewer validation rows than asked for.
     """
     bytes_of = bytes_of_tokens(tokenizer)
-    held_out: list[torch.Tensor] = []
-    for row in rows((t for i, t in enumerate(documents(dataset, config)) if not i % HELD_OUT), tokenizer, length):
-        held_out.append(row)
-        if len(held_out) == validation_rows:
-            break
+    local = dataset.startswith(PYTHON) or dataset.endswith(".jsonl")
+    apart = (text for index, text in enumerate(documents(dataset, config)) if not index % HELD_OUT)
+    held_out = list(islice(rows(apart, tokenizer, length), None if local else validation_rows))
     if len(held_out) < validation_rows:
         raise UserError(
             f"--validation_rows {validation_rows}: {dataset} has {len(held_out)} of {length} tokens; give at most that."
         )
-    if dataset.startswith(PYTHON) or dataset.endswith(".jsonl"):
+    # Spread over all documents: the first few of a package may be nothing but tables.
+    held_out = [held_out[index * len(held_out) // validation_rows] for index in range(validation_rows)]
+    if local:
         texts = (text for index, text in enumerate(documents(dataset, config)) if index % HELD_OUT)
         found = list(islice(rows(texts, tokenizer, length), training_rows))
         if not found:

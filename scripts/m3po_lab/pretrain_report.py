@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -63,6 +64,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
+def spread_of_starts(runs: Iterable[dict[str, Any]]) -> float:
+    """The largest distance, in Frobenius norm, of one sublayer's H_res in one run from that in another, untrained."""
+    stacked = [np.array(list(run["first_matrices"].values())) for run in runs]  # (2L, S, S) each
+    return max(float(np.linalg.norm(one - other, axis=(1, 2)).max()) for one in stacked for other in stacked)
+
+
 def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
     """The tables, as Markdown."""
     seeds = sorted(set(found["baseline"]) & set(found["mhc"]))
@@ -104,6 +111,12 @@ def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
             f"{one['from_identity']:.3f} | {one['stream_cosine']:.3f} | {one['composite_gain']:.3f} | "
             f"{one['gate_effect']:.2e} |"
         )
+    moved = min(summary(found["mhc"][seed]["report"])["from_start"] for seed in seeds)
+    lines += [
+        "",
+        f"H_res (Frobenius norm, mean over sublayers and positions) is at least {moved:.3f} from its start; "
+        f"the starts of two seeds are at most {spread_of_starts(found['mhc'].values()):.1e} apart.",
+    ]
     warnings = [f"Seed {seed}: {line}" for seed in seeds for line in found["mhc"][seed]["report"]["verdicts"]]
     if warnings:
         lines += ["", *(f"**{line}**" for line in warnings)]

@@ -63,6 +63,25 @@ def test_rows_are_the_text_in_order_and_no_document_is_in_both(text: str) -> Non
     assert len(pretrain_data.load_text(text, None, tokenizer, 32, 4, 5)[0]) == 5  # type: ignore[arg-type]
 
 
+def test_validation_rows_are_spread_over_all_documents_and_long_files_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first few documents may be nothing but tables: one of sympy's, a list of hashes, was most of the rows."""
+    folder = tmp_path / "some_package"
+    folder.mkdir()
+    for index in range(60):
+        numbers = range(index * 10**6, index * 10**6 + (pretrain_data.LONGEST if index % 2 else 64))
+        (folder / f"part{index}.py").write_text(" ".join(map(str, numbers)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tokenizer = pretrain_data.byte_tokenizer()
+    apart = [text for i, text in enumerate(pretrain_data.documents("python:some_package", None)) if i % 20 == 0]
+    assert len(apart) == 3 and max(map(len, apart)) == pretrain_data.LONGEST
+    _, held_out = pretrain_data.load_text("python:some_package", None, tokenizer, 32, 12, 4)
+    whole = list(pretrain_data.rows(apart, tokenizer, 32))
+    assert len(whole) > 100 and len(held_out) == 12
+    assert all(torch.equal(row, whole[i * len(whole) // 12]) for i, row in enumerate(held_out.rows))
+
+
 @pytest.mark.parametrize(
     ("dataset", "why"),
     [("python:nosuchpackage", "no package nosuchpackage"), ("nosuch.jsonl", "does not exist")],
@@ -115,6 +134,10 @@ def test_a_pair_trains_and_reports(pair: Path, text: str, capsys: pytest.Capture
     assert own is not None and plain is not None
     assert own["curve"][0][0] == 3 and own["curve"][-1][1] == own["bits_per_byte"] < math.log2(320)
     assert own["mhc_parameters"] == own["parameters"] - plain["parameters"] > 0 and plain["report"] is None
+    steps = [step for step, _ in own["curve"]]
+    assert steps == [3, 6]  # the last evaluation is in it once
+    first = own["first_matrices"]["0.attn"]
+    assert first[0][0] == pytest.approx(math.e**5 / (math.e**5 + 3), abs=1e-5) and first != own["matrices"]["0.attn"]
     assert all(abs(sum(row) - 1) < 0.05 for matrix in own["matrices"].values() for row in matrix)
     # The same command again does nothing but the report.
     words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--output_dir", str(pair)]
@@ -133,8 +156,11 @@ def test_several_pairs_are_compared_by_their_differences(pair: Path, tmp_path: P
             result |= {"seed": seed, "bits_per_byte": 2.0 + seed - gain * (variant == "mhc")}
             places.append(tmp_path / f"{variant}-{seed}")
             places[-1].mkdir()
+            if variant == "mhc":
+                result["first_matrices"]["1.mlp"][0][3] += 0.25 * seed
             (places[-1] / "result.json").write_text(json.dumps(result))
     text = pretrain_report.write_report(places, tmp_path)
+    assert "the starts of two seeds are at most 5.0e-01 apart" in text
     # mean -0.11, s = 0.01, t(0.975, 2) = 4.3027: half an interval of 0.0248
     assert "Mean difference -0.1100 bits per byte, 95 % interval -0.1348 to -0.0852: mHC and baseline differ" in text
 
