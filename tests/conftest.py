@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test shares: no Hub, two threads, fixed seeds, and tiny models of the two architectures.
+"""What every test shares: no Hub, few threads, fixed seeds, and tiny models of the two architectures.
 
 The variables are set before any test imports torch or transformers; child processes inherit them.
 
@@ -20,7 +20,8 @@ import hypothesis
 import pytest
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-os.environ.update(OFFLINE | {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"})
+THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # two workers share two cores
+os.environ.update(OFFLINE | {"OMP_NUM_THREADS": THREADS, "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"})
 os.environ.pop("M3PO_DEBUG", None)
 
 hypothesis.settings.register_profile("m3po", derandomize=True, deadline=None, max_examples=50, database=None)
