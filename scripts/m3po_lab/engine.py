@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from m3po_lab.errors import DEFAULT_CONFIG, PROJECT_ROOT, UserError, find_config, one_line, split_config
+from m3po_lab.files import read_json
 
 if TYPE_CHECKING:
     from m3po_lab.config import Run
@@ -141,6 +142,8 @@ def flag_obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"it trains in half precision, and --dtype is {dtype}: set --dtype bfloat16 --bf16 true"
     if name is not None and (Path(str(name)) / "adapter_config.json").is_file():
         yield f"--model_name_or_path {name} is a LoRA adapter, which trl goes on from: merge it (make export-model)"
+    if name is not None and (read_json(Path(str(name)) / "config.json") or {}).get("mhc_enabled"):
+        yield f"--model_name_or_path {name} has hyper-connections, which its fast paths leave out: train it with trl"
     for flag in ("use_dora", "use_vllm", "load_in_8bit"):
         if _true(values[flag]):
             yield f"--{flag} true is not for Unsloth here: leave it out"

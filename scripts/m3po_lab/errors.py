@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A wrong input is one line; and the YAML file that an input names. Nothing large is imported here."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +19,19 @@ def one_line(error: BaseException | str) -> str:
     """The first paragraph of an error's text on one line."""
     text = str(error).strip().split("\n\n")[0]
     return " ".join(text.split()) or type(error).__name__
+
+
+def exit_code(action: Callable[[], object], when_stopped: str) -> int:
+    """That of a command: 0 when `action` is through, 2 for a wrong input and 130 for Ctrl-C, with a line for either."""
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{when_stopped}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def find_config(given: str, folder: str = "configs", begins: str = "") -> Path:

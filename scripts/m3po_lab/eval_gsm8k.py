@@ -6,7 +6,6 @@ The libraries are imported inside `main`, after the environment variables that t
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -100,24 +99,17 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as command-line words say (those of the process by default); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # an evaluation sends nothing anywhere
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.config import UserError
+    from m3po_lab.errors import exit_code
     from m3po_lab.eval_session import run_evaluation
 
-    try:
+    def evaluate() -> None:
         given = parser().parse_args(words)
         run_evaluation(given, {name: getattr(given, name) for name in NUMBERS}, shlex.join(["bash", EVAL, *words]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on behind the batches that are done.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(evaluate, "Stopped. The same command goes on behind the batches that are done.")
 
 
 EVAL = "scripts/eval_gsm8k.sh"

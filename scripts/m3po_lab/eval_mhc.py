@@ -3,20 +3,21 @@
 
 GSM8K with 0 and 8 examples, HellaSwag, ARC-Easy and bits per byte are lm-eval's own tasks; from the Hub, or with
 `--data DIR` from files of the same formats. With `--baseline` each task is run on that model too, and the seconds and
-the memory of decoding stand side by side.
+the memory of decoding stand side by side. A command that was stopped goes on behind the tasks that are done.
 Exit codes: 0 evaluated, 2 a wrong input, 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from m3po_lab.files import read_json, shown_path, write_json, write_text
 
 FILES = {  # task -> split: file in --data; rows in the format of the dataset on the Hub
     "gsm8k": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
@@ -66,8 +67,13 @@ def write_task(name: str, data: Path | None, folder: Path) -> str:
     return str(file)
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | None) -> dict[str, Any]:
-    """lm-eval's results of the tasks, given by name and file."""
+def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | None, kept: Path, about: Any) -> Any:
+    """lm-eval's results of the tasks, given by name and file; each is kept as soon as it is there.
+
+    Args:
+        kept: JSON file of the results so far.
+        about: what they hang on, as JSON has it; those of anything else are not taken.
+    """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -82,14 +88,24 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | Non
     length = model.config.max_position_embeddings
     lm = ShortContext(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=length, device=str(model.device))
     manager = TaskManager(include_defaults=False)
-    found = {}
+    before = read_json(kept) or {}
+    found = before["results"] if before.get("about") == about else {}
     for name, file in tasks.items():
+        if name in found:
+            print(f"{name}: done before")
+            continue
         done = simple_evaluate(
             lm, tasks=[file], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
         )
         assert done is not None
         found[name] = done["results"][name]
-    return found
+        write_json(kept, {"about": about, "results": found})
+    return {name: found[name] for name in tasks}
+
+
+def files_of(folder: Path) -> list[list[Any]]:
+    """Name, size and time of the files in a folder: of one that was written anew, another list."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.iterdir())]
 
 
 def decoding(models: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -164,7 +180,6 @@ def run(given: argparse.Namespace) -> None:
     from transformers.m3po.hyper_connections import set_mhc_gate
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
-    from m3po_lab.files import shown_path, write_json, write_text
 
     data = Path(given.data) if given.data else None
     for name in given.tasks:
@@ -186,23 +201,27 @@ def run(given: argparse.Namespace) -> None:
     usual = PROJECT_ROOT / "evals" / ("-".join(Path(given.checkpoint).parts[-2:]) + told)
     folder = Path(given.output_dir) if given.output_dir else usual
     tasks = {name: write_task(name, data, folder / "tasks") for name in given.tasks}
-    results = {name: evaluate(*pair, tasks, given.limit) for name, pair in loaded.items()}
+    results = {}
+    for name, pair in loaded.items():
+        about = [places[name], files_of(Path(places[name])), given.gate, given.limit, given.data]
+        about += [files_of(data) if data else None]
+        results[name] = evaluate(*pair, tasks, given.limit, folder / f"{name}.partial.json", about)
     speed = decoding({name: pair[0] for name, pair in loaded.items()})
     text = table(results, speed)
-    about = {"places": places, "gate": given.gate, "data": given.data, "limit": given.limit}
-    write_json(folder / "results.json", {**about, "results": results, "decoding": speed})
+    told_of = {"places": places, "gate": given.gate, "data": given.data, "limit": given.limit}
+    write_json(folder / "results.json", {**told_of, "results": results, "decoding": speed})
     write_text(folder / "results.md", text + "\n")
+    for name in loaded:
+        (folder / f"{name}.partial.json").unlink()
     print(f"{text}\n\nwritten to {shown_path(folder)}/results.md and results.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as command-line words say (those of the process by default); returns the exit code."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import UserError
+    from m3po_lab.errors import exit_code
 
     flags = argparse.ArgumentParser(usage="bash scripts/eval_mhc.sh CHECKPOINT [--flag value ...]", allow_abbrev=False)
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
@@ -212,14 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--data", help="folder with the tasks' files, see docs/hyper-connections.md (default: the Hub)")
     flags.add_argument("--limit", type=int, help="the first N problems of each task")
     flags.add_argument("--output_dir", help="default: evals/<run>-final")
-    try:
-        run(flags.parse_args(list(sys.argv[1:] if argv is None else argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    given = flags.parse_args(list(sys.argv[1:] if argv is None else argv))
+    return exit_code(lambda: run(given), "Stopped. The same command goes on behind the tasks that are done.")
 
 
 if __name__ == "__main__":

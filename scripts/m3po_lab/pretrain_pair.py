@@ -24,9 +24,12 @@ VARIANTS = {"baseline": "false", "mhc": "true"}
 
 def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[str]) -> int:
     """Run what is not done and report; returns an exit code."""
+    from m3po_lab.quiet import silence_known_noise
+
+    silence_known_noise()
     from m3po_lab.files import read_json, shown_path
-    from m3po_lab.pretrain import parse
     from m3po_lab.pretrain_report import write_report
+    from m3po_lab.pretrain_run import parse
 
     plan = [(seed, variant) for seed in seeds for variant in VARIANTS]
     places = {pair: folder / f"{pair[1]}-seed{pair[0]}" for pair in plan}

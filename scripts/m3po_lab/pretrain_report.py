@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_text
-from m3po_lab.pretrain import summary
+from m3po_lab.pretrain_run import summary
 
 COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}
 SAME = ("max_steps", "tokens_per_step")  # besides all flags but `mhc_enabled`
@@ -142,9 +142,8 @@ def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None
     figure.savefig(file)
 
 
-def draw_routing(run: dict[str, Any], file: Path) -> None:
+def draw_routing(matrices: Mapping[str, Sequence[Sequence[float]]], title: str, file: Path) -> None:
     """H_res of each sublayer, mean over positions: rows are the streams that are read, columns those written."""
-    matrices = run["matrices"]
     layers = len(matrices) // 2
     figure = Figure(figsize=(1.6 * layers + 1.4, 3.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -156,7 +155,7 @@ def draw_routing(run: dict[str, Any], file: Path) -> None:
         axes.set(xticks=[], yticks=[])
         axes.set_title(f"layer {layer}, {half}", fontsize=8)
     figure.colorbar(shown, ax=grid.ravel().tolist(), shrink=0.8, label="weight")
-    figure.suptitle(f"H_res after {run['max_steps']} steps, seed {run['seed']}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(file)
 
 
@@ -170,5 +169,7 @@ def write_report(folders: Sequence[Path], folder: Path) -> str:
     text = text_of(found)
     write_text(folder / "report.md", text + "\n")
     draw_curves(found, folder / "curves.png")
-    draw_routing(found["mhc"][min(found["mhc"])], folder / "routing.png")
+    first = found["mhc"][min(found["mhc"])]
+    title = f"H_res after {first['max_steps']} steps, seed {first['seed']}"
+    draw_routing(first["matrices"], title, folder / "routing.png")
     return text

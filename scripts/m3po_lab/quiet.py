@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of libraries that say nothing about a run, kept off the terminal.
+"""Messages of libraries that say nothing about a run, kept off the terminal and the net.
 
 Each one is named; anything else a library has to say is shown.
 """
 
 import logging
+import os
 import warnings
 
 
 def silence_known_noise() -> None:
-    """Let known chatterers report errors only, and show no bars for reading and writing weights."""
+    """Let known chatterers report errors only, and show no bars for reading and writing weights.
+
+    To be called before the libraries are imported: some speak then, or read these variables.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a command sends nothing anywhere
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
     for name in (
         "torchao",
         "bitsandbytes.backends.cpu.ops",  # which of its parts a CPU lacks

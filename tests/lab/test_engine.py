@@ -92,14 +92,17 @@ def test_on_a_gpu_auto_takes_unsloth_for_lora(words: list[str], tmp_path: Path) 
         (["--use_peft", "false", "--beta", "0.1"], "--beta above 0"),
         (["--gating_training", "logits"], "--gating_training logits"),
         (["--model_name_or_path", "ADAPTER"], "is a LoRA adapter"),
+        (["--model_name_or_path", "STREAMS"], "has hyper-connections, which its fast paths leave out"),
     ],
 )
 @pytest.mark.usefixtures("on_a_gpu")
 def test_what_unsloth_would_do_otherwise_is_trls_or_refused(
     words: list[str], why: str, yaml: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    words = [str(yaml), *(str(tmp_path) if word == "ADAPTER" else word for word in words)]
+    for place, file, text in (("ADAPTER", "adapter_config", "{}"), ("STREAMS", "config", '{"mhc_enabled": true}')):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{file}.json").write_text(text)
+    words = [str(yaml), *(str(tmp_path / word) if word.isupper() else word for word in words)]
     chosen = engine.choose_engine(words)
     assert chosen.name == "trl" and why in chosen.why
     with pytest.raises(UserError, match=r"^--engine unsloth: .*" + why):

@@ -5,22 +5,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from lm_eval import evaluator
 from transformers import NanoChatForCausalLM
 
-from m3po_lab import eval_mhc, pretrain, pretrain_data, pretrain_pair, pretrain_report
+from m3po_lab import eval_mhc, pretrain, pretrain_data, pretrain_pair, pretrain_report, pretrain_run, report_mhc
 from m3po_lab.errors import UserError
 from m3po_lab.files import read_json
 
 TINY = ["--depth", "2", "--model_dim", "32", "--num_heads", "2", "--max_seq_len", "32", "--validation_rows", "4"]
 TINY += ["--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--warmup_steps", "1", "--report_to", "none"]
 TINY += ["--per_device_train_batch_size", "4"]
+# A few made-up rows in the formats of the four tasks and of a text.
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "lm_eval"
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +110,7 @@ def test_bits_per_byte_are_those_of_the_formula() -> None:
         for at in range(1, 7):
             if labels[row, at] >= 0:
                 wanted[row] -= logits[row, at - 1].double().log_softmax(-1)[labels[row, at]]
-    assert torch.allclose(pretrain.nats_of_rows(logits, labels).double(), wanted, atol=1e-5)
+    assert torch.allclose(pretrain_run.nats_of_rows(logits, labels).double(), wanted, atol=1e-5)
 
 
 def test_both_models_begin_as_the_same_one_and_as_nanochat(text: str, tmp_path: Path) -> None:
@@ -114,9 +119,9 @@ def test_both_models_begin_as_the_same_one_and_as_nanochat(text: str, tmp_path: 
     ids = torch.randint(2, 258, (2, 16), generator=torch.Generator().manual_seed(1))
     for enabled in ("false", "true"):
         for start in ("true", "false"):
-            script = pretrain.parse([*words, "--mhc_enabled", enabled, "--nanochat_init", start]).script
+            script = pretrain_run.parse([*words, "--mhc_enabled", enabled, "--nanochat_init", start]).script
             torch.manual_seed(5)
-            model = pretrain.make_model(script, 320, tokenizer).eval()
+            model = pretrain_run.make_model(script, 320, tokenizer).eval()
             logits.append(model(input_ids=ids).logits)
             zero = model.model.layers[0].mlp.fc2.weight.abs().max().item() == 0
             assert zero == (start == "true") and model.lm_head.weight.std().item() == pytest.approx(
@@ -205,44 +210,59 @@ def test_a_stopped_run_goes_on_and_ends_as_the_whole_one(text: str, pair: Path, 
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
 
 
+def test_two_processes_train_as_one(text: str, pair: Path, tmp_path: Path) -> None:
+    """DDP (gloo): half of each batch in each process. Sums in another order differ by units of float32."""
+    words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--per_device_train_batch_size", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "m3po_lab.pretrain", *words, "--mhc_enabled", "true", "--output_dir", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("mhc, seed 0:") == 1
+    one, both = (read_json(folder / "result.json") for folder in (pair / "mhc-seed0", tmp_path))
+    assert one is not None and both is not None and both["tokens_per_step"] == one["tokens_per_step"]
+    for (step, alone), (at, found) in zip(one["curve"], both["curve"], strict=True):
+        assert step == at and found == pytest.approx(alone, abs=1e-4)
+    whole = NanoChatForCausalLM.from_pretrained(pair / "mhc-seed0" / "final").state_dict()
+    for name, value in NanoChatForCausalLM.from_pretrained(tmp_path / "final").state_dict().items():
+        torch.testing.assert_close(value, whole[name], atol=1e-3, rtol=0, msg=name)
+
+
+def test_a_checkpoint_is_reported_on_with_its_gradients_and_verdicts(
+    pair: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(pair / "mhc-seed0" / "final"), "--dataset", text, "--output_dir", str(tmp_path)]
+    assert report_mhc.main(words) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| 0.", "| 1."))]
+    assert [row[0] for row in rows] == ["| 0.attn", "| 0.mlp", "| 1.attn", "| 1.mlp"]
+    heads = printed.splitlines()[0].split(" | ")
+    assert all(float(row[heads.index("b, post")]) > 0 for row in rows) and len(rows[0]) == len(heads) == 13
+    assert "WARNING: gate has no effect" in printed  # six steps
+    assert (tmp_path / "report.md").read_text().strip() in printed and (tmp_path / "routing.png").stat().st_size > 5000
+    for wrong, why in (
+        ([str(pair / "baseline-seed0" / "final")], "has no hyper-connections"),
+        ([words[0], "--dataset", "python:nosuch"], "no package nosuch is installed"),
+    ):
+        assert report_mhc.main(wrong) == 2
+        assert why in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["mhc_small", "mhc_d12"])
 def test_the_projects_files_parse_and_a_missing_one_names_them(name: str) -> None:
-    run = pretrain.parse([f"configs/{name}.yaml", "--use_cpu", "true", "--bf16", "false"])
+    run = pretrain_run.parse([f"configs/{name}.yaml", "--use_cpu", "true", "--bf16", "false"])
     assert run.script.depth in (4, 12) and run.variant == "baseline"
     with pytest.raises(UserError, match=rf"nope.yaml does not exist.*{name}.yaml") as found:
-        pretrain.parse(["configs/nope.yaml"])
+        pretrain_run.parse(["configs/nope.yaml"])
     assert "demo" not in str(found.value)
 
 
-@pytest.fixture(scope="session")
-def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few generated rows in the formats of the four tasks and of a text."""
-    folder = tmp_path_factory.mktemp("fixtures")
-    sums = [{"question": f"What is {i} + 2?", "answer": f"It is {i + 2}.\n#### {i + 2}"} for i in range(12)]
-    shared = {"activity_label": "Counting", "ctx_b": "one", "label": "1", "split": "val", "split_type": "x"}
-    hella = [
-        {"ind": i, "source_id": "x", "ctx_a": f"{i} and", "ctx": f"{i} and one", **shared,
-         "endings": ["is none.", f"is {i + 1}.", "is red.", "is far."]}
-        for i in range(4)
-    ]  # fmt: skip
-    arc = [
-        {"id": str(i), "question": f"Which is {i}?", "answerKey": "B",
-         "choices": {"text": ["x", str(i), "y", "z"], "label": ["A", "B", "C", "D"]}}
-        for i in range(4)
-    ]  # fmt: skip
-    files = {"gsm8k_train": sums[:8], "gsm8k_test": sums[8:], "hellaswag_validation": hella, "arc_easy_test": arc}
-    files["text"] = [{"page": "one plus two is three. " * 4}] * 3
-    for name, rows in files.items():
-        Dataset.from_list(rows).to_json(folder / f"{name}.jsonl")
-    return folder
-
-
 def test_lm_eval_runs_all_tasks_offline_beside_the_baseline_at_a_gate(
-    pair: Path, fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     places = [str(pair / f"{variant}-seed0" / "final") for variant in ("mhc", "baseline")]
-    words = [places[0], "--baseline", places[1], "--gate", "0", "--data", str(fixtures), "--limit", "2"]
+    words = [places[0], "--baseline", places[1], "--gate", "0", "--data", str(FIXTURES), "--limit", "2"]
     assert eval_mhc.main([*words, "--output_dir", str(tmp_path)]) == 0
     found: Any = read_json(tmp_path / "results.json")
     for name in ("model", "baseline"):
@@ -252,9 +272,43 @@ def test_lm_eval_runs_all_tasks_offline_beside_the_baseline_at_a_gate(
     assert "ms per decoded token" in capsys.readouterr().out
 
 
-def test_what_the_evaluation_lacks_is_one_line(
-    pair: Path, fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_stopped_evaluation_goes_on_behind_the_tasks_that_are_done(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    plain = str(pair / "baseline-seed0" / "final")
+    words = [plain, "--data", str(FIXTURES), "--limit", "2", "--tasks", "arc_easy", "hellaswag"]
+    words += ["--output_dir", str(tmp_path)]
+    with monkeypatch.context() as patched:  # Ctrl-C in the second task
+        whole = evaluator.simple_evaluate
+        calls: list[Any] = []
+
+        def stopped(*given: Any, **more: Any) -> Any:
+            calls.append(more["tasks"])
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return whole(*given, **more)
+
+        patched.setattr(evaluator, "simple_evaluate", stopped)
+        assert eval_mhc.main(words) == 130
+    assert "goes on behind the tasks that are done" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "model.partial.json").read_text())
+    assert list(kept["results"]) == ["arc_easy"]
+    kept["results"]["arc_easy"]["acc_norm,none"] = 0.125  # to know it again
+    (tmp_path / "model.partial.json").write_text(json.dumps(kept))
+    assert eval_mhc.main([*words[:-4], "hellaswag", "arc_easy", *words[-2:]]) == 0
+    assert "arc_easy: done before" in capsys.readouterr().out and not list(tmp_path.glob("*.partial.json"))
+    found: Any = read_json(tmp_path / "results.json")
+    assert list(found["results"]["model"]) == ["hellaswag", "arc_easy"]
+    assert found["results"]["model"]["arc_easy"]["acc_norm,none"] == 0.125
+    # Of another limit, nothing is taken.
+    (tmp_path / "model.partial.json").write_text(json.dumps(kept))
+    words[words.index("--limit") + 1] = "3"
+    assert eval_mhc.main(words) == 0
+    assert "done before" not in capsys.readouterr().out
+
+
+def test_what_the_evaluation_lacks_is_one_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, own = (str(pair / f"{variant}-seed0" / "final") for variant in ("baseline", "mhc"))
     for words, why in (
         ([plain, "--gate", "0.5"], "has no hyper-connections"),

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hyper-connections of a checkpoint do on a text: ``bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]``.
+
+For each sublayer how far H_res is from doubly stochastic, from its start and from the identity, how alike the streams
+are and how large the gradients; what the routing gate changes; and a line for whatever does nothing. Written to
+`report.md` and `routing.png` too. Exit codes: 0 reported, 2 a wrong input, 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROWS, LENGTH = 4, 256
+COLUMNS = {"row error": "row_error", "column error": "column_error", "from its start": "from_start"}
+COLUMNS |= {"from identity": "from_identity", "stream cosine": "stream_cosine"}
+GRADIENTS = {"gradient of b, pre": "pre", "b, post": "post", "b, res": "res"}
+GRADIENTS |= {"φ, pre": "phi_pre", "φ, post": "phi_post", "φ, res": "phi_res", "α": "scale"}
+
+
+def tokens(tokenizer: Any, dataset: str, length: int) -> Any:
+    """(ROWS, length) long: the first tokens of the first documents that have as many.
+
+    Raises:
+        UserError: there are no such documents.
+    """
+    import torch
+
+    from m3po_lab.errors import UserError
+    from m3po_lab.pretrain_data import documents, rows
+
+    firsts = (next(rows([text], tokenizer, length), None) for text in documents(dataset, None))
+    found = list(islice((row for row in firsts if row is not None), ROWS))
+    if not found:
+        raise UserError(f"--dataset {dataset} has no document of {length} tokens; give another text.")
+    return torch.stack(found)
+
+
+def text_of(report: dict[str, Any], gradients: dict[str, dict[str, float]]) -> str:
+    """The report as Markdown: a row for each sublayer, then what is of the whole model."""
+    names = ["sublayer", *COLUMNS, *GRADIENTS]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for name, numbers in report["sublayers"].items():
+        cells = [f"{numbers[key]:.2e}" if "error" in key else f"{numbers[key]:.3f}" for key in COLUMNS.values()]
+        cells += [f"{gradients[name][key]:.1e}" for key in GRADIENTS.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    gains = report["composite_gain_rows"], report["composite_gain_columns"]
+    lines += [
+        "",
+        f"Over all sublayers a signal grows by {gains[0]:.3f} at most and a gradient by {gains[1]:.3f} (composite gain). "
+        f"Routing gate 0 against 1: {report['gate_effect']:.2e} nats.",
+    ]
+    return "\n".join([*lines, *(f"\nWARNING: {line}" for line in report["verdicts"])])
+
+
+def run(given: argparse.Namespace) -> None:
+    """Report.
+
+    Raises:
+        UserError: the checkpoint cannot be read or has no hyper-connections, or there is no text.
+    """
+    from transformers.m3po.hyper_connection_report import full_report, gradient_norms, mean_matrices
+    from transformers.m3po.hyper_connection_settings import has_hyper_connections
+
+    from m3po_lab.errors import PROJECT_ROOT, UserError
+    from m3po_lab.eval_mhc import load
+    from m3po_lab.files import shown_path, write_text
+    from m3po_lab.pretrain_report import draw_routing
+
+    model, tokenizer = load(given.checkpoint)
+    if not has_hyper_connections(model):
+        raise UserError(f"{given.checkpoint} has no hyper-connections: give a model with mhc_enabled.")
+    length = min(LENGTH, model.config.max_position_embeddings)
+    inputs = {"input_ids": tokens(tokenizer, given.dataset, length).to(model.device)}
+    report = full_report(model, inputs)
+    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    text = text_of(report, gradient_norms(model))
+    name = "-".join(Path(given.checkpoint).parts[-2:])
+    folder = Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals" / f"{name}-routing"
+    write_text(folder / "report.md", text + "\n")
+    matrices = {name: matrix.tolist() for name, matrix in mean_matrices(model, inputs).items()}
+    draw_routing(matrices, f"H_res of {name} on {given.dataset}", folder / "routing.png")
+    print(f"{text}\n\nwritten to {shown_path(folder)}/report.md and routing.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Report as command-line words say (those of the process by default); returns the exit code."""
+    from m3po_lab.quiet import silence_known_noise
+
+    silence_known_noise()
+    from m3po_lab.errors import exit_code
+
+    flags = argparse.ArgumentParser(
+        usage="bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]", allow_abbrev=False
+    )
+    flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
+    flags.add_argument(
+        "--dataset",
+        default="python:sympy",
+        help="'python:<package>' (the files of an installed package), a .jsonl with 'text', or a Hub id",
+    )
+    flags.add_argument("--output_dir", help="default: evals/<run>-final-routing")
+    given = flags.parse_args(list(sys.argv[1:] if argv is None else argv))
+    return exit_code(lambda: run(given), "Stopped.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
