@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hyper-connections of a checkpoint do on a text: ``bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]``.
+"""What the hyper-connections of a checkpoint do: ``bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]``.
 
 For each sublayer how far H_res is from doubly stochastic, from its start and from the identity, how alike the streams
 are and how large the gradients; what the routing gate changes; and a line for whatever does nothing. Written to
@@ -51,8 +51,8 @@ def text_of(report: dict[str, Any], gradients: dict[str, dict[str, float]]) -> s
     gains = report["composite_gain_rows"], report["composite_gain_columns"]
     lines += [
         "",
-        f"Over all sublayers a signal grows by {gains[0]:.3f} at most and a gradient by {gains[1]:.3f} (composite gain). "
-        f"Routing gate 0 against 1: {report['gate_effect']:.2e} nats.",
+        f"Over all sublayers a signal grows by {gains[0]:.3f} at most and a gradient by {gains[1]:.3f} (composite "
+        f"gain). Routing gate 0 against 1: {report['gate_effect']:.2e} nats.",
     ]
     return "\n".join([*lines, *(f"\nWARNING: {line}" for line in report["verdicts"])])
 
