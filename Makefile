@@ -49,9 +49,9 @@ format: env ## let ruff write the formatting and the simple fixes
 	@$(ENV) -m ruff check --fix
 	@$(ENV) -m ruff format
 
-test: env-unsloth ## the whole test suite by two workers, tests/unsloth by itself: importing Unsloth patches the other libraries
+test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own: importing Unsloth patches the other libraries
 	@$(ENV) -m pytest -n 2 --dist loadfile
-	@$(ENV) -m pytest -n 2 --dist loadfile tests/unsloth
+	@$(ENV) -m pytest tests/unsloth
 
 bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gates
 	@$(ENV) benchmarks/rollout.py

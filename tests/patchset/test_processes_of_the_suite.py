@@ -66,6 +66,6 @@ def test_make_test_adds_the_extra_even_after_targets_without_it_and_runs_two_pro
     assert [line.split("python")[-1].strip() for line in lines] == [
         "3 -m patchset.environment",
         "3 -m patchset.environment --extra=unsloth",
-        "-m pytest",
+        "-m pytest -n 2 --dist loadfile",
         "-m pytest tests/unsloth",
     ]
