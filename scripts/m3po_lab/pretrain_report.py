@@ -112,11 +112,9 @@ def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
             f"{one['gate_effect']:.2e} |"
         )
     moved = min(summary(found["mhc"][seed]["report"])["from_start"] for seed in seeds)
-    lines += [
-        "",
-        f"H_res (Frobenius norm, mean over sublayers and positions) is at least {moved:.3f} from its start; "
-        f"the starts of two seeds are at most {spread_of_starts(found['mhc'].values()):.1e} apart.",
-    ]
+    apart = f"; the starts of two seeds are at most {spread_of_starts(found['mhc'].values()):.1e} apart"
+    told = f"H_res (Frobenius norm, mean over sublayers and positions) is at least {moved:.3f} from its start"
+    lines += ["", f"{told}{apart * (len(seeds) > 1)}."]
     warnings = [f"Seed {seed}: {line}" for seed in seeds for line in found["mhc"][seed]["report"]["verdicts"]]
     if warnings:
         lines += ["", *(f"**{line}**" for line in warnings)]
