@@ -108,21 +108,27 @@ class Run:
         return Path(self.training.output_dir)
 
 
-class RunParser(TrlParser):
+class OneLineParser(TrlParser):
     """`TrlParser` whose errors are one line (`UserError`) and which takes no abbreviated flags."""
 
-    def __init__(self, training: type[GRPOConfig] = GRPOConfig) -> None:
-        super().__init__([RunArguments, training, ModelConfig], allow_abbrev=False)
-        # TRL's default dropout makes rollout and policy pass two policies; and bf16 without a GPU needs use_cpu.
-        self.set_defaults(lora_dropout=0.0, use_cpu=on_cpus())
+    def __init__(self, *groups: Any) -> None:
+        super().__init__(list(groups), allow_abbrev=False)
+        self.set_defaults(use_cpu=on_cpus())  # bf16 without a GPU needs it
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (all flags: --help).")
 
     def flags(self) -> list[str]:
         """Every long flag, e.g. for a suggestion."""
-        groups = (RunArguments, GRPOConfig, ModelConfig)
-        return [f"--{entry.name}" for group in groups for entry in dataclasses.fields(group)]
+        return [f"--{entry.name}" for group in self.dataclass_types for entry in dataclasses.fields(group)]
+
+
+class RunParser(OneLineParser):
+    """That of a run of GRPO."""
+
+    def __init__(self, training: type[GRPOConfig] = GRPOConfig) -> None:
+        super().__init__(RunArguments, training, ModelConfig)
+        self.set_defaults(lora_dropout=0.0)  # TRL's default makes rollout and policy pass two policies
 
 
 def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
@@ -141,7 +147,7 @@ def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, An
     return value
 
 
-def check_unknown(parser: RunParser, from_yaml: list[str], from_command_line: list[str], config_file: Path) -> None:
+def check_unknown(parser: OneLineParser, from_yaml: list[str], from_command_line: list[str], config_file: Path) -> None:
     """Refuse what no argument group knows, naming the nearest flag.
 
     Raises:

@@ -21,17 +21,16 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def exit_code(action: Callable[[], object], when_stopped: str) -> int:
-    """That of a command: 0 when `action` is through, 2 for a wrong input and 130 for Ctrl-C, with a line for either."""
+def exit_code(action: Callable[[], int | None], when_stopped: str) -> int:
+    """A command's: what `action` returns, None being 0; 2 for a wrong input, 130 for Ctrl-C, with a line for either."""
     try:
-        action()
+        return action() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{when_stopped}", file=sys.stderr)
         return 130
-    return 0
 
 
 def find_config(given: str, folder: str = "configs", begins: str = "") -> Path:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, split_config
+from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, exit_code, find_config, split_config
 
 VARIANTS = {"baseline": "false", "mhc": "true"}
 
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--seeds", nargs="+", type=int, default=[0])
     flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/<config>)")
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def start() -> int:
         yaml, rest = split_config(words)
         given, more = flags.parse_known_args(rest)
         config = find_config(yaml or "configs/mhc_small.yaml", begins=OF_PRETRAINING)
@@ -74,12 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--mhc_enabled and --seed are what the runs of a comparison differ in: give --seeds.")
         folder = given.output_dir or PROJECT_ROOT / "runs" / config.stem
         return run_pairs(config, given.seeds, folder.resolve(), more)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nStopped. Go on with: {shlex.join(['bash', 'scripts/train_mhc.sh', *words])}", file=sys.stderr)
-        return 130
+
+    return exit_code(start, f"Stopped. Go on with: {shlex.join(['bash', 'scripts/train_mhc.sh', *words])}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import t as student
 
-from m3po_lab.config import UserError
+from m3po_lab.errors import UserError
 from m3po_lab.files import read_json, write_text
 from m3po_lab.pretrain_run import summary
 

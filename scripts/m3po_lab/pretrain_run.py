@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -20,16 +20,14 @@ from transformers import NanoChatConfig, NanoChatForCausalLM, Trainer, TrainerCa
 from transformers.m3po.hyper_connection_report import full_report, mean_matrices
 from transformers.m3po.hyper_connection_settings import MHC_DEFAULTS, check_mhc_numbers, has_hyper_connections
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
 
+from m3po_lab.config import UNSET_OUTPUT_DIR, OneLineParser, check_unknown
 from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, one_line, split_config
 from m3po_lab.files import read_json, shown_path, write_json
 from m3po_lab.pretrain_data import UNSCORED, load_text, load_tokenizer
-from m3po_lab.processes import on_cpus
 from m3po_lab.provenance import git_state
 
 DEFAULT_MHC_CONFIG = "configs/mhc_small.yaml"
-UNSET_OUTPUT_DIR = "trainer_output"
 KEY = "eval_bits_per_byte"  # in Trainer's log
 REPORTED_ROWS = 4  # validation rows on which H_res and the gate are looked at
 
@@ -67,17 +65,6 @@ class PretrainArguments:
     )
 
 
-class PretrainParser(TrlParser):
-    """`TrlParser` whose errors are one line and which takes no abbreviated flags."""
-
-    def __init__(self) -> None:
-        super().__init__([PretrainArguments, TrainingArguments], allow_abbrev=False)
-        self.set_defaults(use_cpu=on_cpus())
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (all flags: --help).")
-
-
 @dataclass
 class Pretraining:
     """One parsed command."""
@@ -105,14 +92,14 @@ def parse(argv: list[str]) -> Pretraining:
     """
     given, rest = split_config(argv)
     file = find_config(given or DEFAULT_MHC_CONFIG, begins=OF_PRETRAINING)
+    parser = OneLineParser(PretrainArguments, TrainingArguments)
     try:
-        script, training, in_yaml, unknown = PretrainParser().parse_args_and_config(
+        script, training, in_yaml, unknown = parser.parse_args_and_config(
             ["--config", str(file), *rest], return_remaining_strings=True, separate_remaining_strings=True
         )
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{file.name} or a flag: {one_line(error)}") from error
-    for word in [*in_yaml[::2], *unknown]:
-        raise UserError(f"Unknown argument {word.split('=')[0]}. All flags: --help.")
+    check_unknown(parser, in_yaml, unknown, file)
     if training.max_steps <= 0:
         raise UserError(f"--max_steps {training.max_steps}: it must be at least 1, so that both runs see as much text.")
     try:
@@ -228,16 +215,16 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_pretraining(run: Pretraining) -> dict[str, Any]:
-    """Train, or go on, and write `result.json` and the model; returns the result.
+def run_pretraining(run: Pretraining) -> None:
+    """Train, or go on, and write `result.json` and the model.
 
     Raises:
         UserError: for a wrong input, before anything is trained.
     """
     result = run.folder / "result.json"
-    if (found := read_json(result)) is not None:
+    if read_json(result) is not None:
         print(f"{shown_path(run.folder)}: done before")
-        return found
+        return
     script, training = run.script, run.training
     tokenizer = load_tokenizer(script.tokenizer)
     a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -302,7 +289,6 @@ def run_pretraining(run: Pretraining) -> dict[str, Any]:
         write_json(result, written)
         for line in report["verdicts"] if report else ():
             print(f"WARNING: {line}")
-    return written
 
 
 def matrices_of(model: NanoChatForCausalLM, inputs: dict[str, torch.Tensor]) -> dict[str, list[list[float]]] | None:

@@ -114,7 +114,7 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.errors import PROJECT_ROOT, UserError, find_config, split_config
+    from m3po_lab.errors import PROJECT_ROOT, exit_code, find_config, split_config
 
     flags = argparse.ArgumentParser(
         usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--seeds SEED ...] "
@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/sweep-[gates-]<config>)")
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def start() -> int:
         # Taken out first: argparse would take the value of a flag that it does not know for the YAML.
         yaml, rest = split_config(words)
         given, more = flags.parse_known_args(rest)
@@ -148,13 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "sweep" if given.gates is None else "sweep-gates"
         folder = given.output_dir or PROJECT_ROOT / "runs" / f"{what}-{config.stem}"
         return sweep(config, modes, given.seeds, folder.resolve(), more)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        again = shlex.join(["bash", "scripts/sweep.sh", *words])
-        print(f"\nStopped. Go on with: {again}", file=sys.stderr)
-        return 130
+
+    return exit_code(start, f"Stopped. Go on with: {shlex.join(['bash', 'scripts/sweep.sh', *words])}")
 
 
 if __name__ == "__main__":

@@ -322,6 +322,14 @@ def test_other_gates_are_refused_in_one_line(value, said):
     assert "mhc_gate" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_values_of_a_gate_are_looked_at_where_they_are_and_not_on_its_device():
+    """On a GPU the look would wait for it, once a token. The meta device has no values that could be looked at."""
+    gate = as_gate(0.5, layers=3, device=torch.device("meta"))
+    assert gate.device.type == "meta" and gate.shape == (1, 3, 2)
+    with pytest.raises(ValueError, match="outside"):
+        as_gate(2.0, layers=3, device=torch.device("meta"))
+
+
 def test_generate_gets_a_gate_for_all_rows_in_a_form_that_it_does_not_repeat():
     kwargs = {"mhc_gate": torch.full((1, 2, 2), 0.5)}
     take_gate(kwargs)

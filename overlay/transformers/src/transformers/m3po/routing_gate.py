@@ -34,7 +34,7 @@ def as_gate(value: Any, layers: int, rows: int | None = None, device: torch.devi
         ValueError: a 1-D tensor, which could mean rows or layers; a shape that does not broadcast; a value outside
             [0, 1].
     """
-    gate = torch.as_tensor(value, device=device)
+    gate = torch.as_tensor(value)  # moved behind the check of its values, which would wait for a GPU at each token
     gate = gate if gate.dtype == torch.float64 else gate.float()
     if gate.dim() == 1:
         raise ValueError(
@@ -50,7 +50,7 @@ def as_gate(value: Any, layers: int, rows: int | None = None, device: torch.devi
         raise ValueError(f"mhc_gate of shape {tuple(gate.shape)} does not broadcast to {whole}: {_HOW}.")
     if not torch.compiler.is_compiling() and not bool(((full >= 0) & (full <= 1)).all()):
         raise ValueError("mhc_gate holds a value outside [0, 1]: 0 is identity routing, 1 the full H_res.")
-    return full.expand(-1, layers, SUBLAYERS)
+    return full.expand(-1, layers, SUBLAYERS).to(device=device)
 
 
 def forward_gate(model: Any, value: Any, states: torch.Tensor) -> torch.Tensor | None:
@@ -82,16 +82,16 @@ def take_gate(generate_kwargs: dict[str, Any]) -> None:
     """Hook of `generate`: a gate without a row for each prompt becomes nested lists, which beams do not multiply.
 
     `generate` repeats the first axis of every tensor once for each returned sequence; of a gate for all rows that axis
-    is no row.
+    is no row. A gate of the rows goes to the CPU, where each forward looks at its values.
 
     Raises:
         ValueError: a 1-D tensor.
     """
     gate = generate_kwargs.get("mhc_gate")
-    if isinstance(gate, torch.Tensor) and (gate.dim() < 3 or gate.shape[0] == 1):
+    if isinstance(gate, torch.Tensor):
         if gate.dim() == 1:
             as_gate(gate, 1)
-        generate_kwargs["mhc_gate"] = gate.tolist()
+        generate_kwargs["mhc_gate"] = gate.tolist() if gate.dim() < 3 or gate.shape[0] == 1 else gate.cpu()
 
 
 def set_mhc_gate(model: Any, value: Any) -> None:
@@ -107,7 +107,8 @@ def set_mhc_gate(model: Any, value: Any) -> None:
     base = model.base_model
     if not has_hyper_connections(base):
         raise ValueError(f"set_mhc_gate on a {type(model).__name__} without hyper-connections: set mhc_enabled=True.")
-    setattr(base, _DEFAULT, None if value is None else as_gate(value, base.config.num_hidden_layers).detach().clone())
+    gate = None if value is None else as_gate(value, base.config.num_hidden_layers).detach().clone().cpu()
+    setattr(base, _DEFAULT, gate)
 
 
 def set_mhc_gates_per_layer(model: Any, values: Sequence[Any] | torch.Tensor) -> None:
