@@ -2,11 +2,13 @@
 """How the tasks of `configs/eval` score a problem's completions: lm-eval calls these as `process_results`.
 
 Strict: exactly one answer marker, and the line behind it equals the reference (the rule of the correct reward).
-Flexible: the last number, formula or letter of the text equals it, wherever it stands. With N paths both are means over
-the paths, and two more follow: the majority vote over the well-formed answer lines, and pass@N. A tied vote counts by
-the share of right answers among the tied, its expected value under a draw; pass@N from N samples is unbiased as it is.
+Flexible: that, or the last number, formula or letter of the text equals it, wherever it stands. With N paths both are
+means over the paths, and two more follow: the majority vote over the well-formed answer lines, and pass@N. A tied vote
+counts by the share of right answers among the tied, its expected value under a draw; pass@N from N samples is unbiased
+as it is.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +28,10 @@ def score(doc: dict[str, Any], texts: Sequence[str], kind: Kind) -> dict[str, fl
     right = [line is not None and kind.equal(reference, line) for line in lines]
     formed = [line for line in lines if line is not None and kind.readable(line)]
     ends = [kind.last(text) for text in texts]
+    at_end = [end is not None and kind.equal(reference, end) for end in ends]
     found = {
         "strict_match": sum(right) / len(texts),
-        "flexible_match": sum(end is not None and kind.equal(reference, end) for end in ends) / len(texts),
+        "flexible_match": sum(map(operator.or_, right, at_end)) / len(texts),
         "well_formed": len(formed) / len(texts),
     }
     if len(texts) > 1:

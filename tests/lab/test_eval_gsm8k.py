@@ -110,7 +110,7 @@ def test_report_of_an_evaluation(
     ]
     results = read_json(tmp_path / "out" / "results.json")
     assert results is not None
-    assert (results["checkpoint"]["cross_path_lambda"], results["versions"]) == (0.3, {"problems": 1.0})
+    assert (results["checkpoint"]["cross_path_lambda"], results["versions"]) == (0.3, {"problems": 1.1})
 
 
 @pytest.mark.parametrize("mode", ["none", "m3po"])

@@ -96,10 +96,10 @@ def test_every_task_file_has_a_version_and_its_own_name() -> None:
 @pytest.mark.parametrize(
     ("name", "row", "prompt", "reference", "version"),
     [
-        ("gsm8k", {"question": "Two?", "answer": "1+1=2\n#### 1,002"}, "Two?", "1002", 1.0),
-        ("math500", MATH, "Half of one?", "\\frac{1}{2}", 1.1),
-        ("mmlu_stem", STEM, LETTERED, "B", 1.0),
-        ("arc_challenge", ARC, "Question: Two?\nOptions:\nA. 1\nB. 3\nC. 2", "C", 1.0),
+        ("gsm8k", {"question": "Two?", "answer": "1+1=2\n#### 1,002"}, "Two?", "1002", 1.1),
+        ("math500", MATH, "Half of one?", "\\frac{1}{2}", 1.2),
+        ("mmlu_stem", STEM, LETTERED, "B", 1.1),
+        ("arc_challenge", ARC, "Question: Two?\nOptions:\nA. 1\nB. 3\nC. 2", "C", 1.1),
     ],
 )
 def test_task_reads_rows_in_the_format_of_its_dataset(
