@@ -13,9 +13,8 @@ from pathlib import Path
 import reasoning_gym
 from datasets import Dataset
 
-from m3po_lab.answers import is_comparable
 from m3po_lab.config import RunArguments, UserError, one_line
-from m3po_lab.data_sources import HUB_PROBLEMS, Problem, read_jsonl
+from m3po_lab.data_sources import HUB_PROBLEMS, Problem, check_references, read_jsonl
 
 GYM_PREFIX = "reasoning-gym:"
 TRIES_PER_PROBLEM = 50  # generated problems looked at for one new problem before giving up
@@ -27,7 +26,7 @@ def load_problems(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems of a run; the same arguments give the same lists.
 
     Raises:
-        UserError: when the dataset is missing, unreadable or too small, or math-verify cannot compare an answer.
+        UserError: when the dataset is missing, unreadable or too small, or a reference cannot be compared with answers.
     """
     if script.dataset.startswith(GYM_PREFIX):
         train, held_out = _generated(script)
@@ -42,12 +41,7 @@ def load_problems(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
             f"--dataset {script.dataset} is unknown: give 'reasoning-gym:<task>', the path of a .jsonl, or one of "
             f"{', '.join(HUB_PROBLEMS)}."
         )
-    for problem in held_out:
-        if problem.kind == "number" and not is_comparable(problem.answer):  # formulas fall back to their text
-            raise UserError(
-                f"--dataset {script.dataset}: math-verify cannot read the answer {problem.answer!r}; "
-                "choose a dataset whose answers are numbers or formulas."
-            )
+    check_references(script.dataset, {"training": train, "held-out": held_out})
     return train, held_out
 
 

@@ -6,7 +6,6 @@ GSM8K's form, on the Hub or in a local JSONL; MATH, whose answers are LaTeX; mul
 `configs/eval` read their rows by the same functions. Tested on rows in the formats of the Hub's datasets only.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,9 @@ from typing import Any
 
 from datasets import load_dataset
 
+from m3po_lab.answers import is_number, is_reference
 from m3po_lab.config import UserError, one_line
+from m3po_lab.user_files import read_json_lines, text_field
 
 GSM8K = "openai/gsm8k"
 MATH = "EleutherAI/hendrycks_math"
@@ -31,6 +32,12 @@ MATH_SUBJECTS = (
 MMLU = "cais/mmlu"
 ARC = "allenai/ai2_arc"
 LETTERS = "ABCDEFGHIJ"
+NAMED, SHOWN = 3, 40  # wrong references that an error names, and characters of each
+REFERENCES = {
+    "number": "one number on one line, with its unit if it has one, not a text, a list or something to work out",
+    "formula": "one line of LaTeX",
+    "letter": "one letter of the choices",
+}
 OFFLINE = "a local .jsonl in GSM8K's format or a reasoning-gym task"
 
 
@@ -48,49 +55,71 @@ def read_jsonl(path: Path) -> list[Problem]:
     """Problems from a file with one JSON object a line, `question` and `answer` ending in ``#### <number>``.
 
     Raises:
-        UserError: when the file is missing or a line does not have this form; the line is named.
+        UserError: when the file is missing or lines do not have this form; the first ones are named.
     """
     return [gsm8k_problem(row["question"], row["answer"]) for row in jsonl_rows(path)]
 
 
-def jsonl_rows(path: Path) -> list[dict[str, str]]:
+def jsonl_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of such a file, each checked; the same errors."""
     if not path.is_file():
         raise UserError(f"--dataset {path} does not exist: give the path of a .jsonl file in GSM8K's format.")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                gsm8k_problem(row["question"], row["answer"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: each line must be a JSON object with the texts 'question' and 'answer', "
-                    "the answer ending in '#### <number>'."
-                ) from error
-            rows.append(row)
+    rows, wrong = [], {}
+    for number, row in read_json_lines(path):
+        question, answer = (text_field(path, number, row, name) for name in ("question", "answer"))
+        rows.append(row)
+        try:
+            problem = gsm8k_problem(question, answer)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: the answer must end in '#### <number>'.") from None
+        if not is_reference(problem.answer, problem.kind):
+            wrong[f"line {number}"] = problem
+    refuse_references(str(path), wrong)
     return rows
 
 
+def check_references(source: str, splits: dict[str, list[Problem]]) -> None:
+    """Refuse problems whose reference no answer could be compared with; every problem of every split is looked at.
+
+    Raises:
+        UserError: the first ones are named.
+    """
+    wrong = {
+        f"{split} problem {number}": problem
+        for split, problems in splits.items()
+        for number, problem in enumerate(problems, start=1)
+        if not is_reference(problem.answer, problem.kind)
+    }
+    refuse_references(source, wrong)
+
+
+def refuse_references(source: str, wrong: dict[str, Problem]) -> None:
+    """Raise an error that names the first of some problems, given by where they are, if there are any."""
+    if not wrong:
+        return
+    shown = ", ".join(f"{place} ({problem.answer[:SHOWN]!r})" for place, problem in list(wrong.items())[:NAMED])
+    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    kind = next(iter(wrong.values())).kind
+    raise UserError(f"--dataset {source}: {shown}{more}: a reference must be {REFERENCES[kind]}.")
+
+
 def gsm8k_problem(question: str, answer: str) -> Problem:
-    """A GSM8K row as a problem: the reference is what follows the last ``####``, thousands separators removed.
+    """A GSM8K row as a problem: the reference is what follows the last ``####``, a number without its separators.
 
     Raises:
         ValueError: when the answer has no ``####`` or nothing behind it.
     """
     _, marker, reference = answer.rpartition("####")
-    reference = reference.strip().replace(",", "")
+    reference = reference.strip()
     if not marker or not reference:
         raise ValueError("no '#### <number>' in the answer")
-    return Problem(question.strip(), reference)
+    return Problem(question.strip(), reference.replace(",", "") if is_number(reference) else reference)
 
 
 def math_problem(row: dict[str, Any]) -> Problem | None:
     """A row of MATH: the reference is the content of the solution's last box; None where there is none."""
     answer = boxed(row["solution"])
-    return Problem(row["problem"], answer, kind="formula") if answer else None
+    return Problem(row["problem"], " ".join(answer.split()), kind="formula") if answer else None
 
 
 def boxed(solution: str) -> str | None:

@@ -42,10 +42,13 @@ def find_config(given: str, folder: str = "configs", begins: str = "") -> Path:
         begins: how their names begin; empty leaves out those of pretraining.
 
     Raises:
-        UserError: when neither exists.
+        UserError: when neither exists, or it is not UTF-8.
     """
+    from m3po_lab.user_files import read_text
+
     for candidate in (Path(given), PROJECT_ROOT / given):
         if candidate.is_file():
+            read_text(candidate)  # what reads it later would not say where it is wrong
             return candidate.resolve()
     files = [
         path.relative_to(PROJECT_ROOT / folder)

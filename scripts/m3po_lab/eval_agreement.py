@@ -28,7 +28,7 @@ def agreement(model: str, problems_of: str | None, samples: Sequence[dict[str, A
     if found is None:
         return None
     run, column = found
-    lines = (run / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run / "completions.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     pairs = list(zip(samples, (json.loads(line) for line in lines), strict=False))  # --limit: the first ones
     if len(pairs) < len(samples) or any(row["doc"]["question"] != told["question"] for row, told in pairs):
         return None

@@ -26,6 +26,13 @@ FILES = {  # task -> split: file in --data; rows in the format of the dataset on
     "arc_easy": {"test": "arc_easy_test.jsonl"},
     "bits_per_byte": {"validation": "text.jsonl"},
 }
+COLUMNS = {  # file: what the task reads of its rows
+    "gsm8k_train.jsonl": ("question", "answer"),
+    "gsm8k_test.jsonl": ("question", "answer"),
+    "hellaswag_validation.jsonl": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "arc_easy_test.jsonl": ("question", "choices", "answerKey"),
+    "text.jsonl": ("page",),
+}
 SHIPPED = {  # task -> lm-eval's own file, and the number of examples
     "gsm8k": ("gsm8k/gsm8k.yaml", 0),
     "gsm8k_8shot": ("gsm8k/gsm8k.yaml", 8),
@@ -56,15 +63,45 @@ def write_task(name: str, data: Path | None, folder: Path) -> str:
     shipped, shots = SHIPPED[name]
     task: dict[str, Any] = {"include": str(Path(lm_eval.__file__).parent / "tasks" / shipped), "task": name}
     task |= {"num_fewshot": shots, "tag": []}
+    text = ""
     if data is not None:
         files = {split: str((data / file).resolve()) for split, file in FILES[name].items()}
-        task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        task |= {"dataset_path": None, "dataset_name": None, "dataset_kwargs": {"files": files}}
         task |= {f"{split}_split": None for split in ("training", "validation", "test")}
         task |= {"training_split" if split == "train" else f"{split}_split": split for split in files}
+        text = "custom_dataset: !function m3po_lab.eval_mhc.local_rows\n"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(task), encoding="utf-8")
+    file.write_text(yaml.safe_dump(task) + text, encoding="utf-8")
     return str(file)
+
+
+def check_rows(file: Path, columns: Sequence[str]) -> None:
+    """Refuse a file of which a row lacks what its task reads, before a model is loaded.
+
+    Raises:
+        UserError: the line and what it lacks are named.
+    """
+    from m3po_lab.errors import UserError
+    from m3po_lab.user_files import read_json_lines
+
+    for number, row in read_json_lines(file):
+        missing = [name for name in columns if name not in row]
+        if missing:
+            raise UserError(f"{file}, line {number}: it lacks {missing[0]!r}; a row has {', '.join(columns)}.")
+
+
+def local_rows(files: dict[str, str], **metadata: Any) -> dict[str, Any]:
+    """The splits of a task from JSONL files, for lm-eval.
+
+    Raises:
+        UserError: a file is not one JSON object a line.
+    """
+    from datasets import Dataset
+
+    from m3po_lab.user_files import read_json_lines
+
+    return {split: Dataset.from_list([row for _, row in read_json_lines(Path(file))]) for split, file in files.items()}
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | None, kept: Path, about: Any) -> Any:
@@ -188,6 +225,7 @@ def run(given: argparse.Namespace) -> None:
                 raise UserError(
                     f"--data {data} has no {file}, which {name} needs: add it, or leave {name} out of --tasks."
                 )
+            check_rows(data / file, COLUMNS[file])  # type: ignore[operator]
     places = {"model": given.checkpoint, **({"baseline": given.baseline} if given.baseline else {})}
     loaded = {name: load(place) for name, place in places.items()}
     model = loaded["model"][0]

@@ -6,26 +6,27 @@ solution where the problem is an example, the answer marker and the system turn 
 evaluated; `examples` are the solved problems shown before each.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from m3po_lab.config import RunArguments, UserError, parse_run
+from m3po_lab.config import RunArguments, UserError, one_line, parse_run
 from m3po_lab.data import load_problems, user_turn
 from m3po_lab.data_sources import (
     ARC,
     GSM8K,
     Problem,
     arc_problem,
+    check_references,
     gsm8k_problem,
     hub_rows,
     jsonl_rows,
     mmlu_problem,
 )
 from m3po_lab.eval_settings import EvalSettings
+from m3po_lab.user_files import read_json_lines
 
 MARKER = "####"
 OFFLINE = "gsm_symbolic, problems or a local .jsonl in GSM8K's format"
@@ -43,7 +44,9 @@ def gsm8k(marker: str = MARKER, data: str | None = None, examples: int = 0, **me
         test, solved = rows[examples:], rows[:examples]
         if not test:
             raise UserError(f"--dataset {data}: {len(rows)} problems, none of them left beside {examples} examples.")
-    return _splits([_gsm8k_row(row, marker) for row in test], [_gsm8k_row(row, marker) for row in solved])
+    return _splits(
+        data or GSM8K, [_gsm8k_row(row, marker) for row in test], [_gsm8k_row(row, marker) for row in solved]
+    )
 
 
 def gsm_symbolic(seed: int, size: int, marker: str = MARKER, examples: int = 0, **metadata: Any) -> Splits:
@@ -57,6 +60,7 @@ def gsm_symbolic(seed: int, size: int, marker: str = MARKER, examples: int = 0, 
     )
     solved, test = load_problems(script)
     return _splits(
+        script.dataset,
         [_row(problem.question, problem.answer, marker) for problem in test],
         [
             _row(problem.question, problem.answer, marker, solution=_marked(problem.fields["answer_cot"], marker))
@@ -73,6 +77,7 @@ def problems(settings: dict[str, Any] | None = None, **metadata: Any) -> Splits:
     common = {"marker": known.answer_start, "system_prompt": known.system_prompt or ""}
     worked = known.worked_example
     return _splits(
+        script.dataset,
         [
             _row(problem.question, problem.answer, prompt=user_turn(problem, script), kind=problem.kind, **common)
             for problem in held_out
@@ -89,18 +94,21 @@ def demo_settings() -> EvalSettings:
 
 def math500(marker: str = MARKER, data: str | None = None, **metadata: Any) -> Splits:
     """MATH-500: competition problems with a LaTeX answer."""
-    rows = _rows("HuggingFaceH4/MATH-500", None, data)
-    return _splits([_row(row["problem"], row["answer"], marker, kind="formula") for row in rows])
+
+    def document(row: dict[str, Any]) -> dict[str, str]:
+        return _row(row["problem"], " ".join(row["answer"].split()), marker, kind="formula")
+
+    return _benchmark("HuggingFaceH4/MATH-500", None, data, document)
 
 
 def mmlu_stem(marker: str = MARKER, data: str | None = None, **metadata: Any) -> Splits:
     """MMLU-STEM from the Hub or a local file in its format."""
-    return _splits([_choice_row(mmlu_problem(row), marker) for row in _rows("TIGER-Lab/MMLU-STEM", None, data)])
+    return _benchmark("TIGER-Lab/MMLU-STEM", None, data, lambda row: _choice_row(mmlu_problem(row), marker))
 
 
 def arc_challenge(marker: str = MARKER, data: str | None = None, **metadata: Any) -> Splits:
     """ARC-Challenge from the Hub or a local file in its format."""
-    return _splits([_choice_row(arc_problem(row), marker) for row in _rows(ARC, "ARC-Challenge", data)])
+    return _benchmark(ARC, "ARC-Challenge", data, lambda row: _choice_row(arc_problem(row), marker))
 
 
 def _row(
@@ -138,12 +146,38 @@ def _marked(solution: str, marker: str) -> str:
     return solution.replace(MARKER, marker)
 
 
-def _splits(test: list[dict[str, str]], examples: Sequence[dict[str, str]] = ()) -> Splits:
+def _splits(source: str, test: list[dict[str, str]], examples: Sequence[dict[str, str]] = ()) -> Splits:
+    """The documents as lm-eval takes them, their references checked; a worked example of a run has none.
+
+    Raises:
+        UserError: a reference cannot be compared with answers.
+    """
+    named = {"test": test, "example": [row for row in examples if row["reference"]]}
+    problems = {
+        split: [Problem(row["question"], row["reference"], kind=row["kind"]) for row in rows]
+        for split, rows in named.items()
+    }
+    check_references(source, problems)
     return {"test": Dataset.from_list(test), "examples": Dataset.from_list(list(examples))}
 
 
-def _rows(path: str, name: str | None, data: str | None) -> list[dict[str, Any]]:
-    """The rows of a benchmark's test split, or those of a local .jsonl in the same format."""
+def _benchmark(
+    path: str, name: str | None, data: str | None, document: Callable[[dict[str, Any]], dict[str, str]]
+) -> Splits:
+    """A benchmark's test split from the Hub, or a local .jsonl in the same format.
+
+    Raises:
+        UserError: the Hub cannot be reached, or a line of the file is not of that format.
+    """
     if data is None:
-        return hub_rows(path, name, "test", OFFLINE)
-    return [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return _splits(path, [document(row) for row in hub_rows(path, name, "test", OFFLINE)])
+    documents = []
+    for number, row in read_json_lines(Path(data)):
+        try:
+            documents.append(document(row))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{data}, line {number}: it is no row of {path} ({type(error).__name__}: {one_line(error)}); its keys "
+                f"are {', '.join(sorted(row))}."
+            ) from error
+    return _splits(data, documents)

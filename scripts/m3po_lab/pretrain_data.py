@@ -8,7 +8,6 @@ token is fed and never scored, as in nanochat's bits per byte.
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from m3po_lab.errors import UserError, one_line
+from m3po_lab.user_files import read_json_lines, text_field
 
 PYTHON = "python:"
 BYTES = "bytes"
@@ -95,8 +95,8 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
     elif dataset.endswith(".jsonl"):
         if not Path(dataset).is_file():
             raise UserError(f"--dataset {dataset} does not exist; its lines are JSON objects with a key 'text'.")
-        with Path(dataset).open(encoding="utf-8") as lines:
-            yield from (json.loads(line)["text"] for line in lines if line.strip())
+        for number, row in read_json_lines(Path(dataset)):
+            yield text_field(Path(dataset), number, row, "text")
     else:
         from datasets import load_dataset
 

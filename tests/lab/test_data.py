@@ -76,7 +76,8 @@ def test_prompt_has_system_turn_worked_example_and_filled_template_in_this_order
         ({"num_eval_problems": 500}, "yields only .* distinct questions"),
         ({"num_eval_problems": 0}, "--num_eval_problems = 0: it must be at least 1"),
         ({"worked_example": "{question: x}"}, "just 'question' and 'answer'"),
-        ({"dataset": "reasoning-gym:word_ladder", "dataset_config": {}}, "math-verify cannot read the answer"),
+        ({"dataset": "reasoning-gym:word_ladder", "dataset_config": {}}, "training problem 1 .*must be one number"),
+        ({"dataset": "reasoning-gym:time_intervals", "dataset_config": {}}, "problem .*must be one number"),
     ],
 )
 def test_wrong_dataset_is_one_clear_line(changes: dict[str, object], text: str) -> None:

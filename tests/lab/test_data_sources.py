@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems of the Hub's datasets, on rows in their formats: the Hub itself cannot be reached where the tests run."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_mmlu_arc_is_both_training_sets_with_letters_as_answers(hub: list[Any]) 
 def test_multiple_choice_is_asked_in_training_as_in_the_evaluation(
     task: Any, rows: list[Any], hub: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eval_tasks, "_rows", lambda *given: rows)
+    monkeypatch.setattr(eval_tasks, "hub_rows", lambda *given: rows)
     script = RunArguments(dataset="mmlu_arc", num_eval_problems=1)
     trained = {data.user_turn(problem, script): problem for problem in loaded("mmlu_arc", 1)}
     for document in task()["test"]:
@@ -149,8 +150,40 @@ def test_dataset_that_cannot_be_had_is_one_clear_line(
     assert "\n" not in str(raised.value)
 
 
-def test_broken_jsonl_line_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "problems.jsonl"
-    file.write_text('{"question": "x", "answer": "#### 1"}\n\n{"question": "x", "answer": "no marker"}\n')
-    with pytest.raises(UserError, match="problems.jsonl, line 3: .*#### <number>"):
-        data_sources.read_jsonl(file)
+def problems_file(folder: Path, answers: list[str]) -> Path:
+    file = folder / "problems.jsonl"
+    rows = [{"question": f"No. {number}?", "answer": answer} for number, answer in enumerate(answers)]
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return file
+
+
+def test_jsonl_line_without_a_marked_answer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="problems.jsonl, line 2: .*#### <number>"):
+        data_sources.read_jsonl(problems_file(tmp_path, ["#### 1", "no marker"]))
+
+
+@pytest.mark.parametrize("read", [data_sources.read_jsonl, lambda file: eval_tasks.gsm8k(data=str(file))])
+def test_first_references_that_cannot_be_compared_whole_are_named_with_their_lines(read: Any, tmp_path: Path) -> None:
+    """In training as in the evaluation: of 3 and 4 one number would be compared, yes could never be rewarded."""
+    answers = ["#### 1", "#### 10:30", "#### 2 1/2", "#### 3 and 4", "#### 72\nSource: page 14", "#### yes", "#### -5"]
+    with pytest.raises(UserError) as raised:
+        read(problems_file(tmp_path, answers))
+    assert "line 2 ('10:30'), line 4 ('3 and 4'), line 5 ('72\\nSource: page 14') and 1 more:" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_reference_of_every_split_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training problem whose answer is no number could never be rewarded, a held-out one never be right."""
+    for place in ("training", "held-out"):
+        splits = {"training": [data_sources.Problem("a", "1")], "held-out": [data_sources.Problem("b", "2")]}
+        splits[place].append(data_sources.Problem("c", "yes"))
+        monkeypatch.setattr(data, "_split", lambda problems, script, both=splits: (both["training"], both["held-out"]))
+        with pytest.raises(UserError, match=f"{place} problem 2 .'yes'.*a reference must be one number"):
+            data.load_problems(RunArguments(dataset=str(problems_file(tmp_path, ["#### 1"]))))
+
+
+@pytest.mark.parametrize("task", [eval_tasks.math500, eval_tasks.mmlu_stem, eval_tasks.arc_challenge])
+def test_local_row_of_another_format_is_named(task: Any, tmp_path: Path) -> None:
+    file = problems_file(tmp_path, ["#### 1"])
+    with pytest.raises(UserError, match="problems.jsonl, line 1: it is no row of .*; its keys are answer, question"):
+        task(data=str(file))
