@@ -276,26 +276,16 @@ def test_the_wrapper_of_seed_3_is_the_same_call(model):
     torch.testing.assert_close(uniform.bag_weights[full][:, 1:], torch.full((int(full.sum()), 3), 0.1))
 
 
-def test_seed_3s_call_without_a_tokenizer_interacts_to_the_end_and_says_so(model):
-    call = {"max_new_tokens": 9, "num_generations": 4, "lambda_blend": 0.4, "temperature_m3po": 0.2}
-    prompts = left_padded([5, 9])
-    torch.manual_seed(1)
-    with heard("WARNING") as said:
-        output = generate_with_m3po(model, **prompts, **call, gating_function=None)
-    assert len(said) == 1 and "cross_path_phase='all'" in said[0]
-    torch.manual_seed(1)
-    expected = model.generate(
-        **prompts,
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=4,
-        max_new_tokens=9,
-        enable_cross_path=True,
-        cross_path_lambda=0.4,
-        cross_path_temp=0.2,
-        cross_path_phase="all",
-    )
-    assert torch.equal(output.sequences, expected)
+def test_both_entries_ask_for_a_tokenizer_in_the_same_words(model):
+    """Where the paths part is part of the method: without a tokenizer neither entry guesses it."""
+    call = {**left_padded([5, 9]), "max_new_tokens": 9, "top_k": 0}
+    wanted = "tokenizer is needed to find the answer marker .*pass tokenizer=.*or set cross_path_phase='all'"
+    with pytest.raises(ValueError, match=wanted):
+        generate_with_m3po(model, **call, num_generations=4)
+    with pytest.raises(ValueError, match=wanted):
+        model.generate(**call, do_sample=True, num_return_sequences=4, enable_cross_path=True)
+    output = generate_with_m3po(model, **call, num_generations=4, cross_path_phase="all")
+    assert output.thinking_mask[:, :2].all()
 
 
 def test_the_answer_marker_of_the_model_is_the_default_of_the_argument(model):
@@ -330,19 +320,6 @@ def test_the_rollout_says_in_one_line_what_it_does(tiny_llama):
     assert all(word in lines[0] for word in ("lambda=0.37", "temperature=0.21", "gate=baseline", "thinking", "##A"))
 
 
-@pytest.mark.parametrize("way", ["argument", "gating_config", "environment", "off"])
-def test_debug_logs_the_matrices_of_small_groups(tiny_llama, monkeypatch, way):
-    given = {"argument": {"debug": True}, "gating_config": {"gating_config": {"debug": True}}}.get(way, {})
-    if way == "environment":
-        monkeypatch.setenv("M3PO_DEBUG", "1")
-    with heard(logging.WARNING) as messages:
-        rollout(tiny_llama(), max_new_tokens=3, eos_token_id=2, **given)
-        rollout(tiny_llama(), max_new_tokens=3, paths=9, **given)  # too large to log
-    steps = [message for message in messages if "similarity" in message]
-    assert len(steps) == (0 if way == "off" else 3)
-    assert all("weights" in step and "/8 paths active" in step for step in steps)
-
-
 def test_settings_describe_themselves_in_one_line():
     line = ThinkingSettings(cross_path_lambda=0.2, cross_path_top_k=3).describe()
     assert line == "lambda=0.2, temperature=0.1, gate=baseline, top_k=3, phase=thinking, answer marker '####'"
@@ -350,5 +327,8 @@ def test_settings_describe_themselves_in_one_line():
     assert both == (
         "lambda=0.1, temperature=0.1, gate=baseline, thought_top_k=32, phase=thinking, answer marker '####'"
     )
+    options = {"temperature": 0.2, "rank": 8, "vocab_size": 64}
+    learned = ThinkingSettings(gating_type="luong", gating_config=options).describe()
+    assert "temperature=0.2, gate=luong (rank=8, vocab_size=64), " in learned
     alone = ThinkingSettings(mode="hrpo", thought_top_k=0, cross_path_lambda=0.3).describe()
     assert alone == "thought_top_k=0, phase=thinking, answer marker '####'"

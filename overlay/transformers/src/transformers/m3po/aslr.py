@@ -37,6 +37,7 @@ from .aslr_settings import (
     check_aslr_overrides,
     has_aslr,
 )
+from .debugging import debugging, log_latent_paths
 from .float32 import linear
 from .latent_noise import latent_noise
 
@@ -279,6 +280,8 @@ def _inner_loop(
             paths = torch.lerp(paths, heard, numbers.cross_path_lambda)
         share = torch.sigmoid(GATE_SLOPE * (score - numbers.threshold))
         refined = states + share * scale * model.m3po_path_aggregator(paths)
+    if debugging() and not torch.compiler.is_compiling():
+        log_latent_paths(numbers, score.squeeze(-1), (path_spread(expanded), path_spread(paths)))
     if trace is not None:
         tail = slice(states.shape[1] - trace.shape[1], None)
         spreads = [path_spread(latent[:, tail]) for latent in (expanded, paths)]

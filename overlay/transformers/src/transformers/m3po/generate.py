@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 
-from ..utils import logging
-from .interaction import GatingFunction
+from .interaction import GatingFunction, Temperature
 from .state import M3POGenerateOutput, M3POGenerationState
-
-logger = logging.get_logger(__name__)
 
 
 def generate_with_m3po(
@@ -21,7 +18,7 @@ def generate_with_m3po(
     max_new_tokens: int = 512,
     num_generations: int = 4,
     lambda_blend: float = 0.1,
-    temperature_m3po: float = 0.1,
+    temperature_m3po: Temperature | None = None,
     gating_function: GatingFunction | None = None,
     tokenizer: Any = None,
     **generate_kwargs: Any,
@@ -32,21 +29,19 @@ def generate_with_m3po(
         model: a Llama or Qwen2 model with a language modelling head.
         input_ids, attention_mask: (B, L) prompts, left padded.
         max_new_tokens, num_generations: length and number of the paths of each prompt.
-        lambda_blend, temperature_m3po: λ of eq. 2 and T of eq. 5 (`cross_path_lambda`, `cross_path_temp`).
-        gating_function: similarity (G, N, V) -> (G, N, N); None is the cosine.
-        tokenizer: finds the answer marker, where the paths of a prompt part. Seed 3's call has none: without it, and
-            unless `cross_path_phase` is given, the paths interact to the end (`all`), and a warning says so.
+        lambda_blend, temperature_m3po: λ of eq. 2 and T of eq. 5 (`cross_path_lambda`, `cross_path_temp`); T of None
+            is that of the gating function, 0.1 for the cosine.
+        gating_function: similarity (G, N, V) -> (G, N, N), or a gate, whose temperature and `debug` are heeded; None is
+            the cosine.
+        tokenizer: finds the answer marker, where the paths of a prompt part; not needed with `cross_path_phase="all"`.
         **generate_kwargs: passed to `generate`. `top_k` is 0 unless given (erratum E7).
 
     Returns:
         `M3POGenerateOutput` with (B * num_generations, ...) rows, the paths of a prompt side by side.
+
+    Raises:
+        ValueError: as `generate`, e.g. without a tokenizer.
     """
-    if tokenizer is None and "cross_path_phase" not in generate_kwargs:
-        logger.warning(
-            "generate_with_m3po has no tokenizer to find the answer marker with: cross_path_phase='all', the paths "
-            "interact to the end. Pass tokenizer=... to keep their answers apart."
-        )
-        generate_kwargs["cross_path_phase"] = "all"
     generate_kwargs.setdefault("top_k", 0)
     return model.generate(
         input_ids,

@@ -8,17 +8,25 @@ carry weight (errata E1); a path without an active peer keeps its own vector (E1
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from .gating.base import attention_weights
+from .debugging import debugging, log_attention
+from .gating.base import BaseM3POGating, attention_weights
 from .gating.matched_temperature import MATCH, matched_temperature
 from .gating.parameter_free_gates import CosineGating, cosine_similarity
 
 GatingFunction = Callable[[torch.Tensor], torch.Tensor]
 Temperature = float | str  # a number above 0 or MATCH
+
+
+def gate_name(gating_function: GatingFunction | None) -> str:
+    """A gating function in the log."""
+    if isinstance(gating_function, BaseM3POGating):
+        return gating_function.describe()
+    return "cosine" if gating_function is None else getattr(gating_function, "__name__", type(gating_function).__name__)
 
 
 class PathGroups:
@@ -131,24 +139,85 @@ def check_temperature(name: str, temperature: Temperature) -> None:
         raise ValueError(f"{name}={temperature} is not above 0; the paper uses 0.1. The only word is {MATCH!r}.")
 
 
+def temperature_of(name: str, temperature: Temperature | None, gating_function: GatingFunction | None) -> Temperature:
+    """T of an interaction whose gating function was given itself.
+
+    Args:
+        name: the argument that `temperature` is, for the error.
+        temperature: what was asked for; None takes that of the gating function, and 0.1 where it has none.
+        gating_function: a gate brings the temperature it was made with, or the default of its class.
+
+    Raises:
+        ValueError: T breaks its rule, or the gate was made with another one.
+    """
+    gate = gating_function if isinstance(gating_function, BaseM3POGating) else None
+    if temperature is None:
+        return CosineGating.default_temperature if gate is None else gate.temperature
+    check_temperature(name, temperature)
+    if gate is not None and gate.given_temperature not in (None, temperature):
+        raise ValueError(
+            f"{name}={temperature} and {gate.describe()} contradict each other: leave out one of the two temperatures."
+        )
+    return temperature
+
+
+def check_distributions(probs: torch.Tensor) -> None:
+    """Refuses distributions that are not finite; this waits for the device.
+
+    Args:
+        probs: (B, ..., V) floating.
+
+    Raises:
+        ValueError: the rows are named.
+    """
+    finite = probs.isfinite().flatten(1).all(-1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"probs is not finite in row {', '.join(map(str, rows))}: look for NaN in the model's logits.")
+
+
+def mask_of(thinking_mask: torch.Tensor | Sequence[Any], like: torch.Tensor) -> torch.Tensor:
+    """A mask as a bool tensor on the device of `like`, whose leading axes it has; a list will do.
+
+    Raises:
+        ValueError: its shape is another.
+    """
+    mask = torch.as_tensor(thinking_mask, device=like.device).bool()
+    if mask.shape != like.shape[: mask.dim()] or mask.dim() == 0:
+        raise ValueError(f"thinking_mask has the shape {tuple(mask.shape)} for rows {tuple(like.shape[:-1])}.")
+    return mask
+
+
 def cross_path_weights(
     probs: torch.Tensor,
-    thinking_mask: torch.Tensor,
+    thinking_mask: torch.Tensor | Sequence[bool],
     *,
-    group_ids: torch.Tensor,
-    temperature: Temperature,
+    group_ids: torch.Tensor | Sequence[int],
+    temperature: Temperature | None = None,
     gating_function: GatingFunction | None = None,
+    lambda_blend: float | None = None,
 ) -> torch.Tensor:
     """The weights A of eq. 5 for a whole batch: (B, B) float32.
 
-    Args as `path_attention`, with `group_ids` (B,) integers instead of `groups`.
+    Args as `path_attention`, with `group_ids` (B,) integers instead of `groups`; mask and groups may be lists.
+    `temperature` None is that of the gating function (`temperature_of`); `lambda_blend` is for the debug log.
 
     Returns:
         Entry (i, j) is how much path i listens to path j: zero across groups, on the diagonal and where i or j is not
         thinking; the row of an active path with an active peer sums to 1.
+
+    Raises:
+        ValueError: T breaks its rule, a distribution is not finite, or mask or groups do not fit the rows.
     """
-    groups = PathGroups(group_ids)
-    weights = path_attention(probs, thinking_mask, groups, temperature, gating_function).weights
+    check_distributions(probs)
+    mask = mask_of(thinking_mask, probs)
+    groups = PathGroups(torch.as_tensor(group_ids, device=probs.device))
+    scale = temperature_of("temperature", temperature, gating_function)
+    attention = path_attention(probs, mask, groups, scale, gating_function)
+    if debugging() or getattr(gating_function, "debug", False):
+        active = groups.split(mask) & groups.present
+        log_attention("interaction", attention, active, lambda_blend, gate_name(gating_function))
+    weights = attention.weights
     batch = weights.new_zeros(len(probs), len(probs))
     # Padding points at row 0 with weight 0: it must add nothing rather than overwrite.
     return batch.scatter_add(1, groups.members[groups.group], groups.rows(weights))
@@ -157,11 +226,11 @@ def cross_path_weights(
 def apply_cross_path_interaction(
     embeds: torch.Tensor,
     probs: torch.Tensor,
-    thinking_mask: torch.Tensor,
+    thinking_mask: torch.Tensor | Sequence[bool],
     *,
-    group_ids: torch.Tensor,
+    group_ids: torch.Tensor | Sequence[int],
     lambda_blend: float = 0.1,
-    temperature: Temperature = 0.1,
+    temperature: Temperature | None = None,
     gating_function: GatingFunction | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 2 and 6 on dense vectors (seed 1): (1 - λ) e_i + λ Σ_j A_ij e_j.
@@ -174,12 +243,19 @@ def apply_cross_path_interaction(
     Returns:
         blended (B, H) in the dtype of `embeds`, computed in fp32: a path that is not thinking, or has no thinking peer,
         keeps its own vector bit for bit. weights (B, B) float32.
+
+    Raises:
+        ValueError: as `cross_path_weights`, or λ breaks its rule.
     """
     if not 0.0 <= lambda_blend <= 1.0:
         raise ValueError(f"lambda_blend={lambda_blend} is outside [0, 1]; the paper uses 0.1.")
-    check_temperature("temperature", temperature)
     weights = cross_path_weights(
-        probs, thinking_mask, group_ids=group_ids, temperature=temperature, gating_function=gating_function
+        probs,
+        thinking_mask,
+        group_ids=group_ids,
+        temperature=temperature,
+        gating_function=gating_function,
+        lambda_blend=lambda_blend,
     )
     if lambda_blend == 0.0:
         return embeds, weights

@@ -10,8 +10,9 @@ import torch
 
 from ..utils import logging
 from .bags import Peers, cross_path_bags, heard_peers
+from .debugging import log_attention, log_thoughts
 from .gating import BaseM3POGating, create_gating_function
-from .interaction import Attention, GatingFunction, PathGroups, path_attention
+from .interaction import Attention, GatingFunction, PathGroups, Temperature, gate_name, path_attention
 from .marker import AnswerMarker
 from .policy_gating import GatingRecord
 from .settings import CROSS_PATH_MODES, ThinkingSettings
@@ -22,8 +23,6 @@ logger = logging.get_logger(__name__)
 
 # Model types whose forward calls `mix_thinking_inputs` (the patches on LlamaModel and Qwen2Model).
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
-# Largest group whose matrices are logged when debugging.
-DEBUG_GROUP_SIZE = 8
 
 
 class ThinkingRollout:
@@ -37,6 +36,7 @@ class ThinkingRollout:
         embed_tokens: the model's input embedding.
         tokenizer: to find the answer marker; not needed in phase `all`.
         gating_function: similarity in place of the gate that the settings name; a learnable gate itself.
+        temperature: T of eq. 5; None takes that of the settings.
 
     Attributes:
         thinking_mask: (B, T) bool, the tokens of the thinking phase.
@@ -59,6 +59,7 @@ class ThinkingRollout:
         embed_tokens: Any,
         tokenizer: Any,
         gating_function: GatingFunction | None,
+        temperature: Temperature | None = None,
     ):
         rows, device = len(group_ids), group_ids.device
         self.settings = settings
@@ -76,7 +77,8 @@ class ThinkingRollout:
             options = {name: value for name, value in settings.gating_config.items() if name != "temperature"}
             self._gate = create_gating_function(settings.gating_type, options)
         self._sums = AttentionSums(device)
-        self._debug = settings.logs_matrices and self.groups.size <= DEBUG_GROUP_SIZE
+        self._temperature = settings.temperature if temperature is None else temperature
+        self._debug = settings.logs_steps or bool(getattr(self._gate, "debug", False))
         self._embed_tokens = embed_tokens
         self._num_embeddings = getattr(embed_tokens, "base_layer", embed_tokens).num_embeddings  # LoRA wraps it
         self._crosses = settings.crosses and self.groups.size > 1
@@ -103,6 +105,13 @@ class ThinkingRollout:
         return [self.thinking_mask, self.bag_ids, self.bag_weights, self.peers, self.trace, *gating]
 
     @property
+    def _why_alone(self) -> str:
+        """Why no path listens to another, for the log."""
+        if self.settings.mode not in CROSS_PATH_MODES:
+            return f"mode {self.settings.mode}"
+        return "groups of one" if self.settings.crosses else f"lambda={self.settings.cross_path_lambda}"
+
+    @property
     def has_bags(self) -> bool:
         """Whether any input may differ from its token's embedding."""
         return self.bag_ids.shape[-1] > 0
@@ -127,13 +136,17 @@ class ThinkingRollout:
         if self._marker is not None:
             thinking = thinking & ~self._marker.update(completion_ids)
         self.thinking_mask[:, step] = thinking
-        if not self.has_bags:
-            return
         active = thinking & unfinished
+        if not self.has_bags:
+            if self._debug:
+                log_thoughts(f"step {step}", active, None, self._why_alone)
+            return
         kept = None
         if self.settings.has_thoughts or self.gating is not None:
             kept = likeliest(probs, self.settings.thought_top_k, self._num_embeddings)
         peers = self._listen(step, probs, kept, active) if self._crosses else None
+        if self._debug and peers is None:
+            log_thoughts(f"step {step}", active, None if kept is None else kept.probs, self._why_alone)
         share = self.settings.cross_path_lambda
         if kept is not None and self.settings.has_thoughts:
             ids, weights = kept.ids, kept.probs / kept.norm
@@ -154,10 +167,9 @@ class ThinkingRollout:
             by_row = temperature.flatten()[self.groups.group] if temperature.dim() else temperature
             self.gating.write(step, kept, peers.slots, by_row)
         if self._debug:
-            logger.warning(
-                f"M3PO step {step}: {int(active.sum())}/{len(active)} paths active\n"
-                f"similarity\n{attention.similarity}\nweights\n{attention.weights}"
-            )
+            took_part = self.groups.split(active) & self.groups.present
+            share = self.settings.cross_path_lambda
+            log_attention(f"step {step}", attention, took_part, share, gate_name(self._gate))
         return peers
 
     def _attend(self, probs: torch.Tensor, kept: Likeliest | None, active: torch.Tensor) -> Attention:
@@ -165,7 +177,7 @@ class ThinkingRollout:
         if self.gating is not None and kept is not None:  # a learnable gate reads what the policy pass will read
             ids, entries = self.groups.split(kept.ids), self.groups.split(kept.probs)
             gate = partial(_similarity_of, self._gate, entries, ids, self._embed_tokens)
-        return path_attention(probs, active, self.groups, self.settings.temperature, gate)
+        return path_attention(probs, active, self.groups, self._temperature, gate)
 
     def forward_kwargs(self, recorded: slice) -> dict[str, torch.Tensor]:
         """What the model's forward gets for the completion positions of its input; {} when nothing differs."""

@@ -7,10 +7,10 @@ do not change; `ThinkingSettings.from_generation_config` turns them into checked
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .debugging import debugging
 from .gating.factory import gate_class
 from .gating.matched_temperature import MATCH
 from .interaction import Temperature, check_temperature
@@ -25,6 +25,7 @@ PHASES = ("thinking", "all")
 CROSS_PATH_MODES = ("m3po", "h3po")
 RESIDUAL_MODES = ("hrpo", "h3po")
 DEFAULT_THOUGHT_TOP_K = 64
+DEFAULT_GATE = "baseline"
 # What a soft thought needs, with or without peers; the other numbers say how paths interact.
 THOUGHT_FLAGS = ("thought_top_k", "cross_path_phase", "answer_start", "debug")
 
@@ -47,7 +48,7 @@ class ThinkingSettings:
         answer_start: the answer marker.
         gating_type: name of the gate, one of `transformers.m3po.gating.list_gating_functions()`.
         gating_config: options of the gate. `temperature` is an alias of `cross_path_temp`, `debug` of `debug`.
-        debug: log similarity and weight matrices of small groups at every step (also `M3PO_DEBUG=1`).
+        debug: log every step: active paths, attention statistics, the matrices of small groups (also `M3PO_DEBUG=1`).
 
     Raises:
         ValueError: one line that names the flag, its rule and what to set.
@@ -60,7 +61,7 @@ class ThinkingSettings:
     cross_path_top_k: int | None = None
     thought_top_k: int = DEFAULT_THOUGHT_TOP_K
     answer_start: str = "####"
-    gating_type: str = "baseline"
+    gating_type: str = DEFAULT_GATE
     gating_config: dict[str, Any] = field(default_factory=dict)
     debug: bool = False
 
@@ -102,9 +103,9 @@ class ThinkingSettings:
             gate.structure(self.gating_config)
 
     @property
-    def logs_matrices(self) -> bool:
-        """Whether small groups log their matrices: `debug` here, in `gating_config`, or `M3PO_DEBUG=1`."""
-        return self.debug or bool(self.gating_config.get("debug")) or os.environ.get("M3PO_DEBUG") == "1"
+    def logs_steps(self) -> bool:
+        """Whether every step is logged: `debug` here, in `gating_config`, or `M3PO_DEBUG=1`."""
+        return self.debug or bool(self.gating_config.get("debug")) or debugging()
 
     @property
     def temperature(self) -> Temperature:
@@ -156,11 +157,17 @@ class ThinkingSettings:
         told = asdict(self) | {"cross_path_temp": self.temperature}
         return {name: value for name, value in told.items() if name not in without}
 
+    def _gate(self) -> str:
+        """The name of the gate, with its options but for the temperature, which stands beside it."""
+        options = {name: value for name, value in self.gating_config.items() if name != "temperature"}
+        told = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"{self.gating_type} ({told})" if told else self.gating_type
+
     def describe(self) -> str:
         """One line: the numbers that the mode has, phase and answer marker."""
         told = []
         if self.mode in CROSS_PATH_MODES:
-            told += [f"lambda={self.cross_path_lambda}", f"temperature={self.temperature}", f"gate={self.gating_type}"]
+            told += [f"lambda={self.cross_path_lambda}", f"temperature={self.temperature}", f"gate={self._gate()}"]
             told += [] if self.cross_path_top_k is None else [f"top_k={self.cross_path_top_k}"]
         if self.has_thoughts or self.learns:
             told.append(f"thought_top_k={self.thought_top_k}")

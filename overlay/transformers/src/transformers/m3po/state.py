@@ -16,7 +16,7 @@ import torch
 from ..utils import ModelOutput
 from .aslr_settings import ASLR_NUMBERS, check_aslr_overrides, has_aslr
 from .bags import mix_bags
-from .interaction import GatingFunction
+from .interaction import GatingFunction, Temperature, temperature_of
 from .latent_rollout import LatentRollout
 from .model_gating import gate_of_model, has_gating
 from .own_modules import refuse_nested
@@ -24,7 +24,7 @@ from .policy_gating import GatingRecord
 from .residual_gate import has_residual_gate
 from .rollout import SUPPORTED_MODEL_TYPES, ThinkingRollout
 from .routing_gate import take_gate
-from .settings import CROSS_PATH_MODES, THOUGHT_FLAGS, ThinkingSettings
+from .settings import CROSS_PATH_MODES, DEFAULT_GATE, THOUGHT_FLAGS, ThinkingSettings
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig, GenerationMode
@@ -181,6 +181,7 @@ class M3POGenerationState:
         settings = self.settings or ThinkingSettings.from_generation_config(generation_config, model)
         if settings is not None:
             _check_model(model, settings)
+            temperature = self._temperature_of(settings)
             group_ids = self._groups_of(rows, generation_config.num_return_sequences or 1, settings)
             self._rollout = ThinkingRollout(
                 settings,
@@ -190,7 +191,23 @@ class M3POGenerationState:
                 self._embed_tokens,
                 self.tokenizer,
                 self.gating_function or _own_gate(model, settings),
+                temperature,
             )
+
+    def _temperature_of(self, settings: ThinkingSettings) -> Temperature | None:
+        """T of a gating function that was given itself; None where the settings name the gate.
+
+        Raises:
+            ValueError: the settings name a gate too, or another T than the one it was made with.
+        """
+        if self.gating_function is None:
+            return None
+        names = {"gating_type": settings.gating_type != DEFAULT_GATE, "gating_config": bool(settings.gating_config)}
+        for name in (name for name, is_given in names.items() if is_given):
+            raise ValueError(
+                f"{name} is not read beside gating_function, which is a gate already; leave one of them out."
+            )
+        return temperature_of("cross_path_temp", settings.cross_path_temp, self.gating_function)
 
     def _groups_of(self, rows: int, num_return_sequences: int, settings: ThinkingSettings) -> torch.Tensor:
         if self.group_ids is None:
@@ -248,9 +265,19 @@ class M3POGenerationState:
         self._step += 1
 
     def end(self, steps_to_undo: int) -> None:
-        """Cuts the record to the steps that were taken and works out the statistics."""
+        """Cuts the record to the steps that were taken and works out the statistics.
+
+        Raises:
+            ValueError: a token was chosen from a distribution that is not finite; its row is named.
+        """
         steps = self._step - steps_to_undo
         self.rollout_logps = self.rollout_logps[:, :steps]
+        if not bool(self.rollout_logps.isfinite().all()):  # the one read of a rollout, behind its last step
+            row, step = (~self.rollout_logps.isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"the distribution of row {row} was not finite at completion token {step}: look for NaN in the model's "
+                "logits."
+            )
         if self._rollout is not None:
             self.statistics |= self._rollout.end(steps)
         if self._latent is not None:

@@ -23,7 +23,8 @@ class BaseM3POGating(nn.Module, ABC):
 
     Attributes:
         temperature: T of eq. 5, above 0: the option, else the class's `default_temperature`.
-        debug: whether matrices of small groups are logged.
+        given_temperature: the option; None where it was not given.
+        debug: whether every step is logged.
 
     Raises:
         ValueError: an option that the gate does not have, or a temperature that is not above 0.
@@ -45,12 +46,18 @@ class BaseM3POGating(nn.Module, ABC):
             )
         temperature = given.get("temperature")
         self.temperature = float(self.default_temperature if temperature is None else temperature)
+        self.given_temperature = None if temperature is None else self.temperature
         self.debug = bool(given.get("debug", False))
+        self._given = given
         if not self.temperature > 0.0:
             raise ValueError(
                 f"temperature={self.temperature} is not above 0; the default of {type(self).__name__} is "
                 f"{self.default_temperature}."
             )
+
+    def describe(self) -> str:
+        """The class and the options that were given."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._given.items())})"
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
