@@ -25,7 +25,7 @@ from trl import GRPOConfig
 from trl.trainer.grpo_m3po import checkpoint_info
 from trl.trainer.grpo_m3po_config import GATE_START
 
-from m3po_lab.config import UserError
+from m3po_lab.errors import ERROR_LOG, UserError
 from m3po_lab.files import read_json
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -33,7 +33,7 @@ NEEDED = ("m3po.json", "trainer_state.json")
 STATES = ("optimizer", "scheduler")  # files or folders whose names begin so, whatever the engine
 DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
 OF_ASLR = ("aslr_enabled", *ASLR_NUMBERS)  # left out of m3po.json without ASLR
-OWN_FILES = ("baseline.json", "summary.json", "reward.png", "completions.jsonl")
+OWN_FILES = ("baseline.json", "summary.json", "reward.png", "completions.jsonl", ERROR_LOG)
 
 
 def generation_cycle(training: GRPOConfig) -> int:

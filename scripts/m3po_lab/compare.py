@@ -9,7 +9,6 @@ Runs are compared only if their problems, model and number of steps are the same
 also the accuracy before. The prompts of a seed are the same in both, the samples are not.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
-from m3po_lab.config import UserError
+from m3po_lab.errors import OneLineFlags, UserError, exit_code
 from m3po_lab.files import read_json
 from m3po_lab.stats import holm
 
@@ -177,14 +176,9 @@ def comparison(folders: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison of the run folders given; returns 2 with one line for a wrong input."""
-    parser = argparse.ArgumentParser(description="Compare finished runs over seeds.", allow_abbrev=False)
+    parser = OneLineFlags(description="Compare finished runs over seeds.")
     parser.add_argument("folders", nargs="+", help="run folders, or summary.json files")
-    try:
-        print(comparison(parser.parse_args(argv).folders))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(comparison(parser.parse_args(argv).folders)), "Stopped.")
 
 
 if __name__ == "__main__":

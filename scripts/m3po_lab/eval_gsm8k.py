@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of an evaluation: ``bash scripts/eval_gsm8k.sh [checkpoint or model] [--flag value ...]``.
 
-Exit codes: 0 done, 2 a wrong input (one line says which), 130 interrupted by Ctrl-C.
+Exit codes: 0 done, 2 a wrong input or a failing environment (one line says which), 130 interrupted by Ctrl-C.
 The libraries are imported inside `main`, after the environment variables that they read at import are set.
 """
 
@@ -9,7 +9,9 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from m3po_lab.errors import OneLineFlags, exit_code
 
 
 def _truth(word: str) -> bool:
@@ -43,22 +45,12 @@ NUMBERS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        from m3po_lab.config import UserError
-
-        raise UserError(f"{message} (all flags: --help).")
-
-
-def parser() -> Parser:
+def parser() -> OneLineFlags:
     """The flags of an evaluation."""
-    flags = Parser(
+    flags = OneLineFlags(
         prog="bash scripts/eval_gsm8k.sh",
         description="Evaluate a checkpoint or model with lm-eval.",
         epilog="Flags that name a number of the checkpoint must agree with its m3po.json.",
-        allow_abbrev=False,
     )
     flags.add_argument(
         "model",
@@ -102,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import exit_code
     from m3po_lab.eval_session import run_evaluation
 
     def evaluate() -> None:

@@ -3,7 +3,7 @@
 
 A LoRA adapter is merged into its base model, in float32 whatever dtype is written. `OUT` gets the weights as
 safetensors, the tokenizer, the generation config, and `m3po.json` and `evaluation.json` of the checkpoint.
-Exit codes: 0 written, 2 a wrong input (one line says which; nothing is written).
+Exit codes: 0 written, 2 a wrong input or a failing environment (one line says which; nothing is written).
 """
 
 import argparse
@@ -12,6 +12,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from m3po_lab.errors import OneLineFlags, exit_code
 
 # Whether stock vLLM can serve a mode, and why: it decodes token embeddings, one path, on the plain architecture.
 SERVABLE = {
@@ -56,6 +58,7 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
 
     from m3po_lab.config import UserError, one_line
     from m3po_lab.eval_settings import EvalSettings
+    from m3po_lab.files import check_writable
     from m3po_lab.models import load_model
 
     try:
@@ -67,6 +70,7 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
         raise UserError(f"CHECKPOINT={checkpoint}: mode {numbers['mode']} is unknown; known: {', '.join(known)}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"OUT={out} exists already: name a new folder.")
+    check_writable(out, "OUT")
     settings = EvalSettings.read(checkpoint)
     model, tokenizer = load_model(ModelConfig(model_name_or_path=str(checkpoint), dtype="float32"))
     if has_residual_gate(model) != (numbers["mode"] in NOT_SERVABLE):
@@ -99,7 +103,7 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export as command-line words say (those of the process by default); returns the exit code."""
-    parser = argparse.ArgumentParser(prog="m3po_lab.export_model", description="Write a standalone model.")
+    parser = OneLineFlags(prog="m3po_lab.export_model", description="Write a standalone model.")
     parser.add_argument("checkpoint", type=Path, help="folder of full weights or of a LoRA adapter, with m3po.json")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
@@ -109,16 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gating", default="on", choices=("on", "off"), help="keep a learnable gate, or leave it out (default: on)"
     )
-    given = parser.parse_args(argv)
-    from m3po_lab.config import UserError
+    return exit_code(lambda: export_and_say(parser.parse_args(argv)), "Stopped. Nothing is written.")
+
+
+def export_and_say(given: argparse.Namespace) -> None:
+    """Export, and say what was written and whether vLLM can serve it; the errors of `export`."""
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    try:
-        mode, unknown = export(given.checkpoint, given.out, given.dtype, given.aslr == "on", given.gating == "on")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    mode, unknown = export(given.checkpoint, given.out, given.dtype, given.aslr == "on", given.gating == "on")
     if unknown:
         print(
             f"written to {given.out}: a checkpoint with {' and '.join(unknown)}, {given.dtype}; trained in mode {mode}"
@@ -130,7 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(f"written to {given.out}: a checkpoint with its residual gate, {given.dtype}; trained in mode {mode}")
         print(f"stock vLLM cannot serve it: {NOT_SERVABLE[mode]}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,16 +3,22 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from m3po_lab.errors import UserError, failure
 
 
 def write_text(file: Path, text: str) -> None:
     """Write a text file through a temporary one beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)  # there is one only where the disk was full
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -33,3 +39,27 @@ def shown_path(folder: Path) -> str:
     """A folder relative to the current one where that is shorter."""
     here = Path.cwd()
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
+
+
+def check_writable(folder: Path, flag: str = "--output_dir") -> None:
+    """Refuse a folder for results into which nothing can be written; it is not made yet.
+
+    Args:
+        folder: where the results will lie.
+        flag: names it.
+
+    Raises:
+        UserError: says why and what to do.
+    """
+    try:
+        place = folder.absolute()
+        while True:
+            try:
+                place.lstat()
+                break
+            except FileNotFoundError:
+                place = place.parent
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {failure(error)}") from error

@@ -19,10 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start the processes with command-line words (those of this process by default); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     from accelerate.commands.launch import launch_command
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from m3po_lab.errors import UserError, one_line
+    from m3po_lab.errors import UserError, failures_said, short
     from m3po_lab.processes import VARIABLE, launch_arguments, launch_config
 
     try:
@@ -33,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.use_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # torchrun is not told, and would take a GPU where there is one
         logging.disable(logging.ERROR)  # of this process, which would say in ten lines what is said below in one
-        launch_command(launch_arguments(file, words))
-    except (UserError, ImportError, ConnectionError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        with failures_said():
+            launch_command(launch_arguments(file, words))
+    except (UserError, ConnectionError, DistNetworkError, ValueError) as error:
+        print(f"error: {short(error)}", file=sys.stderr)
         return 2
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

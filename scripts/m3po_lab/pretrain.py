@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretrain one NanoChat, with hyper-connections or without: ``python -m m3po_lab.pretrain X.yaml [--flag value ...]``.
 
-`pretrain_pair` starts the two runs of a comparison. Exit codes: 0 done, 2 a wrong input (one line says which), 130
-interrupted by Ctrl-C.
+`pretrain_pair` starts the two runs of a comparison. Exit codes: 0 done, 2 a wrong input or a failing environment (one
+line says which), 130 interrupted by Ctrl-C.
 """
 
 import sys
 from collections.abc import Sequence
+
+WAY_ON = "The same command goes on from the last whole checkpoint."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,13 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import exit_code
+    from m3po_lab.errors import exit_code, failures_said
     from m3po_lab.pretrain_run import parse, run_pretraining
 
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(
-        lambda: run_pretraining(parse(words)), "Stopped. The same command goes on from the last checkpoint."
-    )
+
+    def start() -> None:
+        run = parse(words)
+        with failures_said(run.folder, "--per_device_train_batch_size", lambda: WAY_ON):
+            run_pretraining(run)
+
+    return exit_code(start, f"Stopped. {WAY_ON}")
 
 
 if __name__ == "__main__":

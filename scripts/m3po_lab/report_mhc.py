@@ -3,7 +3,8 @@
 
 For each sublayer how far H_res is from doubly stochastic, from its start and from the identity, how alike the streams
 are and how large the gradients; what the routing gate changes; and a line for whatever does nothing. Written to
-`report.md` and `routing.png` too. Exit codes: 0 reported, 2 a wrong input, 130 interrupted by Ctrl-C.
+`report.md` and `routing.png` too. Exit codes: 0 reported, 2 a wrong input or a failing environment, 130 interrupted by
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ def run(given: argparse.Namespace) -> None:
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
     from m3po_lab.eval_mhc import load
-    from m3po_lab.files import shown_path, write_text
+    from m3po_lab.files import check_writable, shown_path, write_text
     from m3po_lab.pretrain_report import draw_routing
 
+    check_writable(Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals")
     model, tokenizer = load(given.checkpoint)
     if not has_hyper_connections(model):
         raise UserError(f"{given.checkpoint} has no hyper-connections: give a model with mhc_enabled.")
@@ -92,11 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import exit_code
+    from m3po_lab.errors import OneLineFlags, exit_code
 
-    flags = argparse.ArgumentParser(
-        usage="bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]", allow_abbrev=False
-    )
+    flags = OneLineFlags(usage="bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
     flags.add_argument(
         "--dataset",
@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="'python:<package>' (the files of an installed package), a .jsonl with 'text', or a Hub id",
     )
     flags.add_argument("--output_dir", help="default: evals/<run>-final-routing")
-    given = flags.parse_args(list(sys.argv[1:] if argv is None else argv))
-    return exit_code(lambda: run(given), "Stopped.")
+    words = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: run(flags.parse_args(words)), "Stopped.")
 
 
 if __name__ == "__main__":

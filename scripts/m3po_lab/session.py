@@ -35,7 +35,7 @@ from m3po_lab.data_sources import Problem
 from m3po_lab.decoding import Thoughts
 from m3po_lab.eval_settings import EvalSettings, KeepSettings
 from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
-from m3po_lab.files import shown_path
+from m3po_lab.files import check_writable, shown_path
 from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
 from m3po_lab.processes import check_engine
 from m3po_lab.report import write_report
@@ -122,6 +122,7 @@ def run_session(run: Run, command: str) -> None:
         UserError: for a wrong input, before anything is trained.
     """
     training = run.training
+    check_writable(run.folder)
     check_save_steps(training)
     resume = claim_run_folder(training, run.script.overwrite, run.engine.name)
     train_problems, held_out = load_problems(run.script)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of a training run: ``bash scripts/train_grpo.sh [X.yaml] [--flag value ...]``.
 
-Exit codes: 0 the run ended with its report, 2 a wrong input (one line says which), 130 interrupted by Ctrl-C.
+Exit codes: 0 the run ended with its report, 2 a wrong input or a failing environment (one line says which), 130
+interrupted by Ctrl-C.
 Of several processes, which `m3po_lab.launch` starts, the first one speaks. The libraries are imported inside `main`,
 after the environment variables that they read at import are set, and Unsloth, if it trains, before all others.
 """
@@ -13,6 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+# What to lower where memory is short: the same run, but for the order in which sums are made.
+BATCH_FLAGS = (
+    "--per_device_train_batch_size, and raise --gradient_accumulation_steps by as much (in an evaluation, lower "
+    "--per_device_eval_batch_size)"
+)
 PATIENCE = 10  # seconds that another process waits for the first one to say what is wrong
 
 
@@ -23,41 +29,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # one process shows the progress bars
-    from m3po_lab.engine import choose_engine, enter
-    from m3po_lab.errors import UserError
+    from m3po_lab.errors import UserError, failures_said
 
     try:
-        engine = choose_engine(words)
-        enter(engine)
+        with failures_said():
+            return train(words)
     except UserError as error:
         return refused(error)
+
+
+def train(words: list[str]) -> int:
+    """Run a training; returns the exit code.
+
+    Raises:
+        UserError: for a wrong input or an environment that fails.
+    """
+    from m3po_lab.engine import choose_engine, enter
+
+    engine = choose_engine(words)
+    enter(engine)
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
     from m3po_lab.checkpoints import checkpoints, missing_part
-    from m3po_lab.config import parse_run
+    from m3po_lab.config import Run, parse_run
+    from m3po_lab.errors import failures_said
     from m3po_lab.processes import VARIABLE, check_joined, check_started
     from m3po_lab.session import run_session
 
-    run = None
+    run: Run | None = None
     processes = os.environ.get(VARIABLE)
     prefix = f"{VARIABLE}={shlex.quote(processes)} " if processes else ""
     command = prefix + shlex.join(["bash", "scripts/train_grpo.sh", *words])
+
+    def way_on() -> str:
+        found = checkpoints(run.folder) if run is not None else []
+        whole = [path for path in found if missing_part(path) is None]
+        resume = "" if "--resume_from_checkpoint" in words else " --resume_from_checkpoint true"
+        return f"Continue from {whole[-1].name} with: {command}{resume}" if whole else "No checkpoint yet."
+
     try:
         check_started()
         run = parse_run(words, engine)
         check_joined(run.training)
-        run_session(run, command)
-    except UserError as error:
-        return refused(error)
+        with failures_said(run.folder, BATCH_FLAGS, way_on):
+            run_session(run, command)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes on the one that the terminal sent already
-        if os.environ.get("RANK", "0") != "0":
-            return 130
-        whole = [path for path in checkpoints(run.folder) if missing_part(path) is None] if run else []
-        resume = "" if "--resume_from_checkpoint" in words else " --resume_from_checkpoint true"
-        way_on = f"Continue from {whole[-1].name} with: {command}{resume}" if whole else "No checkpoint yet."
-        print(f"\nStopped. {way_on}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nStopped. {way_on()}", file=sys.stderr)
         return 130
     return 0
 

@@ -109,3 +109,26 @@ def test_interrupt_names_the_command_to_go_on(
     assert main(words) == 130
     printed = capsys.readouterr().err
     assert f"checkpoint-6 with: bash scripts/train_grpo.sh {' '.join(words)} --resume_from_checkpoint true" in printed
+
+
+def test_a_disk_that_is_full_in_the_middle_is_one_line_that_says_how_to_go_on(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second checkpoint cannot be written; the first one is whole, and the run goes on from there."""
+    save, run = torch.save, tmp_path / "run"
+
+    def onto_a_full_disk(content: object, file: str, *rest: object) -> None:
+        if "checkpoint-4" in str(file):
+            Path(file).symlink_to("/dev/full")
+        save(content, file, *rest)
+
+    monkeypatch.setattr(torch, "save", onto_a_full_disk)
+    words = [str(tiny_config), "--output_dir", str(run)]
+    assert main(words) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: a file could not be written (") and "the disk is full: free some space" in line
+    command = f"bash scripts/train_grpo.sh {tiny_config} --output_dir {run} --resume_from_checkpoint true"
+    assert f"Continue from checkpoint-2 with: {command} Traceback: {run / 'error.log'}" in line
+    assert "onto_a_full_disk" in (run / "error.log").read_text()
+    monkeypatch.undo()
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
