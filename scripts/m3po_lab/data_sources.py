@@ -15,7 +15,8 @@ from typing import Any
 from datasets import load_dataset
 
 from m3po_lab.answers import is_number, is_reference
-from m3po_lab.config import UserError, one_line
+from m3po_lab.errors import UserError, short
+from m3po_lab.model_files import HUB_ERRORS
 from m3po_lab.user_files import read_json_lines, text_field
 
 GSM8K = "openai/gsm8k"
@@ -160,9 +161,9 @@ def hub_rows(path: str, name: str | None, split: str, instead: str = OFFLINE) ->
     """
     try:
         return load_dataset(path, name, split=split).to_list()
-    except (OSError, ValueError, RuntimeError) as error:
+    except HUB_ERRORS as error:
         raise UserError(
-            f"{path} could not be loaded from the Hub ({one_line(error)[:150]}); without a network give --dataset "
+            f"{path} could not be loaded from the Hub ({short(error, 160)}); without a network give --dataset "
             f"{instead}."
         ) from error
 

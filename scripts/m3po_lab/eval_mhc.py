@@ -4,7 +4,7 @@
 GSM8K with 0 and 8 examples, HellaSwag, ARC-Easy and bits per byte are lm-eval's own tasks; from the Hub, or with
 `--data DIR` from files of the same formats. With `--baseline` each task is run on that model too, and the seconds and
 the memory of decoding stand side by side. A command that was stopped goes on behind the tasks that are done.
-Exit codes: 0 evaluated, 2 a wrong input, 130 interrupted by Ctrl-C.
+Exit codes: 0 evaluated, 2 a wrong input or a failing environment, 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from m3po_lab.files import read_json, shown_path, write_json, write_text
+from m3po_lab.files import check_writable, read_json, shown_path, write_json, write_text
 
 FILES = {  # task -> split: file in --data; rows in the format of the dataset on the Hub
     "gsm8k": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
@@ -104,8 +104,30 @@ def local_rows(files: dict[str, str], **metadata: Any) -> dict[str, Any]:
     return {split: Dataset.from_list([row for _, row in read_json_lines(Path(file))]) for split, file in files.items()}
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | None, kept: Path, about: Any) -> Any:
-    """lm-eval's results of the tasks, given by name and file; each is kept as soon as it is there.
+def load_tasks(files: dict[str, str], local: bool) -> dict[str, Any]:
+    """lm-eval's tasks with their data, by name; `files` has the file of each, `local` says that the data are files too.
+
+    Raises:
+        UserError: the data of one cannot be read.
+    """
+    from lm_eval.tasks import TaskManager
+
+    from m3po_lab.errors import UserError, short
+    from m3po_lab.model_files import HUB_ERRORS
+
+    manager, loaded = TaskManager(include_defaults=False), {}
+    for name, file in files.items():
+        try:
+            loaded[name] = manager.load([file])["tasks"][name]
+        except HUB_ERRORS as error:
+            what = "the files in --data" if local else "the Hub"
+            mend = "mend them" if local else "give --data, a folder with its files"
+            raise UserError(f"task {name} cannot be read from {what} ({short(error, 160)}): {mend}.") from error
+    return loaded
+
+
+def evaluate(model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | None, kept: Path, about: Any) -> Any:
+    """lm-eval's results of the tasks, given by name; each is kept as soon as it is there.
 
     Args:
         kept: JSON file of the results so far.
@@ -127,12 +149,12 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, str], limit: int | Non
     manager = TaskManager(include_defaults=False)
     before = read_json(kept) or {}
     found = before["results"] if before.get("about") == about else {}
-    for name, file in tasks.items():
+    for name, task in tasks.items():
         if name in found:
             print(f"{name}: done before")
             continue
         done = simple_evaluate(
-            lm, tasks=[file], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+            lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
         )
         assert done is not None
         found[name] = done["results"][name]
@@ -195,15 +217,17 @@ def load(place: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from m3po_lab.errors import UserError, one_line
+    from m3po_lab.errors import UserError
+    from m3po_lab.model_files import UNREADABLE, check_model_files, unreadable
 
     if not (Path(place) / "config.json").is_file():
         raise UserError(f"{place} is not a model folder: give the folder final of a run.")
+    check_model_files(Path(place))
     try:
         model = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place} cannot be loaded: {one_line(error)[:200]}") from error
+    except UNREADABLE as error:
+        raise unreadable(f"{place} cannot be loaded", error) from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -218,6 +242,11 @@ def run(given: argparse.Namespace) -> None:
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
 
+    if given.limit is not None and given.limit < 1:
+        raise UserError(f"--limit {given.limit}: it must be at least 1.")
+    if given.gate is not None and not 0 <= given.gate <= 1:
+        raise UserError(f"--gate {given.gate}: it must be in [0, 1]; 0 is identity routing, 1 the full H_res.")
+    check_writable(Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals")
     data = Path(given.data) if given.data else None
     for name in given.tasks:
         for file in FILES[name].values() if data else ():
@@ -226,19 +255,18 @@ def run(given: argparse.Namespace) -> None:
                     f"--data {data} has no {file}, which {name} needs: add it, or leave {name} out of --tasks."
                 )
             check_rows(data / file, COLUMNS[file])  # type: ignore[operator]
+    told = "" if given.gate is None else f"-gate{given.gate:g}"
+    usual = PROJECT_ROOT / "evals" / ("-".join(Path(given.checkpoint).parts[-2:]) + told)
+    folder = Path(given.output_dir) if given.output_dir else usual
+    files = {name: write_task(name, data, folder / "tasks") for name in given.tasks}
+    tasks = load_tasks(files, local=data is not None)
     places = {"model": given.checkpoint, **({"baseline": given.baseline} if given.baseline else {})}
     loaded = {name: load(place) for name, place in places.items()}
     model = loaded["model"][0]
     if given.gate is not None:
         if not has_hyper_connections(model):
             raise UserError(f"--gate {given.gate}: {given.checkpoint} has no hyper-connections; leave it out.")
-        if not 0 <= given.gate <= 1:
-            raise UserError(f"--gate {given.gate}: it must be in [0, 1]; 0 is identity routing, 1 the full H_res.")
         set_mhc_gate(model, given.gate)
-    told = "" if given.gate is None else f"-gate{given.gate:g}"
-    usual = PROJECT_ROOT / "evals" / ("-".join(Path(given.checkpoint).parts[-2:]) + told)
-    folder = Path(given.output_dir) if given.output_dir else usual
-    tasks = {name: write_task(name, data, folder / "tasks") for name in given.tasks}
     results = {}
     for name, pair in loaded.items():
         about = [places[name], files_of(Path(places[name])), given.gate, given.limit, given.data]
@@ -259,9 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import exit_code
+    from m3po_lab.errors import OneLineFlags, exit_code
 
-    flags = argparse.ArgumentParser(usage="bash scripts/eval_mhc.sh CHECKPOINT [--flag value ...]", allow_abbrev=False)
+    flags = OneLineFlags(usage="bash scripts/eval_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
     flags.add_argument("--baseline", help="another one, evaluated beside it")
     flags.add_argument("--gate", type=float, help="the routing gate, in [0, 1] (default: 1)")
@@ -269,8 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--data", help="folder with the tasks' files, see docs/hyper-connections.md (default: the Hub)")
     flags.add_argument("--limit", type=int, help="the first N problems of each task")
     flags.add_argument("--output_dir", help="default: evals/<run>-final")
-    given = flags.parse_args(list(sys.argv[1:] if argv is None else argv))
-    return exit_code(lambda: run(given), "Stopped. The same command goes on behind the tasks that are done.")
+    words = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(
+        lambda: run(flags.parse_args(words)), "Stopped. The same command goes on behind the tasks that are done."
+    )
 
 
 if __name__ == "__main__":

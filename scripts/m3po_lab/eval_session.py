@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from huggingface_hub import HfApi
 from lm_eval.api.task import Task
@@ -16,8 +15,8 @@ from transformers.m3po.residual_gate import has_residual_gate
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl import ModelConfig
 
-from m3po_lab.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.data_sources import GSM8K
+from m3po_lab.errors import PROJECT_ROOT, UserError, one_line, short
 from m3po_lab.eval_agreement import agreement
 from m3po_lab.eval_checkpoint import (
     aslr_line,
@@ -33,6 +32,8 @@ from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import SETTINGS_FILE, EvalSettings
 from m3po_lab.eval_tasks import MARKER, demo_settings
 from m3po_lab.evaluate import load_task, problems_task, run_tasks
+from m3po_lab.files import check_writable
+from m3po_lab.model_files import HUB_ERRORS
 from m3po_lab.models import load_model, model_digest
 
 DATASETS = {GSM8K: "gsm8k", "gsm8k": "gsm8k"} | {
@@ -49,6 +50,7 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
         UserError: for a wrong input, before anything is generated.
     """
     check(given)
+    check_writable(Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals")
     numbers = checkpoint_numbers(given.model, numbers_given)
     paths = paths_of(numbers, given.num_paths, given.seed)
     known = EvalSettings.read(Path(given.problems_of or given.model))
@@ -145,8 +147,8 @@ def hub_error() -> str | None:
     """Why GSM8K cannot be had from the Hub now; None when it can."""
     try:
         HfApi().dataset_info(GSM8K, timeout=HUB_SECONDS)
-    except (OSError, httpx.HTTPError) as error:
-        return one_line(error)[:100]
+    except HUB_ERRORS as error:
+        return short(error, 120)
     return None
 
 

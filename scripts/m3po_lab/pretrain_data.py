@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from m3po_lab.errors import UserError, one_line
+from m3po_lab.errors import UserError, short
+from m3po_lab.model_files import HUB_ERRORS, UNREADABLE, check_model_files, unreadable
 from m3po_lab.user_files import read_json_lines, text_field
 
 PYTHON = "python:"
@@ -53,10 +54,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if name == BYTES:
         return byte_tokenizer()
+    check_model_files(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {name} cannot be loaded: {one_line(error)[:200]}") from error
+    except UNREADABLE as error:
+        raise unreadable(f"--tokenizer {name} cannot be loaded", error) from error
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
@@ -102,8 +104,8 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
 
         try:
             found = load_dataset(dataset, config, split="train", streaming=True)
-        except (OSError, ValueError, ConnectionError) as error:
-            raise UserError(f"--dataset {dataset} cannot be read from the Hub: {one_line(error)[:200]}") from error
+        except HUB_ERRORS as error:
+            raise UserError(f"--dataset {dataset} cannot be read from the Hub: {short(error)}") from error
         yield from (row["text"] for row in found)
 
 

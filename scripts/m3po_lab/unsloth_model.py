@@ -7,6 +7,7 @@ that the run trains are made before the adapter, and the adapter is the one that
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_peft_config
 from trl.trainer.grpo_own_modules import prepare_policy
 
-from m3po_lab.config import Run, UserError, one_line
+from m3po_lab.config import Run, UserError
+from m3po_lab.model_files import UNREADABLE, check_model_files, unreadable
 from m3po_lab.models import EMBEDDED_MODEL, is_local, load_model, settle
 
 WRITTEN = "start"  # folder in the run folder for a start model that came as GGUF
@@ -42,6 +44,7 @@ def load_with_unsloth(run: Run) -> tuple[PreTrainedModel | PeftModel, PreTrained
             part.save_pretrained(place)
     else:
         is_local(name)
+        check_model_files(Path(name))
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
             place,
@@ -55,8 +58,8 @@ def load_with_unsloth(run: Run) -> tuple[PreTrainedModel | PeftModel, PreTrained
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--model_name_or_path {name} cannot be loaded by Unsloth: {one_line(error)[:300]}") from error
+    except UNREADABLE as error:
+        raise unreadable(f"--model_name_or_path {name} cannot be loaded by Unsloth", error) from error
     settle(model, tokenizer, name)
     model.config.name_or_path = model.name_or_path = name  # an adapter's base
     if run.model.use_peft:
