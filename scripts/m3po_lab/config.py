@@ -15,8 +15,19 @@ import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from m3po_lab.engine import TRL, Engine, check_flags
-from m3po_lab.errors import DEFAULT_CONFIG, PROJECT_ROOT, UserError, find_config, one_line, split_config
+from m3po_lab.errors import (
+    DEFAULT_CONFIG,
+    PROJECT_ROOT,
+    YAML_ENDINGS,
+    UserError,
+    find_config,
+    one_line,
+    split_config,
+)
+from m3po_lab.flag_rules import check_values
+from m3po_lab.idle_flags import check_idle
 from m3po_lab.processes import on_cpus
+from m3po_lab.training_checks import check_training
 
 UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in when no output_dir is given
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -58,7 +69,7 @@ class RunArguments:
         default="{question}",
         metadata={
             "help": "The user turn. '{question}' and, for a generated task, the text and number fields of its "
-            "metadata are filled in, e.g. 'What is {expression}?' for chain_sum."
+            "metadata are filled in, e.g. 'What is {expression}?' for chain_sum. Other braces are doubled: {{ and }}."
         },
     )
     worked_example: dict[str, Any] | str | None = field(
@@ -87,9 +98,6 @@ class RunArguments:
             raise UserError(
                 f"--worked_example has the keys {sorted(self.worked_example)}: it needs just 'question' and 'answer'."
             )
-        for name in ("num_train_problems", "num_eval_problems"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} = {getattr(self, name)}: it must be at least 1.")
 
 
 @dataclass
@@ -107,16 +115,28 @@ class Run:
         """The run folder."""
         return Path(self.training.output_dir)
 
+    @property
+    def groups(self) -> tuple[RunArguments, GRPOConfig, ModelConfig]:
+        """All arguments."""
+        return self.script, self.training, self.model
+
 
 class OneLineParser(TrlParser):
-    """`TrlParser` whose errors are one line (`UserError`) and which takes no abbreviated flags."""
+    """`TrlParser` whose errors are one line (`UserError`), which takes no abbreviated flags and checks their values."""
 
     def __init__(self, *groups: Any) -> None:
         super().__init__(list(groups), allow_abbrev=False)
         self.set_defaults(use_cpu=on_cpus())  # bf16 without a GPU needs it
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (all flags: --help).")
+        hint = " Give the YAML file first." if any(ending in message for ending in YAML_ENDINGS) else ""
+        raise UserError(f"{message} (all flags: --help).{hint}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """That of argparse; the values are checked before `TrlParser` makes dataclasses of them."""
+        found = super().parse_known_args(args, namespace)
+        check_values(vars(found[0]), self.dataclass_types)
+        return found
 
     def flags(self) -> list[str]:
         """Every long flag, e.g. for a suggestion."""
@@ -160,12 +180,13 @@ def check_unknown(parser: OneLineParser, from_yaml: list[str], from_command_line
         raise UserError(f"{where}.{f' Did you mean {near[0]}?' if near else ''} All flags: --help.")
 
 
-def parse_run(argv: list[str], engine: Engine = TRL) -> Run:
+def parse_run(argv: list[str], engine: Engine = TRL, idle: bool = False) -> Run:
     """Read ``[X.yaml] [--flag value ...]``; without a YAML, `configs/demo.yaml`.
 
     The command line wins over the YAML. An output_dir that neither gives becomes
     ``runs/<config>-<mode>[-<gate>][-aslr]-seed<seed>`` in the project's root; the gate if it is not the baseline.
-    `engine` is the one that was chosen (`engine.choose_engine`) and, if it is Unsloth, imported.
+    `engine` is the one that was chosen (`engine.choose_engine`) and, if it is Unsloth, imported. With `idle`, flags
+    that do nothing in this run are let pass (`idle_flags`).
 
     Raises:
         UserError: for anything that cannot be read, is unknown or fails the validation of an argument group.
@@ -181,7 +202,7 @@ def parse_run(argv: list[str], engine: Engine = TRL) -> Run:
         if engine.name == "unsloth":
             as_trl = RunParser(trls_config()).parse_args_and_config(words, return_remaining_strings=True)
             keep_values(training, as_trl[1])
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
         raise UserError(f"{config_file.name} or a flag: {one_line(error)}") from error
     check_unknown(parser, yaml_unknown, unknown, config_file)
     if training.reward_weights is None:
@@ -192,7 +213,9 @@ def parse_run(argv: list[str], engine: Engine = TRL) -> Run:
         )
     if training.trust_remote_code:
         raise UserError("--trust_remote_code true is refused: code that comes with a model is never run here.")
-    check_model_flags(model)
+    if training.remove_unused_columns:
+        raise UserError("--remove_unused_columns true drops the answers that the rewards need; leave it out.")
+    check_model_flags(model, training.device.type)
     if training.output_dir == UNSET_OUTPUT_DIR:
         gate = f"-{training.gating_type}" if training.enable_cross_path and training.gating_type != "baseline" else ""
         aslr = "-aslr" if training.aslr_enabled else ""
@@ -200,7 +223,15 @@ def parse_run(argv: list[str], engine: Engine = TRL) -> Run:
         training.output_dir = str(PROJECT_ROOT / "runs" / name)
     run = Run(script, training, model, config_file, engine)
     check_flags(run)
+    if not idle:
+        check_idle(run.groups, rest, read_keys(config_file))
+    check_training(training)
     return run
+
+
+def read_keys(config_file: Path) -> list[str]:
+    """The keys of a YAML file that has been parsed before."""
+    return list(yaml.safe_load(config_file.read_text(encoding="utf-8")))
 
 
 def trls_config() -> type[GRPOConfig]:
@@ -221,22 +252,24 @@ def keep_values(training: GRPOConfig, as_trl: GRPOConfig) -> None:
             print(f"--{entry.name} stays {wanted!r}: the {found!r} that Unsloth would set is not what the flags say")
 
 
-def check_model_flags(model: ModelConfig) -> None:
-    """Refuse what `models.load_model` would not do.
+def check_model_flags(model: ModelConfig, device: str) -> None:
+    """Refuse what `models.load_model` would not do, or what cannot be trained on a kind of device.
 
     Raises:
-        UserError: for weights in 8 bits and for a dtype that is none.
+        UserError: for weights in 8 bits, for a dtype that is none and for an attention without gradients.
     """
     if model.load_in_8bit:
         raise UserError("--load_in_8bit true is refused: such base weights are not supported here; leave it out.")
     if model.dtype is not None and model.dtype not in DTYPES:
         raise UserError(f"--dtype {model.dtype} is unknown; give one of {', '.join(DTYPES)}.")
+    if model.attn_implementation == "flex_attention" and device == "cpu":
+        raise UserError("--attn_implementation flex_attention has no gradients on a CPU; leave it out.")
 
 
 def changed_values(run: Run) -> dict[str, Any]:
     """Every argument that differs from its default, for `summary.json`; the run folder is where that lies."""
     changed = {}
-    for group in (run.script, run.training, run.model):
+    for group in run.groups:
         for spec in dataclasses.fields(group):
             value = getattr(group, spec.name)
             made = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default

@@ -98,9 +98,10 @@ def early_values(words: list[str]) -> dict[str, Any]:
     given, rest = split_config(words)
     try:
         found = yaml.safe_load(find_config(given or DEFAULT_CONFIG).read_text(encoding="utf-8"))
-    except yaml.YAMLError:
+    except (UnicodeDecodeError, yaml.YAMLError):
         found = None
-    values = {**LOOKED_AT, **{name: value for name, value in (found or {}).items() if name in LOOKED_AT}}
+    known = found if isinstance(found, dict) else {}
+    values = {**LOOKED_AT, **{name: value for name, value in known.items() if name in LOOKED_AT}}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in LOOKED_AT:
         parser.add_argument(f"--{name}", nargs="?", const=True)
@@ -113,10 +114,9 @@ def _true(value: Any) -> bool:
 
 def machine_obstacle() -> str | None:
     """Why Unsloth cannot train on this machine or in this environment; None where it can."""
-    if find_spec("unsloth") is None or find_spec("bitsandbytes") is None:
-        return "the environment lacks Unsloth: make env EXTRA=unsloth"
     import torch
 
+    # What `make env EXTRA=unsloth` would not mend comes first.
     if os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.cuda.is_available():
         return "this machine has no GPU that Unsloth supports"
     if torch.cuda.get_device_capability() < CAPABILITY:
@@ -124,6 +124,8 @@ def machine_obstacle() -> str | None:
         return f"the GPU has compute capability {have} and Unsloth needs {need}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "a run of several processes is TRL's: unset ACCELERATE_CONFIG"
+    if find_spec("unsloth") is None or find_spec("bitsandbytes") is None:
+        return "the environment lacks Unsloth: make env EXTRA=unsloth"
     return None
 
 
@@ -170,10 +172,7 @@ def check_flags(run: Run) -> None:
                 f"--load_in_4bit true needs Unsloth, and this run has {run.engine.describe()}; leave it out."
             )
         return
-    values = {
-        name: next(getattr(group, name) for group in (run.script, run.training, run.model) if hasattr(group, name))
-        for name in LOOKED_AT
-    }
+    values = {name: next(getattr(group, name) for group in run.groups if hasattr(group, name)) for name in LOOKED_AT}
     for why in flag_obstacles(values):
         raise UserError(f"--engine unsloth: {why}; or set --engine trl.")
 

@@ -3,13 +3,12 @@
 
 Each seed has two runs that differ in `mhc_enabled` alone, each in a process of its own, in
 `<output_dir>/<variant>-seed<seed>`. The same command goes on after a stop. At the end `report.md` and two figures.
-Exit codes: 0 all runs are done and compared, 2 a wrong input, 130 interrupted by Ctrl-C; else that of the run that
-failed.
+Exit codes: 0 all runs are done and compared, 2 a wrong input or a failing environment, 130 interrupted by Ctrl-C; else
+that of the run that failed.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, exit_code, find_config, split_config
+from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, OneLineFlags, UserError, exit_code, find_config, split_config
 
 VARIANTS = {"baseline": "false", "mhc": "true"}
 
@@ -27,17 +26,22 @@ def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[s
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.files import read_json, shown_path
+    from m3po_lab.files import check_writable, read_json, shown_path
+    from m3po_lab.idle_flags import MHC, without
     from m3po_lab.pretrain_report import write_report
     from m3po_lab.pretrain_run import parse
 
+    check_writable(folder)
     plan = [(seed, variant) for seed in seeds for variant in VARIANTS]
     places = {pair: folder / f"{pair[1]}-seed{pair[0]}" for pair in plan}
+    commands = {}
+    for pair in plan:
+        own = more if pair[1] == "mhc" else without(more, MHC.split())
+        words = [shown_path(config), *own, "--mhc_enabled", VARIANTS[pair[1]], "--seed", str(pair[0])]
+        commands[pair] = [*words, "--output_dir", shown_path(places[pair])]
+    parsed = {pair: parse(words) for pair, words in commands.items()}  # a wrong flag stops here, in one line
     for number, (seed, variant) in enumerate(plan, start=1):
-        place = places[seed, variant]
-        words = [shown_path(config), *more, "--mhc_enabled", VARIANTS[variant], "--seed", str(seed)]
-        words += ["--output_dir", shown_path(place)]
-        run = parse(words)  # a wrong flag stops here, in one line
+        place, words, run = places[seed, variant], commands[seed, variant], parsed[seed, variant]
         print(f"run {number} of {len(plan)}: {variant}, seed {seed}", flush=True)
         if (done := read_json(place / "result.json")) is not None:
             if (done["script"], done["max_steps"]) != (dataclasses.asdict(run.script), run.training.max_steps):
@@ -56,12 +60,11 @@ def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare as command-line words say (those of the process by default); returns the exit code."""
-    flags = argparse.ArgumentParser(
+    flags = OneLineFlags(
         usage="bash scripts/train_mhc.sh [config.yaml] [--seeds SEED ...] [--output_dir DIR] [--flag value ...]",
         description="Pretrain NanoChat with and without hyper-connections and compare. The YAML is "
         "configs/mhc_small.yaml by default.",
         epilog="Other flags go to every run: .venv/bin/python -m m3po_lab.pretrain --help.",
-        allow_abbrev=False,
     )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0])
     flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/<config>)")

@@ -21,11 +21,13 @@ from transformers.m3po.hyper_connection_report import full_report, mean_matrices
 from transformers.m3po.hyper_connection_settings import MHC_DEFAULTS, check_mhc_numbers, has_hyper_connections
 from transformers.trainer_utils import get_last_checkpoint
 
-from m3po_lab.config import UNSET_OUTPUT_DIR, OneLineParser, check_unknown
+from m3po_lab.config import UNSET_OUTPUT_DIR, OneLineParser, check_unknown, read_keys
 from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, one_line, split_config
-from m3po_lab.files import read_json, shown_path, write_json
+from m3po_lab.files import check_writable, read_json, shown_path, write_json
+from m3po_lab.idle_flags import check_idle
 from m3po_lab.pretrain_data import UNSCORED, load_text, load_tokenizer
 from m3po_lab.provenance import git_state
+from m3po_lab.training_checks import check_training
 
 DEFAULT_MHC_CONFIG = "configs/mhc_small.yaml"
 KEY = "eval_bits_per_byte"  # in Trainer's log
@@ -97,7 +99,7 @@ def parse(argv: list[str]) -> Pretraining:
         script, training, in_yaml, unknown = parser.parse_args_and_config(
             ["--config", str(file), *rest], return_remaining_strings=True, separate_remaining_strings=True
         )
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
         raise UserError(f"{file.name} or a flag: {one_line(error)}") from error
     check_unknown(parser, in_yaml, unknown, file)
     if training.max_steps <= 0:
@@ -106,6 +108,13 @@ def parse(argv: list[str]) -> Pretraining:
         check_mhc_numbers(MHC_DEFAULTS | mhc_numbers(script))
     except ValueError as error:
         raise UserError(f"--{one_line(error)}") from error
+    if script.model_dim % (2 * script.num_heads):
+        raise UserError(
+            f"--model_dim {script.model_dim}: it must be a multiple of 2 * num_heads = {2 * script.num_heads}, so that "
+            "each head is even."
+        )
+    check_idle((script, training), rest, read_keys(file))
+    check_training(training)
     run = Pretraining(script, training, file)
     if training.output_dir == UNSET_OUTPUT_DIR:
         training.output_dir = str(PROJECT_ROOT / "runs" / file.stem / f"{run.variant}-seed{training.seed}")
@@ -221,6 +230,7 @@ def run_pretraining(run: Pretraining) -> None:
     Raises:
         UserError: for a wrong input, before anything is trained.
     """
+    check_writable(run.folder)
     result = run.folder / "result.json"
     if read_json(result) is not None:
         print(f"{shown_path(run.folder)}: done before")

@@ -6,16 +6,21 @@ A mode is named as in the table: `m3po`, `m3po:raw_dot` (with that gate), `none+
 `--gates` is for mode `m3po` with each gate, and the control.
 The same command goes on after a stop: finished runs are kept, a run that was stopped is resumed from its last
 checkpoint. At the end `comparison.md` has the tables and each mode against the control.
-Exit codes: 0 all runs are done and compared, 2 a wrong input, 130 interrupted by Ctrl-C; else that of the run that
-failed.
+Exit codes: 0 all runs are done and compared, 2 a wrong input or a failing environment, 130 interrupted by Ctrl-C; else
+that of the run that failed.
 """
 
-import argparse
+from __future__ import annotations
+
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from m3po_lab.config import Run
 
 DEFAULT_CONFIG = "configs/demo_short.yaml"
 DEFAULT_MODES = ("none", "m3po", "hrpo", "h3po")
@@ -62,17 +67,30 @@ def check_modes(config: Path, modes: Sequence[str], more: Sequence[str]) -> None
     """Read the command of every mode, so that a wrong flag stops the sweep here and not after the first mode.
 
     Raises:
-        UserError: a command is wrong, or two modes are one and the same.
+        UserError: a command is wrong, a flag does nothing in any of the modes, or two modes are one and the same.
     """
     from m3po_lab.compare import variant
-    from m3po_lab.config import UserError, parse_run
+    from m3po_lab.config import UserError
+    from m3po_lab.idle_flags import given_flags, idle_flags
 
     named: dict[str, str] = {}
+    idle = given_flags(more)
     for mode in modes:
-        training = parse_run([str(config), *more, *mode_words(mode)]).training
+        run = parse_mode(config, mode, more)
+        idle &= set(idle_flags(run.groups, idle))
+        training = run.training
         same = named.setdefault(variant(training.mode, training.gating_type, bool(training.aslr_enabled)), mode)
         if same != mode:
             raise UserError(f"--modes {same} and {mode} are the same here: leave out one of them.")
+    if idle:
+        raise UserError(f"--{min(idle)} does nothing in any of the modes {', '.join(modes)}: leave it out.")
+
+
+def parse_mode(config: Path, mode: str, more: Sequence[str]) -> Run:
+    """The parsed command of a mode, with the flags that do something in others only."""
+    from m3po_lab.config import parse_run
+
+    return parse_run([str(config), *more, *mode_words(mode)], idle=True)
 
 
 def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[str]) -> list[str]:
@@ -90,8 +108,10 @@ def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[s
 def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path, more: Sequence[str]) -> int:
     """Run what is not done and compare; returns an exit code."""
     from m3po_lab.compare import comparison
-    from m3po_lab.files import shown_path, write_text
+    from m3po_lab.files import check_writable, shown_path, write_text
+    from m3po_lab.idle_flags import given_flags, idle_flags, without
 
+    check_writable(folder)
     pairs = [(mode, seed) for seed in seeds for mode in modes]
     places = {pair: folder / f"{pair[0].replace(':', '-')}-seed{pair[1]}" for pair in pairs}
     for number, (mode, seed) in enumerate(pairs, start=1):
@@ -101,7 +121,8 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
             print(f"{told}: done before", flush=True)
             continue
         print(told, flush=True)
-        command = [sys.executable, "-m", "m3po_lab.train", *run_words(config, mode, seed, place, more)]
+        own = without(more, idle_flags(parse_mode(config, mode, more).groups, given_flags(more)))
+        command = [sys.executable, "-m", "m3po_lab.train", *run_words(config, mode, seed, place, own)]
         code = subprocess.run(command, check=False).returncode
         if code:
             print(f"error: {told} ended with exit code {code}; the same command goes on from there.", file=sys.stderr)
@@ -114,14 +135,13 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.errors import PROJECT_ROOT, exit_code, find_config, split_config
+    from m3po_lab.errors import PROJECT_ROOT, OneLineFlags, exit_code, find_config, split_config
 
-    flags = argparse.ArgumentParser(
+    flags = OneLineFlags(
         usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--seeds SEED ...] "
         "[--output_dir DIR] [--flag value ...]",
         description=f"Train modes over seeds and compare them. The YAML of the runs is {DEFAULT_CONFIG} by default.",
-        epilog="Other flags go to every run, see bash scripts/train_grpo.sh --help.",
-        allow_abbrev=False,
+        epilog="Other flags go to every run in which they do something, see bash scripts/train_grpo.sh --help.",
     )
     flags.add_argument(
         "--modes",

@@ -46,7 +46,29 @@ def test_without_a_gpu_auto_takes_trl_and_unsloth_is_one_line(
     assert printed.startswith("error: --engine unsloth: this machine has no GPU") and len(printed.splitlines()) == 1
 
 
+def test_without_a_gpu_the_extra_that_would_not_help_is_not_named(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    assert engine.choose_engine([str(yaml)]).why == "auto: this machine has no GPU that Unsloth supports"
+
+
+@pytest.mark.parametrize("text", ["just text", "- a list", "[1", "3"])
+def test_a_yaml_that_is_no_mapping_is_one_line(text: str, yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml.write_text(text)
+    assert main([str(yaml)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: run.yaml or a flag: ") and printed.count("\n") == 1
+
+
+def test_a_file_that_is_no_text_is_one_line(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml.write_bytes(bytes(range(128, 256)))
+    assert main([str(yaml)]) == 2
+    assert capsys.readouterr().err.startswith("error: run.yaml or a flag: 'utf-8' codec can't decode")
+
+
 def test_without_the_extra_unsloth_is_one_line_that_names_it(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="the environment lacks Unsloth: make env EXTRA=unsloth"):
         engine.choose_engine([str(yaml), "--engine", "unsloth"])
