@@ -7,8 +7,10 @@ stay untouched for the final evaluation.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from string import Formatter
+from typing import Any
 
 import reasoning_gym
 from datasets import Dataset
@@ -65,12 +67,35 @@ def user_turn(problem: Problem, script: RunArguments) -> str:
     """The template of the run filled in with a problem; the same error."""
     fields = {**problem.fields, "question": problem.question}
     try:
+        check_template(script.prompt_template, fields)
         return script.prompt_template.format(**fields)
-    except (KeyError, IndexError, ValueError) as error:
+    except ValueError as error:
         raise UserError(
-            f"--prompt_template {script.prompt_template!r} cannot be filled in ({one_line(error)}); "
-            f"the fields of these problems are {', '.join(sorted(fields))}."
+            f"--prompt_template {script.prompt_template!r} cannot be filled in: {one_line(error)}. The fields of these "
+            f"problems are {', '.join(sorted(fields))}; other braces are doubled: {{{{ and }}}}."
         ) from error
+
+
+def check_template(template: str, fields: Mapping[str, Any]) -> None:
+    """Refuse a template that names what is no field, looks into one, or names none.
+
+    Raises:
+        ValueError: says what.
+    """
+    names = list(_names(template))
+    for name in names:
+        if name not in fields:
+            raise ValueError(f"{{{name}}} is no field")
+    if not names:
+        raise ValueError("it names no field, which would make all prompts the same")
+
+
+def _names(template: str) -> Iterator[str]:
+    """What stands in the braces of a template, those within a format included."""
+    for _, name, form, _ in Formatter().parse(template):
+        if name is not None:
+            yield name
+            yield from _names(form or "")
 
 
 def training_rows(problems: list[Problem], script: RunArguments, count: int) -> Dataset:

@@ -74,7 +74,6 @@ def test_prompt_has_system_turn_worked_example_and_filled_template_in_this_order
         ({"dataset": "squad", "dataset_config": None}, "--dataset squad is unknown.*openai/gsm8k.*, mmlu_arc"),
         ({"dataset": "openai/gsm8k"}, "--dataset_config only applies to reasoning-gym"),
         ({"num_eval_problems": 500}, "yields only .* distinct questions"),
-        ({"num_eval_problems": 0}, "--num_eval_problems = 0: it must be at least 1"),
         ({"worked_example": "{question: x}"}, "just 'question' and 'answer'"),
         ({"dataset": "reasoning-gym:word_ladder", "dataset_config": {}}, "training problem 1 .*must be one number"),
         ({"dataset": "reasoning-gym:time_intervals", "dataset_config": {}}, "problem .*must be one number"),
@@ -92,6 +91,33 @@ def test_every_question_held_out_is_refused() -> None:
         data.load_problems(generated(num_eval_problems=200))
 
 
-def test_template_field_that_problems_lack_is_named() -> None:
-    with pytest.raises(UserError, match="'nope'.*fields of these problems are question"):
-        data.chat_prompt(Problem("q", "4"), generated(prompt_template="{nope}"))
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{nope}", "{nope} is no field"),
+        ("{question} in {braces}", "{braces} is no field"),
+        ("{question} {}", "{} is no field"),
+        ("{question} {0}", "{0} is no field"),
+        ("{question} Answer as \\boxed{}.", "{} is no field"),
+        ("{question.__class__}", "{question.__class__} is no field"),
+        ("{question[0]}", "{question[0]} is no field"),
+        ("{question:{nope}}", "{nope} is no field"),
+        ("{question:d}", "Unknown format code 'd'"),
+        ("{question!x}", "x"),
+        ("{question", "expected '}' before end of string"),
+        ("{question} }", "Single '}' encountered in format string"),
+        ("Add them.", "it names no field, which would make all prompts the same"),
+        ("{{question}}", "it names no field"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_in_says_why_and_how_braces_are_written(template: str, why: str) -> None:
+    with pytest.raises(UserError) as raised:
+        data.chat_prompt(Problem("q", "4"), generated(prompt_template=template))
+    line = str(raised.value)
+    assert f"--prompt_template {template!r} cannot be filled in: " in line and why in line and "\n" not in line
+    assert line.endswith("The fields of these problems are question; other braces are doubled: {{ and }}.")
+
+
+def test_doubled_braces_and_formats_are_taken() -> None:
+    script = generated(prompt_template="{question!s:>3} in \\boxed{{}} of {width:03d}")
+    assert data.user_turn(Problem("q", "4", {"width": 7}), script) == "  q in \\boxed{} of 007"
