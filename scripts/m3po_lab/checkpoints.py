@@ -11,9 +11,12 @@ archive ends in its directory, a safetensors header says the length.
 
 import math
 import re
+import shlex
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
@@ -25,15 +28,18 @@ from trl import GRPOConfig
 from trl.trainer.grpo_m3po import checkpoint_info
 from trl.trainer.grpo_m3po_config import GATE_START
 
+from m3po_lab.config import Run
 from m3po_lab.errors import ERROR_LOG, UserError
 from m3po_lab.files import read_json
+from m3po_lab.identity import MAY_CHANGE, RUN_FILE, difference, read_run
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("m3po.json", "trainer_state.json")
 STATES = ("optimizer", "scheduler")  # files or folders whose names begin so, whatever the engine
 DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
 OF_ASLR = ("aslr_enabled", *ASLR_NUMBERS)  # left out of m3po.json without ASLR
-OWN_FILES = ("baseline.json", "summary.json", "reward.png", "completions.jsonl", ERROR_LOG)
+OF_MODEL = (*GATE_START, *OF_ASLR)  # a model that has them says them
+OWN_FILES = ("baseline.json", RUN_FILE, "summary.json", "reward.png", "completions.jsonl", ERROR_LOG)
 
 
 def generation_cycle(training: GRPOConfig) -> int:
@@ -152,17 +158,19 @@ def counted(number: int) -> str:
     return f"{number} process{'' if number == 1 else 'es'}"
 
 
-def checkpoint_to_resume(training: GRPOConfig, engine: str = "trl") -> Path | None:
+def checkpoint_to_resume(run: Run, flags: Mapping[str, Any]) -> Path | None:
     """The checkpoint a run starts from, None for a new run. It looks only, so that several processes see the same.
 
     ``--resume_from_checkpoint true`` means the newest whole one; a path means that one.
 
+    Args:
+        flags: what defines the run (`identity.of_run`).
+
     Raises:
-        UserError: when there is none, when the named one is not whole or of another mode, or when later ones
-            of the same run are in the way.
+        UserError: when there is none, when the named one is not whole or of another run, or when later ones of the
+            same run are in the way.
     """
-    folder = Path(training.output_dir)
-    asked = training.resume_from_checkpoint
+    folder, asked = run.folder, run.training.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("false", "no"):
         return None
     if str(asked).lower() in ("true", "yes", "last"):
@@ -184,63 +192,73 @@ def checkpoint_to_resume(training: GRPOConfig, engine: str = "trl") -> Path | No
             f"--resume_from_checkpoint {asked}: {folder} already has {in_the_way[-1]}, which is later; resume that one "
             "('true'), or give another --output_dir for the new branch."
         )
-    check_same_run(chosen, training, engine)
+    check_same_run(chosen, run, flags)
     return chosen
 
 
-def check_same_run(checkpoint: Path, training: GRPOConfig, engine: str = "trl", settled: bool = False) -> None:
-    """Refuse to resume a checkpoint with other numbers than those its `m3po.json` says it was trained with.
+def check_same_run(checkpoint: Path, run: Run, flags: Mapping[str, Any], settled: bool = False) -> None:
+    """Refuse to resume a checkpoint as another run than the one that wrote it.
 
     Args:
-        engine: what trains now.
-        settled: the trainer has been made, so that `training` says what the start model's residual gate began with,
+        flags: what defines the run (`identity.of_run`).
+        settled: the trainer has been made, so that `run.training` says what the start model's residual gate began with,
             if that model has one, and what ASLR it has. Before, this is not compared.
 
     Raises:
-        UserError: for the first one that differs; it names both values.
+        UserError: for the first flag that differs; it names both values.
     """
+    training, engine = run.training, run.engine.name
+    anew = f"start a new run from it with --model_name_or_path {shlex.quote(str(checkpoint))} and another --output_dir."
     if written_by(checkpoint) != training.world_size:
         raise UserError(
             f"{checkpoint.name} was written by {counted(written_by(checkpoint))} and this run has "
-            f"{training.world_size}, whose batches would be others; start as many, or start a new run from it with "
-            f"--model_name_or_path {checkpoint}."
+            f"{training.world_size}, whose batches would be others; start as many, or {anew}"
         )
     if engine_of(checkpoint) != engine:
         raise UserError(
             f"{checkpoint.name} was written by a run with --engine {engine_of(checkpoint)}, and this one has {engine}, "
-            f"which rounds otherwise; set --engine {engine_of(checkpoint)}, or start a new run from it with "
-            f"--model_name_or_path {checkpoint}."
+            f"which rounds otherwise; set --engine {engine_of(checkpoint)}, or {anew}"
         )
-    stored = read_checkpoint_info(checkpoint)
+    if 0 < training.max_steps < step_of(checkpoint):
+        raise UserError(
+            f"--max_steps {training.max_steps}: {checkpoint.name} is beyond it; set {step_of(checkpoint)} or more."
+        )
+    told = read_run(checkpoint)
+    differing = difference(told["flags"], flags, (*MAY_CHANGE, *OF_MODEL)) if told else None
+    if differing is not None:
+        name, stored, now = differing
+        raise UserError(f"--{name} {now}: {checkpoint.name} was trained with {stored}; set that, or {anew}")
+    saved = read_checkpoint_info(checkpoint)
     running = checkpoint_info(training)
-    for name in [*running, *(name for name in OF_ASLR if name in stored and name not in running)]:
+    for name in [*running, *(name for name in OF_ASLR if name in saved and name not in running)]:
         now = running.get(name)
-        open_yet = name in (*GATE_START, *OF_ASLR) and not settled
-        if name not in DESCRIPTION and not open_yet and stored.get(name) != now:
+        if name not in DESCRIPTION and (settled or name not in OF_MODEL) and saved.get(name) != now:
             flag = {"sampling_temperature": "temperature"}.get(name, name)
-            raise UserError(
-                f"--{flag} {now}: {checkpoint.name} was trained with {stored.get(name)}; set that, or start a new run "
-                f"from it with --model_name_or_path {checkpoint}."
-            )
+            raise UserError(f"--{flag} {now}: {checkpoint.name} was trained with {saved.get(name)}; set that, or {anew}")
 
 
-def claim_run_folder(training: GRPOConfig, overwrite: bool, engine: str = "trl") -> Path | None:
+def claim_run_folder(run: Run, flags: Mapping[str, Any]) -> Path | None:
     """Make the run folder this run's, and return the checkpoint it starts from (None: from the start).
 
     Half-written checkpoints behind that one are removed; of a new run with `overwrite`, all that an old one wrote. The
     processes of a run come here together: all have looked before the first one deletes, and all wait until it has.
 
     Raises:
-        UserError: as `checkpoint_to_resume`, or when a new run finds checkpoints and `overwrite` is not set; nothing
-            is touched then.
+        UserError: as `checkpoint_to_resume`, or when a new run finds checkpoints or the report of another and
+            `overwrite` is not set; nothing is touched then.
     """
-    folder = Path(training.output_dir)
-    chosen = checkpoint_to_resume(training, engine)
+    folder, training, overwrite = run.folder, run.training, run.script.overwrite
+    chosen = checkpoint_to_resume(run, flags)
     found = checkpoints(folder)
     if chosen is None and found and not overwrite:
         raise UserError(
             f"{folder} already has {found[-1].name}: continue it with --resume_from_checkpoint true, or start anew "
-            "with another --output_dir (or --overwrite, which deletes it)."
+            "with another --output_dir (or --overwrite true, which deletes it)."
+        )
+    if chosen is None and (folder / "summary.json").exists() and not overwrite:
+        raise UserError(
+            f"{folder} already has the report of a run, summary.json: start anew with another --output_dir (or "
+            "--overwrite true, which deletes it)."
         )
     training.distributed_state.wait_for_everyone()
     if training.process_index == 0:
@@ -249,5 +267,10 @@ def claim_run_folder(training: GRPOConfig, overwrite: bool, engine: str = "trl")
                 shutil.rmtree(path)
         for name in OWN_FILES if chosen is None and overwrite else ():
             (folder / name).unlink(missing_ok=True)
+        if chosen is not None and read_run(chosen) is None:
+            print(
+                f"{chosen.name} has no {RUN_FILE}: it is resumed as what its m3po.json says, and whether the other flags, "
+                "the dataset and the start model are those it was trained with could not be compared"
+            )
     training.distributed_state.wait_for_everyone()
     return chosen

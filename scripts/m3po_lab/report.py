@@ -6,7 +6,7 @@ second is tested alone, on the problems whose answer was well-formed both before
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from statistics import fmean
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 from transformers.m3po.settings import CROSS_PATH_MODES
 from trl import GRPOTrainer
 
+from m3po_lab.commands import CONTINUE, shown_command, train_command
 from m3po_lab.config import PROJECT_ROOT, Run, changed_values
 from m3po_lab.data_sources import Problem
 from m3po_lab.evaluate import Answered
 from m3po_lab.figure import draw_rewards
 from m3po_lab.files import shown_path, write_json, write_text
+from m3po_lab.identity import with_acting
 from m3po_lab.provenance import distribution, git_state
 from m3po_lab.rewards import make_rewards
 from m3po_lab.stats import Paired, compare
@@ -77,7 +79,12 @@ def last_reward(history: Sequence[dict[str, Any]]) -> float | None:
 
 
 def summarise(
-    run: Run, command: str, trainer: GRPOTrainer, parts: dict[str, Paired], train_seconds: float
+    run: Run,
+    command: str,
+    trainer: GRPOTrainer,
+    parts: dict[str, Paired],
+    train_seconds: float,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of `summary.json`: results, then everything that is needed to trust and to repeat them."""
     accuracy, form, arithmetic = parts["accuracy"], parts["format"], parts["arithmetic"]
@@ -121,6 +128,8 @@ def summarise(
         "git_dirty": dirty,
         "command": command,
         "config": changed_values(run),
+        "flags": with_acting(about["flags"], run.training),
+        "parts": about["parts"],
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "device": str(trainer.accelerator.device),
     }
@@ -177,29 +186,31 @@ def table(parts: dict[str, Paired]) -> str:
 
 def write_report(
     run: Run,
-    command: str,
+    words: Sequence[str],
     trainer: GRPOTrainer,
     held_out: Sequence[Problem],
     before: Sequence[Answered],
     after: Sequence[Answered],
     train_seconds: float,
+    about: Mapping[str, Any],
 ) -> None:
-    """Write the run's report files and print its last lines."""
+    """Write the run's report files and print its last lines; `about` is the content of its `run.json`."""
     parts = split_gain(before, after)
-    summary = summarise(run, command, trainer, parts, train_seconds)
+    summary = summarise(run, train_command(words), trainer, parts, train_seconds, about)
     write_text(run.folder / "completions.jsonl", completion_lines(run, held_out, before, after))
     draw_rewards(trainer.state.log_history, summary, run.folder / "reward.png")
     write_json(run.folder / "summary.json", summary)
-    print("\n".join(closing_lines(run, summary, parts, command)))
+    print("\n".join(closing_lines(run, summary, parts, words)))
 
 
-def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], command: str) -> list[str]:
+def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], words: Sequence[str]) -> list[str]:
     """Result, files, and what one can do next."""
     folder = shown_path(run.folder)
-    more = command if "--resume_from_checkpoint" in command else f"{command} --resume_from_checkpoint true"
     told = f" with {summary['gating_type']}" if summary["gating_type"] not in (None, "baseline") else ""
     told += " with ASLR (off in the evaluations)" if summary["aslr_enabled"] else ""
-    aslr = [f"with ASLR    bash scripts/eval_gsm8k.sh {folder}/final --dataset problems --aslr on"]
+    more = train_command(words, {**CONTINUE, "max_steps": str(2 * summary["steps"])})
+    aslr = shown_command("scripts/eval_gsm8k.sh", [f"{folder}/final", "--dataset", "problems", "--aslr", "on"])
+    curves = shown_command(".venv/bin/tensorboard", ["--logdir", folder])
     return [
         "",
         f"mode {summary['mode']}{told}, {summary['steps']} steps in {summary['train_seconds']:.0f} s "
@@ -209,7 +220,7 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], c
         "",
         f"model        {folder}/final",
         f"report       {folder}/summary.json  reward.png  completions.jsonl",
-        f"train more   {more} --max_steps {2 * summary['steps']}",
-        f"curves       .venv/bin/tensorboard --logdir {folder}",
-        *(aslr if summary["aslr_enabled"] else []),
+        *([f"train more   {more}"] if run.training.save_strategy != "no" else []),
+        *([f"curves       {curves}"] if "tensorboard" in run.training.report_to else []),
+        *([f"with ASLR    {aslr}"] if summary["aslr_enabled"] else []),
     ]

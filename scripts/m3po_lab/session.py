@@ -6,6 +6,7 @@ checkpoints lie at the ends of generation cycles (`checkpoints`), and the traini
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -36,6 +37,7 @@ from m3po_lab.decoding import Thoughts
 from m3po_lab.eval_settings import EvalSettings, KeepSettings
 from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.files import check_writable, shown_path
+from m3po_lab.identity import KeepRun, begin, of_run
 from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
 from m3po_lab.processes import check_engine
 from m3po_lab.report import write_report
@@ -115,8 +117,8 @@ def rows_of_run(training: GRPOConfig, problems: int) -> int:
     return rows
 
 
-def run_session(run: Run, command: str) -> None:
-    """Train and report; `command` is how the user started it, for the report.
+def run_session(run: Run, words: Sequence[str]) -> None:
+    """Train and report; `words` are those of the command line, for the report.
 
     Raises:
         UserError: for a wrong input, before anything is trained.
@@ -124,7 +126,9 @@ def run_session(run: Run, command: str) -> None:
     training = run.training
     check_writable(run.folder)
     check_save_steps(training)
-    resume = claim_run_folder(training, run.script.overwrite, run.engine.name)
+    flags = of_run(run)
+    resume = claim_run_folder(run, flags)
+    about = begin(run, flags, resume)
     train_problems, held_out = load_problems(run.script)
     rows = training_rows(train_problems, run.script, rows_of_run(training, len(train_problems)))
     training.shuffle_dataset = False  # the order is in the rows
@@ -133,19 +137,20 @@ def run_session(run: Run, command: str) -> None:
     clock = TrainingClock(run.engine.name)
     trainer = build_trainer(run, rows, clock)
     if resume is not None:
-        check_same_run(resume, training, run.engine.name, settled=True)
+        check_same_run(resume, run, flags, settled=True)
     if trainer.accelerator.is_main_process:
         print(run.engine.describe())
         print(start_line(run, trainer, len(train_problems), len(held_out), resume))
     settings = EvalSettings.of_run(run, trainer.accelerator.mixed_precision)
     trainer.add_callback(KeepSettings(settings))
+    trainer.add_callback(KeepRun(about))
     before = evaluate_before(run, trainer, held_out, settings)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_model(str(run.folder / "final"))
     after = evaluate_now(trainer, settings, "held-out, after")
     if trainer.accelerator.is_main_process:
         settings.write(run.folder / "final")
-        write_report(run, command, trainer, held_out, before, after, clock.seconds)
+        write_report(run, words, trainer, held_out, before, after, clock.seconds, about)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -7,12 +7,17 @@ Of several processes, which `m3po_lab.launch` starts, the first one speaks. The 
 after the environment variables that they read at import are set, and Unsloth, if it trains, before all others.
 """
 
+from __future__ import annotations
+
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from m3po_lab.config import Run
 
 # What to lower where memory is short: the same run, but for the order in which sums are made.
 BATCH_FLAGS = (
@@ -51,35 +56,38 @@ def train(words: list[str]) -> int:
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.checkpoints import checkpoints, missing_part
-    from m3po_lab.config import Run, parse_run
+    from m3po_lab.config import parse_run
     from m3po_lab.errors import failures_said
-    from m3po_lab.processes import VARIABLE, check_joined, check_started
+    from m3po_lab.processes import check_joined, check_started
     from m3po_lab.session import run_session
 
     run: Run | None = None
-    processes = os.environ.get(VARIABLE)
-    prefix = f"{VARIABLE}={shlex.quote(processes)} " if processes else ""
-    command = prefix + shlex.join(["bash", "scripts/train_grpo.sh", *words])
-
-    def way_on() -> str:
-        found = checkpoints(run.folder) if run is not None else []
-        whole = [path for path in found if missing_part(path) is None]
-        resume = "" if "--resume_from_checkpoint" in words else " --resume_from_checkpoint true"
-        return f"Continue from {whole[-1].name} with: {command}{resume}" if whole else "No checkpoint yet."
-
     try:
         check_started()
         run = parse_run(words, engine)
         check_joined(run.training)
-        with failures_said(run.folder, BATCH_FLAGS, way_on):
-            run_session(run, command)
+        with failures_said(run.folder, BATCH_FLAGS, lambda: way_on(words, run)):
+            run_session(run, words)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes on the one that the terminal sent already
         if os.environ.get("RANK", "0") == "0":
-            print(f"\nStopped. {way_on()}", file=sys.stderr)
+            print(f"\nStopped. {way_on(words, run)}", file=sys.stderr)
         return 130
     return 0
+
+
+def way_on(words: Sequence[str], run: Run | None) -> str:
+    """How a run that was stopped goes on: from its newest whole checkpoint, else as it was started."""
+    from m3po_lab.checkpoints import checkpoints, missing_part
+    from m3po_lab.commands import CONTINUE, train_command
+
+    found = checkpoints(run.folder) if run else []
+    whole = [path for path in found if missing_part(path) is None]
+    if whole:
+        return f"Continue from {whole[-1].name} with: {train_command(words, CONTINUE)}"
+    half_written = bool(found) and run is not None and run.training.resume_from_checkpoint is None
+    again = train_command(words, {"overwrite": "true"} if half_written else {})
+    return f"No checkpoint yet. Start again with: {again}"
 
 
 def refused(error: Exception) -> int:

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig
 from trl.trainer.grpo_m3po import checkpoint_info
 
 from m3po_lab import checkpoints
-from m3po_lab.config import UserError
+from m3po_lab.config import Run, RunArguments, UserError
+from m3po_lab.engine import TRL
+from m3po_lab.identity import RUN_FILE
 
 
 def arguments(folder: Path, **changes: object) -> GRPOConfig:
@@ -18,9 +20,23 @@ def arguments(folder: Path, **changes: object) -> GRPOConfig:
     return GRPOConfig(**{**settings, **changes})
 
 
+def resumed(training: GRPOConfig) -> Path | None:
+    run = Run(RunArguments(), training, ModelConfig(), Path("x.yaml"), TRL)
+    return checkpoints.checkpoint_to_resume(run, {})
+
+
+def claimed(training: GRPOConfig, overwrite: bool = False) -> Path | None:
+    run = Run(RunArguments(overwrite=overwrite), training, ModelConfig(), Path("x.yaml"), TRL)
+    return checkpoints.claim_run_folder(run, {})
+
+
 @pytest.fixture
 def run_folder(finished_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+    """A finished run of which nothing but `m3po.json` says what it was."""
+    folder = Path(shutil.copytree(finished_run, tmp_path / "copy"))
+    for file in folder.rglob(RUN_FILE):
+        file.unlink()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -69,22 +85,22 @@ def test_schedule_is_free_where_nothing_is_saved(tmp_path: Path) -> None:
 def test_folder_with_checkpoints_is_refused_and_untouched(run_folder: Path) -> None:
     before = sorted(path.relative_to(run_folder) for path in run_folder.rglob("*"))
     with pytest.raises(UserError, match="--resume_from_checkpoint true, or start anew .*--output_dir .*--overwrite"):
-        checkpoints.claim_run_folder(arguments(run_folder), overwrite=False)
+        claimed(arguments(run_folder))
     assert sorted(path.relative_to(run_folder) for path in run_folder.rglob("*")) == before
 
 
 def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(run_folder: Path) -> None:
     (run_folder / "my notes.txt").write_text("keep")
-    assert checkpoints.claim_run_folder(arguments(run_folder), overwrite=True) is None
+    assert claimed(arguments(run_folder), overwrite=True) is None
     assert checkpoints.checkpoints(run_folder) == []
     assert not (run_folder / "summary.json").exists()
     assert (run_folder / "my notes.txt").read_text() == "keep"
 
 
 def test_newest_whole_checkpoint_is_resumed(run_folder: Path) -> None:
-    chosen = checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
+    chosen = resumed(arguments(run_folder, resume_from_checkpoint="true"))
     assert chosen == run_folder / "checkpoint-6"
-    assert checkpoints.checkpoint_to_resume(arguments(run_folder)) is None
+    assert resumed(arguments(run_folder)) is None
 
 
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
@@ -104,7 +120,7 @@ def test_checkpoint_cut_short_is_not_resumed_but_removed(run_folder: Path, name:
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     assert checkpoints.missing_part(run_folder / "checkpoint-6") == name
-    chosen = checkpoints.claim_run_folder(arguments(run_folder, resume_from_checkpoint="true"), overwrite=False)
+    chosen = claimed(arguments(run_folder, resume_from_checkpoint="true"))
     assert chosen == run_folder / "checkpoint-4"
     assert [path.name for path in checkpoints.checkpoints(run_folder)] == ["checkpoint-2", "checkpoint-4"]
 
@@ -113,21 +129,21 @@ def test_checkpoint_cut_short_is_not_resumed_but_removed(run_folder: Path, name:
 def test_checkpoint_without_its_state_is_not_resumed(run_folder: Path, name: str) -> None:
     (run_folder / "checkpoint-6" / name).unlink()
     with pytest.raises(UserError, match=f"cannot be resumed: {name.split('.p')[0]} ?.*missing"):
-        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint=str(run_folder / "checkpoint-6")))
+        resumed(arguments(run_folder, resume_from_checkpoint=str(run_folder / "checkpoint-6")))
 
 
 def test_resume_without_any_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no whole checkpoint"):
-        checkpoints.checkpoint_to_resume(arguments(tmp_path, resume_from_checkpoint="true"))
+        resumed(arguments(tmp_path, resume_from_checkpoint="true"))
 
 
 def test_earlier_checkpoint_is_refused_while_later_ones_are_in_the_way(run_folder: Path, tmp_path: Path) -> None:
     """Else the branch would overwrite checkpoint-4 file by file, and a kill would leave a mixture of two runs."""
     earlier = str(run_folder / "checkpoint-2")
     with pytest.raises(UserError, match="already has checkpoint-6, which is later"):
-        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint=earlier))
+        resumed(arguments(run_folder, resume_from_checkpoint=earlier))
     branch = arguments(tmp_path / "branch", resume_from_checkpoint=earlier)
-    assert checkpoints.checkpoint_to_resume(branch) == run_folder / "checkpoint-2"
+    assert resumed(branch) == run_folder / "checkpoint-2"
 
 
 def test_checkpoint_of_another_number_of_processes_is_refused(run_folder: Path) -> None:
@@ -141,16 +157,16 @@ def test_checkpoint_of_another_number_of_processes_is_refused(run_folder: Path) 
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
     assert checkpoints.missing_part(checkpoint) is None
     with pytest.raises(UserError, match="checkpoint-6 was written by 2 processes and this run has 1"):
-        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
+        resumed(arguments(run_folder, resume_from_checkpoint="true"))
 
 
 def test_checkpoint_of_another_mode_is_refused(run_folder: Path) -> None:
     file = run_folder / "checkpoint-6" / "m3po.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "mode": "m3po", "cross_path_lambda": 0.2}))
     with pytest.raises(UserError, match="--mode none: checkpoint-6 was trained with m3po"):
-        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true"))
+        resumed(arguments(run_folder, resume_from_checkpoint="true"))
     with pytest.raises(UserError, match="--cross_path_lambda 0.1: checkpoint-6 was trained with 0.2"):
-        checkpoints.checkpoint_to_resume(arguments(run_folder, resume_from_checkpoint="true", mode="m3po"))
+        resumed(arguments(run_folder, resume_from_checkpoint="true", mode="m3po"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +185,7 @@ def test_a_number_left_to_its_default_contradicts_the_checkpoint_too(
     training = arguments(run_folder, resume_from_checkpoint="true", mode="m3po")
     (run_folder / "checkpoint-6" / "m3po.json").write_text(json.dumps({**checkpoint_info(training), **stored}))
     if text is None:
-        assert checkpoints.checkpoint_to_resume(training) == run_folder / "checkpoint-6"
+        assert resumed(training) == run_folder / "checkpoint-6"
         return
     with pytest.raises(UserError, match=text):
-        checkpoints.checkpoint_to_resume(training)
+        resumed(training)

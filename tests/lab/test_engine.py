@@ -165,12 +165,12 @@ def test_the_parsed_flags_are_checked_again(yaml: Path) -> None:
 
 def test_a_checkpoint_of_another_engine_is_refused(finished_run: Path, tiny_config: Path) -> None:
     checkpoint = finished_run / "checkpoint-2"
-    training = parse_run([str(tiny_config), "--output_dir", str(finished_run)]).training
-    check_same_run(checkpoint, training, "trl")
+    run = parse_run([str(tiny_config), "--output_dir", str(finished_run)])
+    check_same_run(checkpoint, run, {})
     with pytest.raises(
         UserError, match="checkpoint-2 was written by a run with --engine trl, and this one has unsloth"
     ):
-        check_same_run(checkpoint, training, "unsloth")
+        check_same_run(checkpoint, dataclasses.replace(run, engine=engine.Engine("unsloth", "as asked")), {})
 
 
 def test_the_generated_trainer_has_a_folder_for_each_state_of_the_patches(
