@@ -234,7 +234,9 @@ def check_same_run(checkpoint: Path, run: Run, flags: Mapping[str, Any], settled
         now = running.get(name)
         if name not in DESCRIPTION and (settled or name not in OF_MODEL) and saved.get(name) != now:
             flag = {"sampling_temperature": "temperature"}.get(name, name)
-            raise UserError(f"--{flag} {now}: {checkpoint.name} was trained with {saved.get(name)}; set that, or {anew}")
+            raise UserError(
+                f"--{flag} {now}: {checkpoint.name} was trained with {saved.get(name)}; set that, or {anew}"
+            )
 
 
 def claim_run_folder(run: Run, flags: Mapping[str, Any]) -> Path | None:
@@ -269,7 +271,7 @@ def claim_run_folder(run: Run, flags: Mapping[str, Any]) -> Path | None:
             (folder / name).unlink(missing_ok=True)
         if chosen is not None and read_run(chosen) is None:
             print(
-                f"{chosen.name} has no {RUN_FILE}: it is resumed as what its m3po.json says, and whether the other flags, "
+                f"{chosen.name} has no {RUN_FILE}: it is resumed as what its m3po.json says; whether the other flags, "
                 "the dataset and the start model are those it was trained with could not be compared"
             )
     training.distributed_state.wait_for_everyone()

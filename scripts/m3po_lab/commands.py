@@ -50,7 +50,7 @@ def without_flags(words: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def flag_name(word: str) -> str | None:
-    """The name of the flag that a command-line word begins, `a_b` of `--a_b`, `--a-b` and `--a_b=1`; None of another."""
+    """The name of the flag that a word of a command line begins: `a_b` of `--a_b`, `--a-b` and `--a_b=1`; else None."""
     return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
 
 

@@ -82,7 +82,7 @@ def parser() -> OneLineFlags:
     flags.add_argument("--batch_size", type=int, help="rows decoded together (default: the run's, else the demo's)")
     flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     flags.add_argument("--seed", type=int, default=0, help="seed of sampled paths and of ASLR's noise")
-    flags.add_argument("--output_dir", help="folder of the results (default: evals/<model and options>)")
+    flags.add_argument("--output_dir", help="folder of the results (default: evals/<model and options>-<their digest>)")
     for name, (kind, text) in NUMBERS.items():
         flags.add_argument(f"--{name}", type=kind, help=text)
     return flags

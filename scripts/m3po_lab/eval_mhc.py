@@ -162,11 +162,6 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | Non
     return {name: found[name] for name in tasks}
 
 
-def files_of(folder: Path) -> list[list[Any]]:
-    """Name, size and time of the files in a folder: of one that was written anew, another list."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.iterdir())]
-
-
 def decoding(models: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Seconds for each token of greedy decoding, the models in turn, medians of `PAIRS`; on a GPU the peak in bytes."""
     import torch
@@ -241,6 +236,8 @@ def run(given: argparse.Namespace) -> None:
     from transformers.m3po.hyper_connections import set_mhc_gate
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
+    from m3po_lab.eval_folder import claim_results, weights_of
+    from m3po_lab.identity import named_content
 
     if given.limit is not None and given.limit < 1:
         raise UserError(f"--limit {given.limit}: it must be at least 1.")
@@ -255,12 +252,20 @@ def run(given: argparse.Namespace) -> None:
                     f"--data {data} has no {file}, which {name} needs: add it, or leave {name} out of --tasks."
                 )
             check_rows(data / file, COLUMNS[file])  # type: ignore[operator]
+    places = {"model": given.checkpoint, **({"baseline": given.baseline} if given.baseline else {})}
+    about = {
+        **{name: weights_of(place) for name, place in places.items()},
+        "gate": given.gate,
+        "limit": given.limit,
+        "tasks": sorted(given.tasks),
+        "data": {name: named_content(str(data / name)) for task in given.tasks for name in FILES[task].values()}
+        if data
+        else None,
+    }
     told = "" if given.gate is None else f"-gate{given.gate:g}"
-    usual = PROJECT_ROOT / "evals" / ("-".join(Path(given.checkpoint).parts[-2:]) + told)
-    folder = Path(given.output_dir) if given.output_dir else usual
+    folder = claim_results(given.output_dir, "-".join(Path(given.checkpoint).parts[-2:]) + told, about)
     files = {name: write_task(name, data, folder / "tasks") for name in given.tasks}
     tasks = load_tasks(files, local=data is not None)
-    places = {"model": given.checkpoint, **({"baseline": given.baseline} if given.baseline else {})}
     loaded = {name: load(place) for name, place in places.items()}
     model = loaded["model"][0]
     if given.gate is not None:
@@ -269,8 +274,6 @@ def run(given: argparse.Namespace) -> None:
         set_mhc_gate(model, given.gate)
     results = {}
     for name, pair in loaded.items():
-        about = [places[name], files_of(Path(places[name])), given.gate, given.limit, given.data]
-        about += [files_of(data) if data else None]
         results[name] = evaluate(*pair, tasks, given.limit, folder / f"{name}.partial.json", about)
     speed = decoding({name: pair[0] for name, pair in loaded.items()})
     text = table(results, speed)
@@ -296,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES), metavar="TASK")
     flags.add_argument("--data", help="folder with the tasks' files, see docs/hyper-connections.md (default: the Hub)")
     flags.add_argument("--limit", type=int, help="the first N problems of each task")
-    flags.add_argument("--output_dir", help="default: evals/<run>-final")
+    flags.add_argument("--output_dir", help="default: evals/<run>-final-<digest of the model and the options>")
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_code(
         lambda: run(flags.parse_args(words)), "Stopped. The same command goes on behind the tasks that are done."

@@ -2,6 +2,7 @@
 """One evaluation from its parsed flags to its report: checkpoint, datasets, model, lm-eval, files."""
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from m3po_lab.eval_checkpoint import (
     paths_of,
     thoughts_of,
 )
+from m3po_lab.eval_folder import claim_results, weights_of
 from m3po_lab.eval_report import write_report
 from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import SETTINGS_FILE, EvalSettings
 from m3po_lab.eval_tasks import MARKER, demo_settings
 from m3po_lab.evaluate import load_task, problems_task, run_tasks
 from m3po_lab.files import check_writable
+from m3po_lab.identity import named_content
 from m3po_lab.model_files import HUB_ERRORS
-from m3po_lab.models import load_model, model_digest
+from m3po_lab.models import load_model
 
 DATASETS = {GSM8K: "gsm8k", "gsm8k": "gsm8k"} | {
     name: name for name in ("gsm_symbolic", "problems", "math500", "mmlu_stem", "arc_challenge")
@@ -72,11 +75,18 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
     print(f"{given.model}: {mode_line(numbers, paths)}{aslr_line(model, aslr)}")
     print(f"{reason}{f'; problems: {whose}' if 'problems' in names else ''}")
     decoding = {"dtype": given.dtype, "precision": settings.precision, "device": model.device.type}
-    folder = Path(given.output_dir) if given.output_dir else default_folder(given)
-    digest = model_digest(ModelConfig(model_name_or_path=given.model))
-    finished = FinishedBatches(
-        folder / "partial.jsonl", [digest, decoding, *(asdict(how) if how else None for how in (paths, thoughts, aslr))]
-    )
+    depends = {
+        **weights_of(given.model),
+        **{name: value for name, value in numbers.items() if name != "versions"},
+        **asdict(settings),
+        **{name: getattr(given, name) for name in ("num_fewshot", "limit", "num_paths", "seed", "aslr", "dtype")},
+        "datasets": [named_content(name) for name in names],
+        "batch_size": given.batch_size or settings.batch_size,
+        "device": model.device.type,
+    }
+    folder = claim_results(given.output_dir, folder_name(given), json.loads(json.dumps(depends)))
+    decodes = [asdict(how) if how else None for how in (paths, thoughts, aslr)]
+    finished = FinishedBatches(folder / "partial.jsonl", [depends, *decodes])
     try:
         results = run_tasks(
             model,
@@ -171,12 +181,12 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel | PeftModel, PreTrained
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def default_folder(given: argparse.Namespace) -> Path:
-    """`evals/<the last two parts of the model's name>` and the options that change the numbers."""
+def folder_name(given: argparse.Namespace) -> str:
+    """The last two parts of the model's name and the options that were given, to read."""
     parts = [part for part in Path(given.model).parts if part not in ("/", ".", "..")][-2:]
     datasets = [Path(name).name for name in given.dataset]
     paths = given.num_paths if given.num_paths > 1 else None
     options = {"mode": given.mode, "shot": given.num_fewshot, "paths": paths, "seed": given.seed, "limit": given.limit}
     options["aslr"] = given.aslr if given.aslr == "on" else None
     told = [f"{name}{value}" for name, value in options.items() if value]
-    return PROJECT_ROOT / "evals" / "-".join([*parts, *datasets, *told])
+    return "-".join([*parts, *datasets, *told])

@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_and_say(given: argparse.Namespace) -> None:
     """Export, and say what was written and whether vLLM can serve it; the errors of `export`."""
+    from m3po_lab.commands import shown_file
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
@@ -129,7 +130,7 @@ def export_and_say(given: argparse.Namespace) -> None:
         print(f"stock vLLM cannot serve it: {NOT_SERVABLE.get(mode) or '; '.join(unknown.values())}")
     elif mode in SERVABLE:
         print(f"written to {given.out}: an ordinary checkpoint, {given.dtype}; trained in mode {mode}")
-        print(f"stock vLLM can serve it (vllm serve {given.out}): {SERVABLE[mode]}")
+        print(f"stock vLLM can serve it (vllm serve {shown_file(given.out)}): {SERVABLE[mode]}")
     else:
         print(f"written to {given.out}: a checkpoint with its residual gate, {given.dtype}; trained in mode {mode}")
         print(f"stock vLLM cannot serve it: {NOT_SERVABLE[mode]}")

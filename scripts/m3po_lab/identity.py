@@ -5,17 +5,20 @@ It has every flag that can change a number of the run, as the run was started wi
 content counts and not its name. Flags of a mode, a gate or ASLR count where the run has them. Resuming, sweeps and
 comparisons all go by this, so that none of them takes a run for another one.
 
-A resume may change a few flags (`MAY_CHANGE`); the values then hold from its step on, and `parts` says which held where.
+A resume may change a few flags (`MAY_CHANGE`); the values then hold from its step on, and `parts` says which held
+where.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,12 +29,14 @@ from trl import GRPOConfig, ModelConfig
 from trl.trainer.grpo_m3po import checkpoint_info
 from trl.trainer.grpo_m3po_config import M3POArguments
 
-from m3po_lab.config import Run, UserError, one_line
+from m3po_lab.config import Run, RunArguments, UserError, one_line
 from m3po_lab.files import read_json, write_json
 from m3po_lab.models import EMBEDDED_MODEL, model_digest
+from m3po_lab.pretrain_data import PYTHON, documents
 
 RUN_FILE = "run.json"
-CONTENT = " (sha256 "  # what stands between the name of a file and the digest of its content
+OF_FILES = ("dataset", "model_name_or_path", "tokenizer")  # flags that may name files, of which the content counts
+CONTENT = re.compile(r"(.*) \((?:sha256|version) (\S+)\)", re.DOTALL)  # a name, and what tells its content
 # The flags that cannot change a number of a run, and why.
 WITHOUT_EFFECT = {
     "where the run lies and what becomes of what is there": ("output_dir", "overwrite", "resume_from_checkpoint"),
@@ -64,9 +69,14 @@ LENGTHS = ("max_steps", "num_train_epochs")
 
 def flag_values(*groups: Any) -> dict[str, Any]:
     """The flags of argument groups that can change a number, as JSON values, in their order."""
+    values = {entry.name: getattr(group, entry.name) for group in groups for entry in fields(group) if entry.init}
+    return defining(values)
+
+
+def defining(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags among `values` that can change a number, as JSON values."""
     left_out = {name for names in WITHOUT_EFFECT.values() for name in names}
-    names = [(group, entry.name) for group in groups for entry in fields(group) if entry.init]
-    return {name: _plain(getattr(group, name)) for group, name in names if name not in left_out}
+    return {name: _plain(value) for name, value in values.items() if name not in left_out}
 
 
 def of_run(run: Run) -> dict[str, Any]:
@@ -85,8 +95,8 @@ def of_run(run: Run) -> dict[str, Any]:
     }
 
 
-def with_acting(flags: Mapping[str, Any], training: GRPOConfig) -> dict[str, Any]:
-    """The flags, those that this overlay adds with the values in force, and only where mode, gate and ASLR have them."""
+def with_acting(flags: Mapping[str, Any], training: Any) -> dict[str, Any]:
+    """The flags; those that this overlay adds with the values in force, where the mode, the gate or ASLR has them."""
     told = checkpoint_info(training)
     learns, residual = "gating_training" in told, training.mode in RESIDUAL_MODES
     acts = {
@@ -115,7 +125,17 @@ def named_content(name: str) -> str:
     if not path.is_file():
         return name
     with path.open("rb") as content:
-        return f"{name}{CONTENT}{hashlib.file_digest(content, 'sha256').hexdigest()[:16]})"
+        return f"{name} (sha256 {hashlib.file_digest(content, 'sha256').hexdigest()[:16]})"
+
+
+def named_text(name: str) -> str:
+    """The text of a pretraining with the digest of what it reads: of a local file, or of the files of a package."""
+    if not name.startswith(PYTHON):
+        return named_content(name)
+    digest = hashlib.sha256()
+    for text in documents(name, None):
+        digest.update(text.encode() + b"\0")
+    return f"{name} (sha256 {digest.hexdigest()[:16]})"
 
 
 def named_model(name: str, config: ModelConfig) -> str:
@@ -124,13 +144,14 @@ def named_model(name: str, config: ModelConfig) -> str:
     Raises:
         UserError: one of its files cannot be read.
     """
-    if name != EMBEDDED_MODEL and not Path(name).exists():
+    if name == EMBEDDED_MODEL:
+        return f"{name} (version {model_digest(config).removeprefix(name).strip()})"
+    if not Path(name).exists():
         return name
     try:
-        digest = model_digest(config)
+        return f"{name} (sha256 {short_digest(model_digest(config))})"
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--model_name_or_path {name}: {one_line(error)}") from error
-    return digest if name == EMBEDDED_MODEL else f"{name}{CONTENT}{short_digest(digest)})"
 
 
 def short_digest(value: Any) -> str:
@@ -149,9 +170,25 @@ def difference(
         besides: flags that are not looked at.
     """
     for name, value in now.items():
-        if name in stored and name not in besides and _key(stored[name]) != _key(value):
+        if name in stored and name not in besides and not _same(name, stored[name], value):
             return name, stored[name], value
     return None
+
+
+def recorded_flags(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags in a run's `summary.json`; of one that has them not yet, its changed values over the defaults."""
+    if "flags" in summary:
+        return dict(summary["flags"])
+    given = {}
+    for entry in (entry for kind in (RunArguments, GRPOConfig, ModelConfig) for entry in fields(kind)):
+        made = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        given[entry.name] = summary.get("config", {}).get(entry.name, _plain(made))
+    told = ("mode", "seed", "aslr_enabled", "gating_type", "dataset", "num_eval_problems")
+    given |= {name: summary[name] for name in told if summary.get(name) is not None}
+    given["model_name_or_path"] = given["model_name_or_path"] or EMBEDDED_MODEL
+    flags = with_acting(defining(given), SimpleNamespace(**given))
+    engine = summary["engine"] if "engine_version" in summary else "trl"
+    return {**flags, "engine": engine, "num_processes": summary.get("num_processes", 1)}
 
 
 def parts_of(stored: Mapping[str, Any] | None, flags: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
@@ -205,9 +242,13 @@ class KeepRun(TrainerCallback):
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RUN_FILE, self.content)
 
 
-def _key(value: Any) -> Any:
-    """What is compared of a flag's value: of a file its content alone."""
-    return value.rpartition(CONTENT)[2] if isinstance(value, str) else value
+def _same(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of a flag are the same: of files by their content, or by name where one has no digest."""
+    told = [CONTENT.fullmatch(value) for value in (one, other)] if name in OF_FILES else [None, None]
+    if all(told):
+        return told[0][2] == told[1][2]  # type: ignore[index]
+    one, other = (found[1] if found else value for found, value in zip(told, (one, other), strict=True))
+    return one == other
 
 
 def _plain(value: Any) -> Any:

@@ -9,13 +9,12 @@ that of the run that failed.
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from m3po_lab.commands import flag_name, shown_command
 from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, OneLineFlags, UserError, exit_code, find_config, split_config
 
 VARIANTS = {"baseline": "false", "mhc": "true"}
@@ -29,23 +28,21 @@ def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[s
     from m3po_lab.files import check_writable, read_json, shown_path
     from m3po_lab.idle_flags import MHC, without
     from m3po_lab.pretrain_report import write_report
-    from m3po_lab.pretrain_run import parse
+    from m3po_lab.pretrain_run import check_folder, parse
 
     check_writable(folder)
     plan = [(seed, variant) for seed in seeds for variant in VARIANTS]
     places = {pair: folder / f"{pair[1]}-seed{pair[0]}" for pair in plan}
     commands = {}
-    for pair in plan:
-        own = more if pair[1] == "mhc" else without(more, MHC.split())
-        words = [shown_path(config), *own, "--mhc_enabled", VARIANTS[pair[1]], "--seed", str(pair[0])]
-        commands[pair] = [*words, "--output_dir", shown_path(places[pair])]
-    parsed = {pair: parse(words) for pair, words in commands.items()}  # a wrong flag stops here, in one line
-    for number, (seed, variant) in enumerate(plan, start=1):
-        place, words, run = places[seed, variant], commands[seed, variant], parsed[seed, variant]
+    for (seed, variant), place in places.items():
+        own = more if variant == "mhc" else without(more, MHC.split())
+        words = [shown_path(config), *own, "--mhc_enabled", VARIANTS[variant], "--seed", str(seed)]
+        commands[seed, variant] = [*words, "--output_dir", shown_path(place)]
+        check_folder(parse(commands[seed, variant]))  # a wrong flag stops here, before anything is trained
+    for number, ((seed, variant), words) in enumerate(commands.items(), start=1):
+        place = places[seed, variant]
         print(f"run {number} of {len(plan)}: {variant}, seed {seed}", flush=True)
-        if (done := read_json(place / "result.json")) is not None:
-            if (done["script"], done["max_steps"]) != (dataclasses.asdict(run.script), run.training.max_steps):
-                raise UserError(f"--output_dir {shown_path(folder)} has a run with other flags: give another one.")
+        if read_json(place / "result.json") is not None:
             print(f"{shown_path(place)}: done before", flush=True)
             continue
         code = subprocess.run([sys.executable, "-m", "m3po_lab.pretrain", *words], check=False).returncode
@@ -74,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         yaml, rest = split_config(words)
         given, more = flags.parse_known_args(rest)
         config = find_config(yaml or "configs/mhc_small.yaml", begins=OF_PRETRAINING)
-        if any(word.split("=")[0] in ("--mhc_enabled", "--seed") for word in more):
+        if any(flag_name(word) in ("mhc_enabled", "seed") for word in more):
             raise UserError("--mhc_enabled and --seed are what the runs of a comparison differ in: give --seeds.")
         folder = given.output_dir or PROJECT_ROOT / "runs" / config.stem
         return run_pairs(config, given.seeds, folder.resolve(), more)
 
-    return exit_code(start, f"Stopped. Go on with: {shlex.join(['bash', 'scripts/train_mhc.sh', *words])}")
+    return exit_code(start, f"Stopped. Go on with: {shown_command('scripts/train_mhc.sh', words)}")
 
 
 if __name__ == "__main__":

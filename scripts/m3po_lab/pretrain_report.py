@@ -17,10 +17,10 @@ from scipy.stats import t as student
 
 from m3po_lab.errors import UserError
 from m3po_lab.files import read_json, write_text
+from m3po_lab.identity import difference
 from m3po_lab.pretrain_run import summary
 
 COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}
-SAME = ("max_steps", "tokens_per_step")  # besides all flags but `mhc_enabled`
 COLUMNS = (
     "seed",
     "row error of H_res",
@@ -48,12 +48,19 @@ def load_results(folders: Sequence[Path]) -> dict[str, dict[int, dict[str, Any]]
         found[result["variant"]][result["seed"]] = result
     runs = [run for by_seed in found.values() for run in by_seed.values()]
     for run in runs[1:]:
-        pairs = {name: (run["script"][name], runs[0]["script"][name]) for name in runs[0]["script"]}
-        pairs |= {name: (run[name], runs[0][name]) for name in SAME}
-        differing = [name for name, (one, other) in pairs.items() if name != "mhc_enabled" and one != other]
+        differing = difference(flags_of(runs[0]), flags_of(run), ("mhc_enabled", "seed"))
         if differing:
-            raise UserError(f"the runs differ in {differing[0]}: only runs that differ in mhc_enabled can be compared.")
+            raise UserError(
+                f"the runs differ in {differing[0]} ({differing[1]}, {differing[2]}): only runs that differ in "
+                "mhc_enabled and seed can be compared."
+            )
     return found
+
+
+def flags_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a finished run; of one whose result has them not all, those that it says."""
+    told = result.get("flags") or {**result["script"], "max_steps": result["max_steps"]}
+    return {**told, "tokens_per_step": result["tokens_per_step"]}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -20,10 +20,12 @@ from transformers import NanoChatConfig, NanoChatForCausalLM, Trainer, TrainerCa
 from transformers.m3po.hyper_connection_report import full_report, mean_matrices
 from transformers.m3po.hyper_connection_settings import MHC_DEFAULTS, check_mhc_numbers, has_hyper_connections
 from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig
 
 from m3po_lab.config import UNSET_OUTPUT_DIR, OneLineParser, check_unknown, read_keys
 from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, one_line, split_config
 from m3po_lab.files import check_writable, read_json, shown_path, write_json
+from m3po_lab.identity import RUN_FILE, KeepRun, difference, flag_values, named_model, named_text
 from m3po_lab.idle_flags import check_idle
 from m3po_lab.pretrain_data import UNSCORED, load_text, load_tokenizer
 from m3po_lab.provenance import git_state
@@ -119,6 +121,41 @@ def parse(argv: list[str]) -> Pretraining:
     if training.output_dir == UNSET_OUTPUT_DIR:
         training.output_dir = str(PROJECT_ROOT / "runs" / file.stem / f"{run.variant}-seed{training.seed}")
     return run
+
+
+def of_pretraining(run: Pretraining) -> dict[str, Any]:
+    """The flags that define a run of pretraining, by name."""
+    script = run.script
+    return {
+        **flag_values(script, run.training),
+        "dataset": named_text(script.dataset),
+        "tokenizer": named_model(script.tokenizer, ModelConfig(model_name_or_path=script.tokenizer)),
+        "num_processes": run.training.world_size,
+    }
+
+
+def check_folder(run: Pretraining) -> None:
+    """Refuse a folder with another run in it, finished or stopped.
+
+    Raises:
+        UserError: it names the first flag that differs, with both values.
+    """
+    result = read_json(run.folder / "result.json")
+    if result is None and (not run.folder.is_dir() or get_last_checkpoint(run.folder) is None):
+        return
+    told = read_json(run.folder / RUN_FILE)
+    stored = told["flags"] if told else {**result["script"], "max_steps": result["max_steps"]} if result else {}
+    differing = difference(stored, of_pretraining(run))
+    if differing is not None:
+        name, before, now = differing
+        raise UserError(
+            f"--{name} {now}: {shown_path(run.folder)} has a run with {before}; set that, or give another --output_dir."
+        )
+    if told is None and run.training.process_index == 0:
+        print(
+            f"{shown_path(run.folder)} has no {RUN_FILE}: whether "
+            f"{'all' if result is None else 'the other'} flags are those of this run could not be compared"
+        )
 
 
 def mhc_numbers(script: PretrainArguments) -> dict[str, Any]:
@@ -231,11 +268,12 @@ def run_pretraining(run: Pretraining) -> None:
         UserError: for a wrong input, before anything is trained.
     """
     check_writable(run.folder)
+    check_folder(run)
     result = run.folder / "result.json"
     if read_json(result) is not None:
         print(f"{shown_path(run.folder)}: done before")
         return
-    script, training = run.script, run.training
+    script, training, flags = run.script, run.training, of_pretraining(run)
     tokenizer = load_tokenizer(script.tokenizer)
     a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     text, held_out = load_text(
@@ -259,11 +297,12 @@ def run_pretraining(run: Pretraining) -> None:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=nats_of_rows,
         compute_metrics=lambda found: {"bits_per_byte": float(found.predictions.sum()) / bits},
-        callbacks=[watch],
+        callbacks=[watch, KeepRun({"flags": flags})],
     )
     watch.trainer = trainer
     first = matrices_of(model, watch.inputs)
     if trainer.is_world_process_zero():
+        write_json(run.folder / RUN_FILE, {"flags": flags})
         print(f"{run.variant}, seed {training.seed}: {describe(model, script)} into {shown_path(run.folder)}")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run.folder) if run.folder.is_dir() else None)
     final = trainer.evaluate()
@@ -287,6 +326,7 @@ def run_pretraining(run: Pretraining) -> None:
         "report": report,
         "matrices": matrices_of(net, inputs),
         "first_matrices": first,
+        "flags": flags,
         "script": dataclasses.asdict(script),
         "max_steps": training.max_steps,
         "tokens_per_step": a_step * script.max_seq_len,

@@ -68,8 +68,10 @@ def run(given: argparse.Namespace) -> None:
     from transformers.m3po.hyper_connection_settings import has_hyper_connections
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
+    from m3po_lab.eval_folder import claim_results, weights_of
     from m3po_lab.eval_mhc import load
     from m3po_lab.files import check_writable, shown_path, write_text
+    from m3po_lab.identity import short_digest
     from m3po_lab.pretrain_report import draw_routing
 
     check_writable(Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals")
@@ -78,11 +80,13 @@ def run(given: argparse.Namespace) -> None:
         raise UserError(f"{given.checkpoint} has no hyper-connections: give a model with mhc_enabled.")
     length = min(LENGTH, model.config.max_position_embeddings)
     inputs = {"input_ids": tokens(tokenizer, given.dataset, length).to(model.device)}
+    name = "-".join(Path(given.checkpoint).parts[-2:])
+    read = short_digest(inputs["input_ids"].tolist())
+    about = {**weights_of(given.checkpoint), "dataset": given.dataset, "tokens": read}
+    folder = claim_results(given.output_dir, f"{name}-routing", about)
     report = full_report(model, inputs)
     model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
     text = text_of(report, gradient_norms(model))
-    name = "-".join(Path(given.checkpoint).parts[-2:])
-    folder = Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals" / f"{name}-routing"
     write_text(folder / "report.md", text + "\n")
     matrices = {name: matrix.tolist() for name, matrix in mean_matrices(model, inputs).items()}
     draw_routing(matrices, f"H_res of {name} on {given.dataset}", folder / "routing.png")
@@ -103,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="python:sympy",
         help="'python:<package>' (the files of an installed package), a .jsonl with 'text', or a Hub id",
     )
-    flags.add_argument("--output_dir", help="default: evals/<run>-final-routing")
+    flags.add_argument("--output_dir", help="default: evals/<run>-final-routing-<digest of the model and the text>")
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_code(lambda: run(flags.parse_args(words)), "Stopped.")
 

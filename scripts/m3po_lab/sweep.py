@@ -12,7 +12,6 @@ that of the run that failed.
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "configs/demo_short.yaml"
 DEFAULT_MODES = ("none", "m3po", "hrpo", "h3po")
+OF_THE_RUNS = ("mode", "seed", "aslr_enabled", "overwrite", "resume_from_checkpoint")  # flags that a sweep gives them
 
 
 def mode_words(mode: str) -> list[str]:
@@ -69,10 +69,14 @@ def check_modes(config: Path, modes: Sequence[str], more: Sequence[str]) -> None
     Raises:
         UserError: a command is wrong, a flag does nothing in any of the modes, or two modes are one and the same.
     """
+    from m3po_lab.commands import flag_name
     from m3po_lab.compare import variant
     from m3po_lab.config import UserError
     from m3po_lab.idle_flags import given_flags, idle_flags
 
+    taken = [word for word in more if flag_name(word) in OF_THE_RUNS]
+    if taken:
+        raise UserError(f"{taken[0]} is what the runs of a sweep differ in, or the sweep's to set: leave it out.")
     named: dict[str, str] = {}
     idle = given_flags(more)
     for mode in modes:
@@ -105,6 +109,32 @@ def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[s
     return [*words, "--overwrite", "true"] if found else words
 
 
+def check_done(place: Path, words: Sequence[str]) -> None:
+    """Refuse a folder with another run in it, finished or stopped.
+
+    Raises:
+        UserError: it names the first flag that differs, with both values.
+    """
+    from m3po_lab.checkpoints import checkpoints
+    from m3po_lab.config import UserError, parse_run
+    from m3po_lab.engine import choose_engine
+    from m3po_lab.files import read_json, shown_path
+    from m3po_lab.identity import RUN_FILE, difference, of_run, recorded_flags
+
+    summary, told = read_json(place / "summary.json"), read_json(place / RUN_FILE)
+    if summary is None and not checkpoints(place):
+        return
+    stored = told["flags"] if told else recorded_flags(summary) if summary else {}
+    differing = difference(stored, of_run(parse_run(list(words), choose_engine(list(words)))))
+    if differing is not None:
+        name, before, now = differing
+        raise UserError(
+            f"--{name} {now}: {shown_path(place)} has a run with {before}; set that, or give another --output_dir."
+        )
+    if told is None and summary is not None:
+        print(f"{shown_path(place)} has no {RUN_FILE}: compared by its summary.json, without the content of files")
+
+
 def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path, more: Sequence[str]) -> int:
     """Run what is not done and compare; returns an exit code."""
     from m3po_lab.compare import comparison
@@ -114,6 +144,8 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
     check_writable(folder)
     pairs = [(mode, seed) for seed in seeds for mode in modes]
     places = {pair: folder / f"{pair[0].replace(':', '-')}-seed{pair[1]}" for pair in pairs}
+    for (mode, seed), place in places.items():
+        check_done(place, run_words(config, mode, seed, place, more))
     for number, (mode, seed) in enumerate(pairs, start=1):
         place = places[mode, seed]
         told = f"run {number} of {len(pairs)}: mode {mode}, seed {seed}"
@@ -135,6 +167,7 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
+    from m3po_lab.commands import shown_command
     from m3po_lab.errors import PROJECT_ROOT, OneLineFlags, exit_code, find_config, split_config
 
     flags = OneLineFlags(
@@ -170,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = given.output_dir or PROJECT_ROOT / "runs" / f"{what}-{config.stem}"
         return sweep(config, modes, given.seeds, folder.resolve(), more)
 
-    return exit_code(start, f"Stopped. Go on with: {shlex.join(['bash', 'scripts/sweep.sh', *words])}")
+    return exit_code(start, f"Stopped. Go on with: {shown_command('scripts/sweep.sh', words)}")
 
 
 if __name__ == "__main__":

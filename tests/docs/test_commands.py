@@ -31,7 +31,7 @@ def shown_commands(start: str, *pages: str) -> list[list[str]]:
     return [words[len(start.split()) :] for words in found if "--help" not in words]
 
 
-TRAININGS = shown_commands(TRAIN, "README.md", "docs/aslr.md")
+TRAININGS = shown_commands(TRAIN, "README.md", "docs/aslr.md", "docs/runs.md")
 EVALUATIONS = shown_commands(EVALUATE, "README.md", "docs/evaluation.md", "docs/aslr.md")
 ENGINES = [f"ACCELERATE_CONFIG=configs/accelerate/{file.name}" for file in (ROOT / "configs/accelerate").iterdir()]
 PAGES = ("README.md", "docs/processes.md")
@@ -42,7 +42,7 @@ LAUNCHES = shown_commands(LAUNCH, *PAGES)
 
 def test_the_commands_are_found() -> None:
     """A search that finds too few would let the next tests pass on nothing."""
-    assert (len(TRAININGS), len(EVALUATIONS), len(SEVERAL), len(LAUNCHES), len(SWEEPS)) == (6, 11, 3, 2, 3)
+    assert (len(TRAININGS), len(EVALUATIONS), len(SEVERAL), len(LAUNCHES), len(SWEEPS)) == (8, 11, 3, 2, 3)
 
 
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)

@@ -11,7 +11,7 @@ import pytest
 
 from m3po_lab import eval_session
 from m3po_lab.eval_agreement import agreement
-from m3po_lab.eval_gsm8k import main, parser
+from m3po_lab.eval_gsm8k import main
 from m3po_lab.files import read_json
 
 SHORT = ("--dataset", "problems", "--batch_size", "6")
@@ -198,13 +198,31 @@ def test_dataset_is_chosen_openly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eval_session.choose(["openai/gsm8k"], 0)[0] == ["openai/gsm8k"]
 
 
-def test_default_folder_tells_evaluations_apart() -> None:
-    def folder(*words: str) -> str:
-        return eval_session.default_folder(parser().parse_args(["runs/x/final", *words])).name
-
-    assert folder() == folder("--num_paths", "1", "--seed", "0") == "x-final"
-    assert folder("--dataset", "data/my.jsonl", "--num_fewshot", "8", "--limit", "3") == "x-final-my.jsonl-shot8-limit3"
-    assert folder("--mode", "m3po", "--num_paths", "8", "--seed", "2") == "x-final-modem3po-paths8-seed2"
+def test_two_checkpoints_of_one_name_do_not_share_a_folder(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does one that was trained anew, and what a folder holds is not written over."""
+    monkeypatch.setattr("m3po_lab.eval_folder.PROJECT_ROOT", tmp_path)
+    places = [tmp_path / name / "run" / "final" for name in ("one", "other")]
+    for place in places:
+        shutil.copytree(finished_run / "final", place)
+        assert main([str(place), *SHORT, "--limit", "1"]) == 0
+    assert main([str(places[0]), *SHORT, "--limit", "1"]) == 0  # the same again
+    folders = sorted((tmp_path / "evals").iterdir())
+    assert len(folders) == 2 and all(folder.name.startswith("run-final-problems-limit1-") for folder in folders)
+    file = places[0] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert main([str(places[0]), *SHORT, "--limit", "1"]) == 0
+    assert main([str(places[0]), *SHORT, "--limit", "1", "--seed", "1", "--num_paths", "2"]) == 0
+    assert len(list((tmp_path / "evals").iterdir())) == 4
+    capsys.readouterr()
+    before = (folders[0] / "results.json").read_text()
+    assert main([str(places[0]), *SHORT, "--limit", "2", "--output_dir", str(folders[0])]) == 2
+    assert "has an evaluation with another" in capsys.readouterr().err
+    (folders[0] / "evaluation_of.json").unlink()  # results of before there was such a file
+    assert main([str(places[0]), *SHORT, "--limit", "1", "--output_dir", str(folders[0])]) == 2
+    assert "has results.json and no evaluation_of.json that says of what: give another." in capsys.readouterr().err
+    assert (folders[0] / "results.json").read_text() == before
 
 
 def test_hub_that_is_switched_off_is_an_answer_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 
+from m3po_lab.eval_folder import ABOUT_FILE
 from m3po_lab.eval_gsm8k import main
 from m3po_lab.eval_resume import FinishedBatches
 
@@ -48,22 +49,29 @@ def test_stopped_evaluation_goes_on_with_the_same_completions(
     batches.count, batches.stop = 0, 2
     assert main([*words, "--output_dir", str(stopped)]) == 130
     assert "The same command goes on behind the batches that are done" in capsys.readouterr().err
-    assert [path.name for path in stopped.iterdir()] == ["partial.jsonl"]
+    assert {path.name for path in stopped.iterdir()} == {"partial.jsonl", ABOUT_FILE}
     batches.count, batches.stop = 0, -1
     assert main([*words, "--output_dir", str(stopped)]) == 0
     assert batches.count == 1
     assert (stopped / "problems.jsonl").read_text() == (whole / "problems.jsonl").read_text()
-    assert {path.name for path in stopped.iterdir()} == {"problems.jsonl", "results.json", "results.md"}
+    assert {path.name for path in stopped.iterdir()} == {ABOUT_FILE, "problems.jsonl", "results.json", "results.md"}
 
 
-def test_other_settings_start_anew(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_are_another_evaluation(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither its finished batches nor its results are taken, or written over."""
     batches = Batches(monkeypatch)
     words = [str(finished_run / "final"), "--dataset", "problems", "--batch_size", "3", "--output_dir", str(tmp_path)]
     batches.stop = 1
     assert main(words) == 130
+    kept = (tmp_path / "partial.jsonl").read_text()
     batches.count, batches.stop = 0, -1
-    assert main([*words, "--dtype", "bfloat16"]) == 0
-    assert batches.count == 2
+    capsys.readouterr()
+    assert main([*words, "--dtype", "bfloat16"]) == 2
+    line = f"--output_dir {tmp_path} has an evaluation with another dtype (float32, now bfloat16): give another."
+    assert line in capsys.readouterr().err and (tmp_path / "partial.jsonl").read_text() == kept
+    assert main(words) == 0 and batches.count == 1
 
 
 @pytest.mark.parametrize(

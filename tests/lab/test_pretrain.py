@@ -149,8 +149,10 @@ def test_a_pair_trains_and_reports(pair: Path, text: str, capsys: pytest.Capture
     (pair / "report.md").unlink()
     assert pretrain_pair.main(words) == 0
     assert capsys.readouterr().out.count("done before") == 2 and (pair / "report.md").read_text() == report
-    assert pretrain_pair.main([*words, "--max_steps", "9"]) == 2
-    assert "has a run with other flags" in capsys.readouterr().err
+    for flag, value, before in (("max_steps", "9", "6"), ("learning_rate", "0.001", "0.006"), ("depth", "1", "2")):
+        assert pretrain_pair.main([*words, f"--{flag}", value]) == 2
+        line = f"--{flag} {value}: {pair / 'baseline-seed0'} has a run with {before}; set that, or give another"
+        assert line in capsys.readouterr().err
 
 
 def test_several_pairs_are_compared_by_their_differences(pair: Path, tmp_path: Path) -> None:
@@ -172,10 +174,34 @@ def test_several_pairs_are_compared_by_their_differences(pair: Path, tmp_path: P
 
 def test_runs_that_differ_in_more_are_not_compared(pair: Path, tmp_path: Path) -> None:
     result: Any = read_json(pair / "mhc-seed0" / "result.json")
-    result["script"]["model_dim"] = 64
+    for flag in ("model_dim", "learning_rate"):
+        other = {**result, "flags": {**result["flags"], flag: 64}}
+        (tmp_path / "result.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=f"differ in {flag}"):
+            pretrain_report.load_results([pair / "baseline-seed0", tmp_path])
+    del result["flags"]  # of before results had them
     (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(UserError, match="differ in model_dim"):
-        pretrain_report.load_results([pair / "baseline-seed0", tmp_path])
+    assert set(pretrain_report.load_results([pair / "baseline-seed0", tmp_path])["mhc"]) == {0}
+
+
+@pytest.mark.parametrize("words", [["--learning_rate", "1e-3"], ["--seed", "1"], ["--num_heads", "4"]])
+def test_a_stopped_run_of_other_flags_is_not_gone_on_with(
+    words: list[str], pair: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pair / "baseline-seed0", tmp_path / "run"))
+    given = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--output_dir", str(folder), *words]
+    assert pretrain.main(given) == 2  # finished
+    (folder / "result.json").unlink()
+    assert pretrain.main(given) == 2
+    error = capsys.readouterr().err
+    assert error.count(f"{words[0]} {float(words[1]):g}: {folder} has a run with") == 2 and error.count("\n") == 2
+
+
+def test_the_text_counts_by_what_it_says(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "another"}\n')
+    assert pretrain_pair.main(["configs/mhc_small.yaml", "--dataset", str(file), *TINY, "--output_dir", str(pair)]) == 2
+    assert f"--dataset {file} (sha256 " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -230,7 +256,7 @@ def test_two_processes_train_as_one(text: str, pair: Path, tmp_path: Path) -> No
 
 
 def test_a_checkpoint_is_reported_on_with_its_gradients_and_verdicts(
-    pair: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [str(pair / "mhc-seed0" / "final"), "--dataset", text, "--output_dir", str(tmp_path)]
     assert report_mhc.main(words) == 0
@@ -241,6 +267,12 @@ def test_a_checkpoint_is_reported_on_with_its_gradients_and_verdicts(
     assert all(float(row[heads.index("b, post")]) > 0 for row in rows) and len(rows[0]) == len(heads) == 13
     assert "WARNING: gate has no effect" in printed  # six steps
     assert (tmp_path / "report.md").read_text().strip() in printed and (tmp_path / "routing.png").stat().st_size > 5000
+    monkeypatch.setattr("m3po_lab.eval_folder.PROJECT_ROOT", tmp_path)
+    shutil.copytree(pair / "mhc-seed0" / "final", tmp_path / "mhc-seed0" / "final")
+    for folder in (words[0], str(tmp_path / "mhc-seed0" / "final")):
+        assert report_mhc.main([folder, *words[1:3]]) == 0
+    assert len(list((tmp_path / "evals").glob("mhc-seed0-final-routing-*"))) == 2
+    capsys.readouterr()
     for wrong, why in (
         ([str(pair / "baseline-seed0" / "final")], "has no hyper-connections"),
         ([words[0], "--dataset", "python:nosuch"], "no package nosuch is installed"),
@@ -302,11 +334,13 @@ def test_a_stopped_evaluation_goes_on_behind_the_tasks_that_are_done(
     found: Any = read_json(tmp_path / "results.json")
     assert list(found["results"]["model"]) == ["hellaswag", "arc_easy"]
     assert found["results"]["model"]["arc_easy"]["acc_norm,none"] == 0.125
-    # Of another limit, nothing is taken.
-    (tmp_path / "model.partial.json").write_text(json.dumps(kept))
+    # What is there of another limit or model is neither taken nor written over.
+    before = (tmp_path / "results.json").read_text()
     words[words.index("--limit") + 1] = "3"
-    assert eval_mhc.main(words) == 0
-    assert "done before" not in capsys.readouterr().out
+    for given in (words, [str(pair / "mhc-seed0" / "final"), *words[1:]]):
+        assert eval_mhc.main(given) == 2
+        assert f"--output_dir {tmp_path} has an evaluation with another " in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == before
 
 
 def test_what_the_evaluation_lacks_is_one_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from transformers.m3po.gating import list_gating_functions
 from m3po_lab.compare import comparison
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_json
+from m3po_lab.identity import RUN_FILE
 from m3po_lab.report import ATTENTION
 from m3po_lab.sweep import main, mode_words, run_words
 
@@ -20,7 +21,11 @@ def test_a_run_starts_resumes_or_starts_anew_as_its_folder_says(finished_run: Pa
     start += ["--output_dir", str(folder)]
     assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == start
     shutil.copytree(finished_run / "checkpoint-2", folder / "checkpoint-2")
-    assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == [*start, "--resume_from_checkpoint", "true"]
+    assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == [
+        *start,
+        "--resume_from_checkpoint",
+        "true",
+    ]
     (folder / "checkpoint-2" / "trainer_state.json").unlink()
     assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == [*start, "--overwrite", "true"]
 
@@ -31,8 +36,12 @@ def test_sweep_goes_on_where_it_was_stopped_and_compares(
     """One run finished, one stopped after two of six steps, one not begun; each in a process of its own."""
     shutil.copytree(finished_run, tmp_path / "none-seed3")
     finished = (tmp_path / "none-seed3" / "summary.json").stat().st_mtime_ns
-    shutil.copytree(finished_run / "checkpoint-2", tmp_path / "none-seed4" / "checkpoint-2")
+    stopped = Path(shutil.copytree(finished_run / "checkpoint-2", tmp_path / "none-seed4" / "checkpoint-2"))
+    told = read_json(stopped / RUN_FILE) or {}
+    write_json(stopped / RUN_FILE, {**told, "flags": {**told["flags"], "seed": 4}})
     words = [str(tiny_config), "--modes", "none", "--seeds", "3", "4", "--output_dir", str(tmp_path)]
+    assert main([*words, "--learning_rate", "1e-3"]) == 2  # neither is taken for a run of these flags
+    assert "--learning_rate 0.001: " in capfd.readouterr().err
     assert main(words) == 0
     printed = capfd.readouterr().out
     assert "run 1 of 2: mode none, seed 3: done before" in printed and "from checkpoint-2 into" in printed
@@ -40,6 +49,38 @@ def test_sweep_goes_on_where_it_was_stopped_and_compares(
     table = (tmp_path / "comparison.md").read_text()
     assert [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| `none`")] == ["3", "4"]
     assert table.strip() in printed
+
+
+@pytest.mark.parametrize("kept", ["both", "report", "checkpoint"])
+def test_a_run_of_other_flags_is_not_taken_as_done_or_resumed(
+    kept: str, finished_run: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything runs, whichever of the runs it is; a report of before there was `run.json` by what it says."""
+    place = Path(shutil.copytree(finished_run, tmp_path / "none-seed3"))
+    if kept == "report":
+        (place / RUN_FILE).unlink()
+        summary = read_json(place / "summary.json") or {}
+        write_json(place / "summary.json", {key: summary[key] for key in summary if key not in ("flags", "parts")})
+    if kept == "checkpoint":
+        (place / "summary.json").unlink()
+    words = [str(tiny_config), "--modes", "none", "--output_dir", str(tmp_path)]
+    assert main([*words, "--seeds", "7", "3", "--temperature", "0.9"]) == 2
+    line = f"--temperature 0.9: {place} has a run with 1.0; set that, or give another --output_dir."
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["none-seed3"]
+    if kept != "checkpoint":
+        assert main([*words, "--seeds", "3"]) == 0
+        told = "has no run.json: compared by its summary.json, without the content of files" in capsys.readouterr().out
+        assert told == (kept == "report")
+
+
+@pytest.mark.parametrize("word", ["--seed", "--mode=none", "--aslr-enabled", "--overwrite", "--resume_from_checkpoint"])
+def test_a_flag_that_the_sweep_sets_is_not_dropped_without_a_word(
+    word: str, tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tiny_config), "--modes", "none", word, "true"]) == 2
+    assert f"{word} is what the runs of a sweep differ in" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_stops_the_sweep_before_its_first_run(
