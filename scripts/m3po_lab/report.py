@@ -73,6 +73,21 @@ def attention_means(history: Sequence[dict[str, Any]]) -> dict[str, float] | Non
     return {name: fmean(values) for name, values in logged.items() if values} or None
 
 
+def diversity(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How different the completions were at the start and at the end of a run.
+
+    Of the different answers of a group and of the standard deviation of the rewards of a step, the mean over the first
+    and over the last quarter of the log lines that have it, one line at least.
+    """
+    found: dict[str, float] = {}
+    for name, key in (("distinct_answers", "m3po/distinct_answers"), ("reward_std", "reward_std")):
+        values = [row[key] for row in history if key in row]
+        if values:
+            quarter = max(1, len(values) // 4)
+            found |= {f"{name}_first": fmean(values[:quarter]), f"{name}_last": fmean(values[-quarter:])}
+    return found
+
+
 def last_reward(history: Sequence[dict[str, Any]]) -> float | None:
     """The mean reward on the last log line that has one."""
     return next((row["reward"] for row in reversed(history) if "reward" in row), None)
@@ -118,6 +133,7 @@ def summarise(
         "rollout_logp_diff_max": max(differences) if differences else None,
         "reward_last": last_reward(history),
         "attention": attention_means(history),
+        "diversity": diversity(history),
         "steps": steps,
         "train_seconds": train_seconds,
         "seconds_per_step": train_seconds / steps if steps else None,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train modes over seeds and compare them: ``bash scripts/sweep.sh [X.yaml] [--modes ... | --gates ...] [--flag X]``.
 
-Every run is a process of its own with the same command but for mode and seed, in `<output_dir>/<mode>-seed<seed>`.
+Every run is a process of its own with the same command but for mode, axes and seed, in a folder of `--output_dir` that
+is named after them.
 A mode is named as in the table: `m3po`, `m3po:raw_dot` (with that gate), `none+aslr` (with ASLR), `h3po:raw_dot+aslr`.
-`--gates` is for mode `m3po` with each gate, and the control.
+`--gates` is for mode `m3po` with each gate, and the control. `--axis cross_path_lambda=0,0.1,0.3` varies any other flag
+in the modes that have it; several axes multiply.
 The same command goes on after a stop: finished runs are kept, a run that was stopped is resumed from its last
 checkpoint. At the end `comparison.md` has the tables and each mode against the control.
 Exit codes: 0 all runs are done and compared, 2 a wrong input or a failing environment, 130 interrupted by Ctrl-C; else
@@ -12,11 +14,15 @@ that of the run that failed.
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from m3po_lab.commands import flag_name, shown_command
 
 if TYPE_CHECKING:
     from m3po_lab.config import Run
@@ -63,46 +69,104 @@ def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> lis
     return [CONTROL, *(f"m3po:{gate}" for gate in gates or list_gating_functions())]
 
 
-def check_modes(config: Path, modes: Sequence[str], more: Sequence[str]) -> None:
-    """Read the command of every mode, so that a wrong flag stops the sweep here and not after the first mode.
+def read_axis(text: str) -> tuple[str, list[str]]:
+    """A flag and the values that a sweep gives it, from `flag=value,value`; commas within brackets separate nothing.
 
     Raises:
-        UserError: a command is wrong, a flag does nothing in any of the modes, or two modes are one and the same.
+        UserError: it is not of that form, or a flag that the runs of a sweep cannot differ in.
     """
-    from m3po_lab.commands import flag_name
-    from m3po_lab.compare import variant
+    from m3po_lab.compare import SAME_FLAGS
     from m3po_lab.config import UserError
-    from m3po_lab.idle_flags import given_flags, idle_flags
+    from m3po_lab.identity import WITHOUT_EFFECT
 
-    taken = [word for word in more if flag_name(word) in OF_THE_RUNS]
+    name, equals, given = text.removeprefix("--").partition("=")
+    name, values = name.replace("-", "_"), re.split(r",(?![^\[{]*[\]}])", given)
+    if not equals or not all(values) or len(set(values)) < len(values):
+        raise UserError(f"--axis {text}: give a flag and its different values, e.g. cross_path_lambda=0,0.1,0.3.")
+    if name in OF_THE_RUNS:
+        raise UserError(f"--axis {text}: a sweep sets --{name} itself; see --modes and --seeds.")
+    if name in SAME_FLAGS:
+        raise UserError(
+            f"--axis {text}: runs are compared on the same problems, model and number of steps; make a sweep for each."
+        )
+    why = next((reason for reason, names in WITHOUT_EFFECT.items() if name in names), None)
+    if why is not None:
+        raise UserError(f"--axis {text}: --{name} changes no number of a run ({why}).")
+    return name, values
+
+
+def variants(config: Path, modes: Sequence[str], axes: Sequence[str], more: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of every variant by its name: each mode, with each combination of the axes that it has, and `more`.
+
+    The command of each is read, so that a wrong flag stops the sweep here and not after the first run.
+
+    Raises:
+        UserError: a command is wrong, no mode has the flag of an axis, a flag does nothing in any of the variants, or
+            two of them are one and the same.
+    """
+    from m3po_lab.config import UserError, parse_run
+    from m3po_lab.idle_flags import given_flags, idle_flags, without
+
+    read = dict(read_axis(text) for text in axes)
+    taken = [word for word in more if flag_name(word) in (*OF_THE_RUNS, *read)]
     if taken:
         raise UserError(f"{taken[0]} is what the runs of a sweep differ in, or the sweep's to set: leave it out.")
-    named: dict[str, str] = {}
-    idle = given_flags(more)
-    for mode in modes:
-        run = parse_mode(config, mode, more)
-        idle &= set(idle_flags(run.groups, idle))
-        training = run.training
-        same = named.setdefault(variant(training.mode, training.gating_type, bool(training.aslr_enabled)), mode)
-        if same != mode:
-            raise UserError(f"--modes {same} and {mode} are the same here: leave out one of them.")
+    found = {mode: mode_words(mode) for mode in modes}
+    for name, values in read.items():
+        grown: dict[str, list[str]] = {}
+        for told, words in found.items():
+            if name in flags_of(parse_idle([str(config), *more, *words])):
+                grown |= {f"{told} {name}={value}": [*words, f"--{name}={value}"] for value in values}
+            else:
+                grown[told] = words
+        if grown == found:
+            parse_run([str(config), *more, f"--{name}={values[0]}"])  # says so if there is no such flag
+            raise UserError(f"--axis {name}: none of the modes {', '.join(modes)} has that flag; leave it out.")
+        found = grown
+    known: dict[str, str] = {}
+    commands, idle = {}, given_flags(more)
+    for told, words in found.items():
+        run = parse_idle([str(config), *more, *words])
+        same = known.setdefault(json.dumps(flags_of(run), sort_keys=True), told)
+        if same != told:
+            raise UserError(f"--modes {same} and {told} are the same here: leave out one of them.")
+        of_others = idle_flags(run.groups, given_flags(more))
+        idle &= set(of_others)
+        commands[told] = [*without(more, of_others), *words]
     if idle:
-        raise UserError(f"--{min(idle)} does nothing in any of the modes {', '.join(modes)}: leave it out.")
+        raise UserError(f"--{min(idle)} does nothing in any of {', '.join(found)}: leave it out.")
+    return commands
 
 
-def parse_mode(config: Path, mode: str, more: Sequence[str]) -> Run:
-    """The parsed command of a mode, with the flags that do something in others only."""
+def parse_idle(words: list[str]) -> Run:
+    """The parsed command of a variant, with the flags that do something in others only."""
     from m3po_lab.config import parse_run
 
-    return parse_run([str(config), *more, *mode_words(mode)], idle=True)
+    return parse_run(words, idle=True)
 
 
-def run_words(config: Path, mode: str, seed: int, folder: Path, more: Sequence[str]) -> list[str]:
-    """The command-line words of one run; it resumes where there is something to resume."""
+def flags_of(run: Run) -> dict[str, Any]:
+    """The flags of a run, as far as it has them."""
+    from m3po_lab.identity import flag_values, with_acting
+
+    return with_acting(flag_values(run.script, run.training, run.model), run.training)
+
+
+def folder_of(told: str, seed: int) -> str:
+    """The name of a run's folder, from that of its variant; other characters than a path likes are replaced."""
+    from m3po_lab.identity import short_digest
+
+    plain = told.replace(":", "-").replace(" ", "-").replace("=", "-")
+    safe = re.sub(r"[^\w.+-]", "_", plain, flags=re.ASCII)
+    return f"{safe}{'' if safe == plain else f'-{short_digest(told)[:8]}'}-seed{seed}"
+
+
+def run_words(config: Path, own: Sequence[str], seed: int, folder: Path) -> list[str]:
+    """The command-line words of one run of a variant with the flags `own`; it resumes where there is something."""
     from m3po_lab.checkpoints import checkpoints, missing_part
     from m3po_lab.files import shown_path
 
-    words = [shown_path(config), *more, *mode_words(mode), "--seed", str(seed), "--output_dir", shown_path(folder)]
+    words = [shown_path(config), *own, "--seed", str(seed), "--output_dir", shown_path(folder)]
     found = checkpoints(folder)
     if any(missing_part(path) is None for path in found):
         return [*words, "--resume_from_checkpoint", "true"]
@@ -135,26 +199,23 @@ def check_done(place: Path, words: Sequence[str]) -> None:
         print(f"{shown_path(place)} has no {RUN_FILE}: compared by its summary.json, without the content of files")
 
 
-def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path, more: Sequence[str]) -> int:
-    """Run what is not done and compare; returns an exit code."""
+def sweep(config: Path, found: Mapping[str, Sequence[str]], seeds: Sequence[int], folder: Path) -> int:
+    """Run what is not done of the variants, given by name with their flags, and compare; returns an exit code."""
     from m3po_lab.compare import comparison
     from m3po_lab.files import check_writable, shown_path, write_text
-    from m3po_lab.idle_flags import given_flags, idle_flags, without
 
     check_writable(folder)
-    pairs = [(mode, seed) for seed in seeds for mode in modes]
-    places = {pair: folder / f"{pair[0].replace(':', '-')}-seed{pair[1]}" for pair in pairs}
-    for (mode, seed), place in places.items():
-        check_done(place, run_words(config, mode, seed, place, more))
-    for number, (mode, seed) in enumerate(pairs, start=1):
-        place = places[mode, seed]
-        told = f"run {number} of {len(pairs)}: mode {mode}, seed {seed}"
+    pairs = [(told, seed) for seed in seeds for told in found]
+    places = {pair: folder / folder_of(*pair) for pair in pairs}
+    for (told, seed), place in places.items():
+        check_done(place, run_words(config, found[told], seed, place))
+    for number, ((variant, seed), place) in enumerate(places.items(), start=1):
+        told = f"run {number} of {len(pairs)}: mode {variant}, seed {seed}"
         if (place / "summary.json").is_file():
             print(f"{told}: done before", flush=True)
             continue
         print(told, flush=True)
-        own = without(more, idle_flags(parse_mode(config, mode, more).groups, given_flags(more)))
-        command = [sys.executable, "-m", "m3po_lab.train", *run_words(config, mode, seed, place, own)]
+        command = [sys.executable, "-m", "m3po_lab.train", *run_words(config, found[variant], seed, place)]
         code = subprocess.run(command, check=False).returncode
         if code:
             print(f"error: {told} ended with exit code {code}; the same command goes on from there.", file=sys.stderr)
@@ -167,12 +228,11 @@ def sweep(config: Path, modes: Sequence[str], seeds: Sequence[int], folder: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.commands import shown_command
     from m3po_lab.errors import PROJECT_ROOT, OneLineFlags, exit_code, find_config, split_config
 
     flags = OneLineFlags(
-        usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--seeds SEED ...] "
-        "[--output_dir DIR] [--flag value ...]",
+        usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--axis FLAG=VALUE,...] "
+        "[--seeds SEED ...] [--output_dir DIR] [--flag value ...]",
         description=f"Train modes over seeds and compare them. The YAML of the runs is {DEFAULT_CONFIG} by default.",
         epilog="Other flags go to every run in which they do something, see bash scripts/train_grpo.sh --help.",
     )
@@ -188,8 +248,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="GATE",
         help="in place of --modes: the control, and mode m3po with each of these gates (none named: with every gate)",
     )
+    flags.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        metavar="FLAG=VALUE,...",
+        help="vary a flag in the modes that have it, e.g. cross_path_lambda=0,0.1,0.3; may be given several times, for "
+        "every combination",
+    )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/sweep-[gates-]<config>)")
+    flags.add_argument(
+        "--output_dir", type=Path, help="folder of the runs (default: runs/sweep-[gates-][axes-]<config>)"
+    )
     words = list(sys.argv[1:] if argv is None else argv)
 
     def start() -> int:
@@ -197,11 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         yaml, rest = split_config(words)
         given, more = flags.parse_known_args(rest)
         config = find_config(yaml or DEFAULT_CONFIG)
-        modes = named_modes(given.modes, given.gates)
-        check_modes(config, modes, more)
-        what = "sweep" if given.gates is None else "sweep-gates"
-        folder = given.output_dir or PROJECT_ROOT / "runs" / f"{what}-{config.stem}"
-        return sweep(config, modes, given.seeds, folder.resolve(), more)
+        found = variants(config, named_modes(given.modes, given.gates), given.axis, more)
+        what = ["sweep", *([] if given.gates is None else ["gates"]), *(read_axis(text)[0] for text in given.axis)]
+        folder = given.output_dir or PROJECT_ROOT / "runs" / "-".join([*what, config.stem])
+        return sweep(config, found, given.seeds, folder.resolve())
 
     return exit_code(start, f"Stopped. Go on with: {shown_command('scripts/sweep.sh', words)}")
 

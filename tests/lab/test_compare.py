@@ -127,6 +127,56 @@ def test_a_gate_makes_a_mode_of_its_own(
     assert f"| `{name}` | 0 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"cross_path_lambda": 0.3}, "m3po λ=0.3"),
+        ({"cross_path_phase": "all"}, "m3po phase=all"),
+        ({"cross_path_temp": 0.5}, "m3po T=0.5"),
+        ({"cross_path_lambda": 1.0, "cross_path_phase": "all", "cross_path_top_k": 2}, "m3po λ=1 phase=all peers=2"),
+    ],
+)
+def test_what_differs_among_the_runs_is_in_the_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], name: str
+) -> None:
+    """A λ of 0.3 in one seed of three was once pooled with the others without a word."""
+    assert main(write_runs(tmp_path, m3po_1={"config": flags})) == 0
+    printed = capsys.readouterr().out
+    assert f"| `{name}` | 1 |" in printed and f"`{name}` against `none`: 1 common seeds" in printed
+    assert printed.count("| `m3po") == 3 and "2 common seeds, too few to compare" in printed
+
+
+def test_a_variant_is_compared_with_the_control_that_has_its_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where there is none, it says so; the accuracy before may differ between controls of other flags."""
+    other = {"config": {"learning_rate": 1e-3, "max_completion_length": 9}, "accuracy_before": 0.2}
+    first = write_runs(tmp_path)
+    (tmp_path / "more").mkdir()
+    changes = {f"{mode}_{seed}": other for mode in AFTER for seed in range(3)}
+    folders = [*first, *write_runs(tmp_path / "more", **changes)]
+    assert main(folders) == 0
+    printed = capsys.readouterr().out
+    rest = "max_completion_length=9"
+    assert f"`m3po lr=0.001 {rest}` differs from `none lr=0.001 {rest}` over 3 seeds" in printed
+    assert "`m3po lr=1e-06 max_completion_length=256` differs from `none lr=1e-06" in printed
+    assert main([folder for folder in folders if "more/none" not in folder]) == 0
+    assert f"`m3po lr=0.001 {rest}` against `none`: 0 common seeds, too few" in capsys.readouterr().out
+
+
+def test_diversity_has_one_row_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {
+        "distinct_answers_first": 4.0,
+        "distinct_answers_last": 2.5,
+        "reward_std_first": 0.5,
+        "reward_std_last": 0.1,
+    }
+    changes = {f"none_{seed}": {"diversity": {**told, "distinct_answers_first": 3.0 + seed}} for seed in range(3)}
+    assert main(write_runs(tmp_path, **changes)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| `none` | 3 | 4.000 | 2.500 | 0.500 | 0.100 |" in lines and "| `m3po` | 3 | - | - | - | - |" in lines
+
+
 def test_two_common_seeds_are_too_few_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(write_runs(tmp_path)[:-1]) == 0
     assert "2 common seeds, too few to compare" in capsys.readouterr().out
@@ -136,6 +186,13 @@ def test_two_common_seeds_are_too_few_to_compare(tmp_path: Path, capsys: pytest.
     ("changes", "line"),
     [
         ({"m3po_1": {"steps": 11}}, "the runs differ in steps (10, 11)"),
+        ({"m3po_1": {"config": {"eval_seed": 1}}}, "the runs differ in eval_seed (999, 1)"),
+        ({"m3po_1": {"config": {"num_train_problems": 5}}}, "the runs differ in num_train_problems (4000, 5)"),
+        ({"m3po_1": {"accuracy_before": 0.3}}, "the runs differ in accuracy_before (0.3, 0.4)"),
+        (
+            {"m3po_1": {"parts": [{"from_step": 0, "max_steps": 5}, {"from_step": 5, "max_steps": 10}]}},
+            "in parts ([], [[",
+        ),
         ({"m3po_1": {"seed": 0}}, "mode m3po with seed 0 occurs twice"),
     ],
 )

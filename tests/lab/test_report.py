@@ -11,7 +11,7 @@ from m3po_lab.config import parse_run
 from m3po_lab.data_sources import Problem
 from m3po_lab.evaluate import Answered, load_cached
 from m3po_lab.figure import running_mean
-from m3po_lab.report import attention_means, completion_lines, last_reward, split_gain, table, verdict
+from m3po_lab.report import attention_means, completion_lines, diversity, last_reward, split_gain, table, verdict
 
 RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), Answered("", False, False))
 KEYS = {
@@ -33,6 +33,9 @@ KEYS = {
     "reward_last": float,
     "attention": type(None),
     "gating_type": type(None),
+    "diversity": dict,
+    "flags": dict,
+    "parts": list,
 }
 
 
@@ -78,6 +81,19 @@ def test_attention_is_the_mean_over_the_steps_that_logged_it() -> None:
     assert attention_means(history) == {"attention_entropy": 1.5, "similarity_min": 0.5}
     assert last_reward(history) == 0.75
     assert attention_means(history[1:2]) is None and last_reward(history[1:2]) is None
+
+
+def test_diversity_is_that_of_the_first_and_of_the_last_quarter_of_the_lines_that_have_it() -> None:
+    rows = [{"m3po/distinct_answers": float(step), "reward_std": 0.5} for step in range(9)]
+    history = [row for pair in zip(rows, [{"loss": 0.1}] * 9, strict=True) for row in pair]
+    history += [{"reward_std": 1.5}] * 4
+    found = {"distinct_answers_first": 0.5, "distinct_answers_last": 7.5}
+    assert diversity(history) == {**found, "reward_std_first": 0.5, "reward_std_last": 1.5}
+    assert diversity(history[:2]) == {
+        **{"distinct_answers_first": 0.0, "distinct_answers_last": 0.0},
+        **{"reward_std_first": 0.5, "reward_std_last": 0.5},
+    }
+    assert diversity([{"loss": 0.1}]) == {}
 
 
 def test_reward_of_the_report_compares_as_the_kind_of_answer_is() -> None:

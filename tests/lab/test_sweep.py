@@ -12,22 +12,22 @@ from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_json
 from m3po_lab.identity import RUN_FILE
 from m3po_lab.report import ATTENTION
-from m3po_lab.sweep import main, mode_words, run_words
+from m3po_lab.sweep import folder_of, main, mode_words, run_words, variants
 
 
 def test_a_run_starts_resumes_or_starts_anew_as_its_folder_says(finished_run: Path, tmp_path: Path) -> None:
     config, folder = Path("x.yaml"), tmp_path / "none-seed3"
     start = ["x.yaml", "--max_steps", "6", "--mode", "none", "--aslr_enabled", "false", "--seed", "3"]
     start += ["--output_dir", str(folder)]
-    assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == start
+    assert run_words(config, mode_words("none"), 3, folder, ["--max_steps", "6"]) == start
     shutil.copytree(finished_run / "checkpoint-2", folder / "checkpoint-2")
-    assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == [
+    assert run_words(config, mode_words("none"), 3, folder, ["--max_steps", "6"]) == [
         *start,
         "--resume_from_checkpoint",
         "true",
     ]
     (folder / "checkpoint-2" / "trainer_state.json").unlink()
-    assert run_words(config, "none", 3, folder, ["--max_steps", "6"]) == [*start, "--overwrite", "true"]
+    assert run_words(config, mode_words("none"), 3, folder, ["--max_steps", "6"]) == [*start, "--overwrite", "true"]
 
 
 def test_sweep_goes_on_where_it_was_stopped_and_compares(
@@ -150,8 +150,8 @@ def test_gates_without_names_are_all_of_them_and_the_control(
     monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: called.append(given) or 0)
     assert main([str(tiny_config), "--gates"]) == 0 and main([str(tiny_config)]) == 0
     (_, gates, _, gates_folder, _), (_, modes, _, modes_folder, _) = called
-    assert gates == ["none", *(f"m3po:{name}" for name in list_gating_functions())] and len(gates) >= 6
-    assert modes == ["none", "m3po", "hrpo", "h3po"]
+    assert list(gates) == ["none", *(f"m3po:{name}" for name in list_gating_functions())] and len(gates) >= 6
+    assert list(modes) == ["none", "m3po", "hrpo", "h3po"]
     assert (gates_folder.name, modes_folder.name) == ("sweep-gates-tiny", "sweep-tiny")
 
 
@@ -179,3 +179,75 @@ def test_a_gate_is_trained_and_compared_with_the_control_that_is_there(finished_
     control, gate = (folder / "comparison.md").read_text().split("\n\n")[1].splitlines()[2:]
     assert control.startswith("| `none` | 1 | ") and "| - | - | - | - |" in control
     assert gate.startswith("| `m3po:raw_dot` | 1 | ") and f"| {summary['attention']['attention_entropy']:.3f} |" in gate
+
+
+CONFIG = Path("configs/demo_short.yaml")
+
+
+def test_axes_are_varied_in_the_modes_that_have_them_and_multiply() -> None:
+    modes = ["none", "m3po", "hrpo"]
+    found = variants(CONFIG, modes, ["cross_path_lambda=0,0.3", "temperature=0.7,1.0", "thought_top_k=8,16"], [])
+    assert list(found) == [
+        *("none temperature=0.7", "none temperature=1.0"),
+        *(f"m3po cross_path_lambda={share} temperature={heat}" for share in ("0", "0.3") for heat in ("0.7", "1.0")),
+        *(f"hrpo temperature={heat} thought_top_k={kept}" for heat in ("0.7", "1.0") for kept in (8, 16)),
+    ]
+    last = found["m3po cross_path_lambda=0.3 temperature=1.0"]
+    assert last == [*mode_words("m3po"), "--cross_path_lambda=0.3", "--temperature=1.0"]
+    gates = variants(CONFIG, ["m3po"], ["gating_type=baseline,luong", "gating_learning_rate=0.1,0.01"], [])
+    assert len(gates) == 3  # the baseline does not learn
+    options = variants(
+        CONFIG, ["m3po:luong"], ['gating_config={"rank": 4},{"rank": 8, "project_embeddings": true}'], []
+    )
+    assert len({folder_of(told, 0) for told in options}) == 2 and all("{" not in folder_of(told, 0) for told in options)
+    assert folder_of("m3po:raw_dot cross_path_lambda=0.3", 1) == "m3po-raw_dot-cross_path_lambda-0.3-seed1"
+    assert folder_of("none answer_start=A b", 0) != folder_of("none answer_start=A/b", 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["--modes", "none", "hrpo"],
+            "--axis cross_path_lambda: none of the modes none, hrpo has that flag; leave it out",
+        ),
+        (["--axis", "cross_path_lamda=0,1"], "Unknown argument --cross_path_lamda. Did you mean --cross_path_lambda?"),
+        (["--axis", "cross_path_phase=all,some"], "cross_path_phase='some' is unknown"),
+        (["--axis", "temperature=1,1.0"], "are the same here: leave out one of them."),
+        (["--axis", "temperature"], "--axis temperature: give a flag and its different values"),
+        (["--axis", "temperature=1,,2"], "--axis temperature=1,,2: give a flag and its different values"),
+        (["--axis", "seed=1,2"], "--axis seed=1,2: a sweep sets --seed itself; see --modes and --seeds."),
+        (["--axis", "dataset=a,b"], "runs are compared on the same problems, model and number of steps"),
+        (["--axis", "save-steps=2,4"], "--save_steps changes no number of a run"),
+        (["--cross-path-lambda", "0.2"], "--cross-path-lambda is what the runs of a sweep differ in"),
+    ],
+)
+def test_a_wrong_axis_is_one_line_before_the_first_run(
+    words: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(CONFIG), "--axis", "cross_path_lambda=0,0.3", "--output_dir", str(tmp_path / "out"), *words]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_axis_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: called.append(given) or 0)
+    assert main([str(CONFIG), "--modes", "none", "m3po", "--axis", "cross_path_phase=thinking,all"]) == 0
+    _, found, _, folder, _ = called[0]
+    assert folder.name == "sweep-cross_path_phase-demo_short"
+    assert list(found) == ["none", "m3po cross_path_phase=thinking", "m3po cross_path_phase=all"]
+
+
+def test_an_axis_is_trained_and_compared_by_its_short_name(
+    finished_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "none-seed3")
+    words = [str(tiny_config), "--modes", "none", "m3po", "--axis", "cross_path_lambda=0.1,0.3", "--seeds", "3"]
+    assert main([*words, "--output_dir", str(tmp_path)]) == 0
+    table = (tmp_path / "comparison.md").read_text()
+    assert all(f"| `{name}` | 3 |" in table for name in ("none", "m3po λ=0.1", "m3po λ=0.3"))
+    summary = read_json(tmp_path / "m3po-cross_path_lambda-0.3-seed3" / "summary.json") or {}
+    assert summary["flags"]["cross_path_lambda"] == 0.3 and summary["diversity"]["distinct_answers_first"] > 0
+    assert f"| `m3po λ=0.3` | 1 | {summary['diversity']['distinct_answers_first']:.3f} | " in table
