@@ -60,6 +60,7 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
     from m3po_lab.eval_settings import EvalSettings
     from m3po_lab.files import check_writable
     from m3po_lab.models import load_model
+    from m3po_lab.saving import obey_umask
 
     try:
         numbers = read_checkpoint_info(checkpoint)
@@ -91,6 +92,7 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
                 weight.data = weight.data.to(getattr(torch, dtype))
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        obey_umask(part)
         write_checkpoint_info(part, numbers)
         if settings is not None:
             settings.write(part)

@@ -29,6 +29,7 @@ from m3po_lab.identity import RUN_FILE, KeepRun, difference, flag_values, named_
 from m3po_lab.idle_flags import check_idle
 from m3po_lab.pretrain_data import UNSCORED, load_text, load_tokenizer
 from m3po_lab.provenance import git_state
+from m3po_lab.saving import ObeyUmask, save_model
 from m3po_lab.training_checks import check_training
 
 DEFAULT_MHC_CONFIG = "configs/mhc_small.yaml"
@@ -297,7 +298,7 @@ def run_pretraining(run: Pretraining) -> None:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=nats_of_rows,
         compute_metrics=lambda found: {"bits_per_byte": float(found.predictions.sum()) / bits},
-        callbacks=[watch, KeepRun({"flags": flags})],
+        callbacks=[watch, KeepRun({"flags": flags}), ObeyUmask()],
     )
     watch.trainer = trainer
     first = matrices_of(model, watch.inputs)
@@ -306,7 +307,7 @@ def run_pretraining(run: Pretraining) -> None:
         print(f"{run.variant}, seed {training.seed}: {describe(model, script)} into {shown_path(run.folder)}")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run.folder) if run.folder.is_dir() else None)
     final = trainer.evaluate()
-    trainer.save_model(str(run.folder / "final"))
+    save_model(trainer, run.folder / "final")
     commit, dirty = git_state(PROJECT_ROOT)
     net = trainer.accelerator.unwrap_model(trainer.model)
     parts = {name: value.numel() for name, value in net.named_parameters()}

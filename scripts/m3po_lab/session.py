@@ -42,6 +42,7 @@ from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
 from m3po_lab.processes import check_engine
 from m3po_lab.report import write_report
 from m3po_lab.rewards import make_rewards
+from m3po_lab.saving import ObeyUmask, obey_umask, save_model
 from m3po_lab.unsloth_model import load_with_unsloth
 
 
@@ -146,7 +147,7 @@ def run_session(run: Run, words: Sequence[str]) -> None:
     trainer.add_callback(KeepRun(about))
     before = evaluate_before(run, trainer, held_out, settings)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    trainer.save_model(str(run.folder / "final"))
+    save_model(trainer, run.folder / "final")
     after = evaluate_now(trainer, settings, "held-out, after")
     if trainer.accelerator.is_main_process:
         settings.write(run.folder / "final")
@@ -174,7 +175,7 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[clock],
+            callbacks=[clock, ObeyUmask()],
         )
     except ValueError as error:
         raise UserError(one_line(error)) from error
@@ -211,6 +212,7 @@ def settle_reference(run: Run, model: PreTrainedModel) -> None:
         folder = run.folder / "reference"
         if run.training.process_index == 0:
             model.save_pretrained(folder)
+            obey_umask(folder)
         run.training.distributed_state.wait_for_everyone()
         model.config.name_or_path = model.name_or_path = str(folder)
     else:

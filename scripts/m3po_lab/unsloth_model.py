@@ -20,6 +20,7 @@ from trl.trainer.grpo_own_modules import prepare_policy
 from m3po_lab.config import Run, UserError
 from m3po_lab.model_files import UNREADABLE, check_model_files, unreadable
 from m3po_lab.models import EMBEDDED_MODEL, is_local, load_model, settle
+from m3po_lab.saving import obey_umask
 
 WRITTEN = "start"  # folder in the run folder for a start model that came as GGUF
 
@@ -42,6 +43,7 @@ def load_with_unsloth(run: Run) -> tuple[PreTrainedModel | PeftModel, PreTrained
         place = str(run.folder / WRITTEN)
         for part in load_model(run.model):
             part.save_pretrained(place)
+        obey_umask(Path(place))
     else:
         is_local(name)
         check_model_files(Path(name))

@@ -6,6 +6,7 @@ without that every advantage is zero, no weight ever moves and a resume test pro
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ TINY_RUN = {
 
 # The residual gate far from its start, and learning fast, so that what it does is seen in the weights.
 H3PO = ("--mode", "h3po", "--beta", "0.05", "--thought_top_k", "8", "--thinking_residual_r_min", "0.5")
+
+
+@pytest.fixture
+def closed_files() -> Callable[[Path], list[str]]:
+    """The files below a folder that have other permissions than the umask leaves to new files."""
+    wanted = 0o666 & ~os.umask(os.umask(0o022))
+
+    def find(folder: Path) -> list[str]:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return [str(path.relative_to(folder)) for path in files if path.stat().st_mode & 0o777 != wanted]
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 import errno
 import json
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,16 @@ def test_merged_model_computes_what_the_adapter_does(adapter: Path, tiny_model: 
 
 
 def test_export_of_a_run_has_everything_and_only_safetensors(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    closed_files: Callable[[Path], list[str]],
 ) -> None:
     final, out = finished_run / "final", tmp_path / "out"
     assert main([str(final), str(out), "--dtype", "bfloat16"]) == 0
     assert "stock vLLM can serve it" in capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
+    assert closed_files(out) == closed_files(finished_run) == []
     assert {"model.safetensors", "tokenizer.json", "config.json", "generation_config.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     for name in ("m3po.json", "evaluation.json"):

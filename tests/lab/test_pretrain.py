@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,9 @@ def test_a_wrong_flag_is_one_line(
     assert why in printed.err and "run 1 of" not in printed.out
 
 
-def test_a_stopped_run_goes_on_and_ends_as_the_whole_one(text: str, pair: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_and_ends_as_the_whole_one(
+    text: str, pair: Path, tmp_path: Path, closed_files: Callable[[Path], list[str]]
+) -> None:
     words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--mhc_enabled", "true", "--output_dir", str(tmp_path)]
     words += ["--save_total_limit", "2"]
     assert pretrain.main(words) == 0
@@ -232,6 +235,7 @@ def test_a_stopped_run_goes_on_and_ends_as_the_whole_one(text: str, pair: Path, 
     assert pretrain.main(words) == 0
     result = read_json(tmp_path / "result.json")
     assert result is not None and result["steps_timed"] == 3  # the first three were not trained again
+    assert closed_files(tmp_path) == []
     whole = NanoChatForCausalLM.from_pretrained(pair / "mhc-seed0" / "final").state_dict()
     found = NanoChatForCausalLM.from_pretrained(tmp_path / "final").state_dict()
     assert all(torch.equal(value, found[name]) for name, value in whole.items())

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def test_a_checkpoint_carries_the_gate_in_float32_and_says_its_numbers(
     numbers = read_json(final / "m3po.json") or {}
     told = {"thought_top_k": 8, "thinking_residual_r_min": 0.5, "thinking_residual_r_max": 0.999}
     assert told.items() <= numbers.items() and ("cross_path_lambda" in numbers) == (run == "h3po_run")
+
+
+@pytest.mark.parametrize("run", ["h3po_run", "adapter_run"])
+def test_weights_adapters_and_the_reference_model_have_the_permissions_of_other_files(
+    run: str, request: pytest.FixtureRequest, closed_files: Callable[[Path], list[str]]
+) -> None:
+    assert closed_files(request.getfixturevalue(run)) == []
 
 
 def test_a_run_that_starts_from_an_adapter_knows_what_its_gate_began_with(adapter_run: Path) -> None:
