@@ -12,6 +12,8 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,19 +60,34 @@ def inspect(up: Upstream) -> View:
     return View(record, differences(up, record, record.patched), committed, busy)
 
 
+@contextlib.contextmanager
+def private_index(up: Upstream, name: str) -> Iterator[Path]:
+    """An index beside the developer's in the checkout's .git, or a copy elsewhere for who may not write there."""
+    index = up.git_dir / name
+    if os.access(up.git_dir, os.W_OK):
+        index.with_name(f"{name}.lock").unlink(missing_ok=True)
+        yield index
+        return
+    with tempfile.TemporaryDirectory(prefix="patchset-") as temp:
+        if index.exists():
+            shutil.copy2(index, temp)
+        yield Path(temp, name)
+
+
 def differences(up: Upstream, record: state.Record, commit: str) -> dict[str, str]:
     """path -> M, D, T or ? of everything in the work tree that is neither in `commit` nor a right link."""
-    index = up.git_dir / ("patchset.index" if commit == record.patched else "patchset.other.index")
-    index.with_name(f"{index.name}.lock").unlink(missing_ok=True)
-    repo = git.Git(up.git_dir, up.checkout, index)
-    if not index.exists() or commit != record.patched:
-        repo("read-tree", commit)
-    repo("update-index", "-q", "--really-refresh", ok=(0, 1))
-    fields = repo.names("diff-files", "-z", "--name-status", "--no-renames")
+    name = "patchset.index" if commit == record.patched else "patchset.other.index"
+    with private_index(up, name) as index:
+        repo = git.Git(up.git_dir, up.checkout, index)
+        if not index.exists() or commit != record.patched:
+            repo("read-tree", commit)
+        repo("update-index", "-q", "--really-refresh", ok=(0, 1))
+        fields = repo.names("diff-files", "-z", "--name-status", "--no-renames")
+        tracked = set(repo.names("ls-files", "-z")) if record.inputs.overlay else set()
+        others = repo.names("ls-files", "-z", "--others", *(f"--exclude={glob}" for glob in EXCLUDES))
     found = dict(zip(fields[1::2], fields[::2], strict=True))
-    tracked = set(repo.names("ls-files", "-z")) if record.inputs.overlay else set()
     found |= {p: mark for p in record.inputs.overlay if p not in tracked and (mark := _link_fault(up, p))}
-    for path in repo.names("ls-files", "-z", "--others", *(f"--exclude={glob}" for glob in EXCLUDES)):
+    for path in others:
         linked = path in record.inputs.overlay or ((up.overlay / path).is_file() and not _link_fault(up, path))
         found |= {} if linked else {path: "?"}
     return found

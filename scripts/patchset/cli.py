@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from patchset import apply, bundle, check, checkout, drift, export, git, pins, status, table, upgrade
-from patchset.common import Refused, Stop, lock
+from patchset.common import Refused, Stop, is_read_only, lock
 
 COMMANDS = {
     "fetch": "download and verify the pinned wheels, commit the pristine trees in vendor/",
@@ -59,6 +59,11 @@ def main(argv: list[str]) -> int:
     except Stop as stop:
         print(stop, file=sys.stderr)
         return stop.code
+    except OSError as error:
+        if not is_read_only(error):
+            raise
+        print(f"{error.filename}: {error.strerror}; the checkout's owner has to call this", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the next call puts things right", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -64,18 +65,34 @@ def path_fault(path: str) -> str | None:
     return None
 
 
+def is_read_only(error: OSError) -> bool:
+    """Whether a write failed because this user, or anyone, may not write there."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def open_lock(file: Path) -> tuple[int, int]:
+    """The lock file, made if need be, and the lock to take on it: a shared one for who may not write it."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o644), fcntl.LOCK_EX
+    except OSError as error:
+        if not is_read_only(error):
+            raise
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(file, os.O_RDONLY), fcntl.LOCK_SH
+    return os.open(os.devnull, os.O_RDONLY), fcntl.LOCK_SH  # nobody has written here since the checkout was made
+
+
 @contextlib.contextmanager
 def lock(root: Path, wait: float = 5.0) -> Iterator[None]:
     """Hold the checkout's lock. Children inherit it: a git that outlives a kill keeps the next call waiting."""
-    file = root / ".cache" / "patchset.lock"
-    file.parent.mkdir(exist_ok=True)
-    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    fd, kind = open_lock(root / ".cache" / "patchset.lock")
     try:
         os.set_inheritable(fd, True)
         end = time.monotonic() + wait
         while True:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
                 break
             except OSError:
                 if time.monotonic() >= end:

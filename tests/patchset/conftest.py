@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,9 +112,9 @@ class Project:
         assert result.code == 0, result.text
         return result
 
-    def start(self, *args: str, **env: str) -> subprocess.Popen[bytes]:
+    def start(self, *args: str, prefix: Sequence[str] = (), **env: str) -> subprocess.Popen[bytes]:
         """Start the tool as a process of its own, in its own group."""
-        command = [sys.executable, "-m", "patchset", *args, "--root", str(self.root)]
+        command = [*prefix, sys.executable, "-m", "patchset", *args, "--root", str(self.root)]
         everything = os.environ | {"PYTHONPATH": str(SCRIPTS)} | env
         return subprocess.Popen(command, env=everything, stderr=subprocess.PIPE, start_new_session=True)
 
@@ -210,6 +211,17 @@ def crlf() -> bytes:
 def tools() -> dict[str, object]:
     """What tests need to write patches and wheels of their own."""
     return {"mail": mail, "diff": diff, "TEN": TEN, "ALPHA": ALPHA, "HEADER": HEADER}
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[list[str]]:
+    """What starts a command so that file permissions bind it, even if the tests run as root: then without that right.
+
+    Afterwards what a test made unwritable can be removed again.
+    """
+    right = "--bounding-set=-dac_override,-dac_read_search,-fowner"
+    yield ["setpriv", right] if os.geteuid() == 0 else []
+    subprocess.run(["chmod", "-R", "u+w", tmp_path], check=True)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A clone holds the bytes of this checkout whatever line ends git is told to write: they are run, hashed and applied."""
+"""A clone holds the bytes of this checkout whatever line ends git is told: they are run, hashed and applied."""
 
 from __future__ import annotations
 
