@@ -25,6 +25,7 @@ from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl.trainer.grpo_m3po_config import M3POArguments
 
+from m3po_lab.entry import start
 from m3po_lab.errors import OneLineFlags, UserError, exit_code
 from m3po_lab.files import read_json
 from m3po_lab.identity import difference, recorded_flags, schedule_parts
@@ -298,4 +299,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -13,6 +13,8 @@ from typing import Any
 
 from m3po_lab.errors import OneLineFlags, exit_code
 
+from m3po_lab.entry import start
+
 
 def _truth(word: str) -> bool:
     """true or false, as flags of a training say it."""
@@ -106,4 +108,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 EVAL = "scripts/eval_gsm8k.sh"
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

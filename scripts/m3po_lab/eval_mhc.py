@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from m3po_lab.entry import start
 from m3po_lab.files import check_writable, read_json, shown_path, write_json, write_text
 
 FILES = {  # task -> split: file in --data; rows in the format of the dataset on the Hub
@@ -307,4 +308,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

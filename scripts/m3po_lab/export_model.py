@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from m3po_lab.entry import start
 from m3po_lab.errors import OneLineFlags, exit_code
 
 # Whether stock vLLM can serve a mode, and why: it decodes token embeddings, one path, on the plain architecture.
@@ -139,4 +140,4 @@ def export_and_say(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

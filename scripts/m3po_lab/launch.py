@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from m3po_lab.entry import start
+
 SPOKEN = (2, 130)  # exit codes of `m3po_lab.train` after a line of its own
 
 
@@ -58,4 +60,4 @@ def say_end(who: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -8,6 +8,8 @@ line says which), 130 interrupted by Ctrl-C.
 import sys
 from collections.abc import Sequence
 
+from m3po_lab.entry import start
+
 WAY_ON = "The same command goes on from the last whole checkpoint."
 
 
@@ -30,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

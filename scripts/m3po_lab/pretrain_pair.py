@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m3po_lab.commands import flag_name, shown_command
+from m3po_lab.entry import start
 from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, OneLineFlags, UserError, exit_code, find_config, split_config
 
 VARIANTS = {"baseline": "false", "mhc": "true"}
@@ -80,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from m3po_lab.entry import start
+
 ROWS, LENGTH = 4, 256
 COLUMNS = {"row error": "row_error", "column error": "column_error", "from its start": "from_start"}
 COLUMNS |= {"from identity": "from_identity", "stream cosine": "stream_cosine"}
@@ -113,4 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

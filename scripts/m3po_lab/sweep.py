@@ -27,6 +27,8 @@ from m3po_lab.commands import flag_name, shown_command
 if TYPE_CHECKING:
     from m3po_lab.config import Run
 
+from m3po_lab.entry import start
+
 DEFAULT_CONFIG = "configs/demo_short.yaml"
 DEFAULT_MODES = ("none", "m3po", "hrpo", "h3po")
 OF_THE_RUNS = ("mode", "seed", "aslr_enabled", "overwrite", "resume_from_checkpoint")  # flags that a sweep gives them
@@ -276,4 +278,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

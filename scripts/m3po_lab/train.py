@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from m3po_lab.entry import start
+
 if TYPE_CHECKING:
     from m3po_lab.config import Run
 
@@ -99,4 +101,4 @@ def refused(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)
