@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # The menu: `make` lists it. Each target is one command; all but `help` and `clean` complete the environment first.
-PYTHON ?= python3
-ENV := .venv/bin/python
-COMPLETE = PYTHONPATH=scripts $(PYTHON) -m patchset.environment
+# PYTHON=python3.12 says which Python makes .venv; it stays that one until scripts/rebuild_env.sh.
+ENV := . scripts/isolated.sh; .venv/bin/python
+TOOL := bash scripts/overlay_tool.sh
+BENCH := . scripts/isolated.sh; PYTHONPATH=benchmarks .venv/bin/python benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -12,21 +13,20 @@ COMPLETE = PYTHONPATH=scripts $(PYTHON) -m patchset.environment
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env: ## make or complete .venv and vendor/ (a no-op when up to date) [EXTRA=unsloth: with what Unsloth needs]
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 7) and "env: error: this Python is too old: 3.11 is needed")'
-	@$(COMPLETE) $(addprefix --extra=,$(EXTRA))
+env: ## make or complete .venv and vendor/ (a no-op when up to date) [PYTHON=python3.12, EXTRA=unsloth]
+	@$(TOOL) patchset.environment $(addprefix --extra=,$(EXTRA))
 
 env-unsloth: env
-	@$(COMPLETE) --extra=unsloth
+	@$(TOOL) patchset.environment --extra=unsloth
 
 apply-patches: ## fetch the upstreams and lay patches/ and overlay/ on vendor/
-	@PYTHONPATH=scripts $(PYTHON) -m patchset apply
+	@$(TOOL) patchset apply
 
 status: ## per upstream: pristine, patched, edited or stale
-	@PYTHONPATH=scripts $(PYTHON) -m patchset status
+	@$(TOOL) patchset status
 
 export-patches: ## write the edits committed in vendor/ back to patches/
-	@PYTHONPATH=scripts $(PYTHON) -m patchset export
+	@$(TOOL) patchset export
 
 check-patches: env ## lint, apply to pristine trees, compare, import [UPSTREAM=x AGAINST=version: try another release]
 	@$(ENV) -m patchset check $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(AGAINST),--against $(AGAINST))
@@ -54,12 +54,12 @@ test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own
 	@$(ENV) -m pytest tests/unsloth
 
 bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gates
-	@$(ENV) benchmarks/rollout.py
-	@$(ENV) benchmarks/policy_pass.py
-	@$(ENV) benchmarks/thoughts.py
-	@$(ENV) benchmarks/aslr.py
-	@$(ENV) benchmarks/hyper_connections.py
-	@$(ENV) benchmarks/gates.py
+	@$(BENCH)/rollout.py
+	@$(BENCH)/policy_pass.py
+	@$(BENCH)/thoughts.py
+	@$(BENCH)/aslr.py
+	@$(BENCH)/hyper_connections.py
+	@$(BENCH)/gates.py
 
 export-model: env ## CHECKPOINT=runs/x/final OUT=dir [DTYPE=bfloat16] [ASLR=off] [GATING=off]: merge LoRA, write a standalone model
 	@$(if $(and $(CHECKPOINT),$(OUT)),,echo "error: give both, e.g. make export-model CHECKPOINT=runs/x/final OUT=dir" >&2; exit 2;) \

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The environment in `.venv` (`make env`): pinned packages, and the patched checkouts of `vendor/` on its path.
 
-Runs before anything is installed, so it needs the standard library and git only. Transformers and TRL are not
-installed: one file, `m3po_vendor.pth`, puts their checkouts on the path. It is written before pip runs; pip then finds
-the distributions' metadata beside the packages, counts them as installed and resolves what they depend on.
+Runs before anything is installed, so it needs the standard library and git only. Transformers, TRL and our own packages
+are not installed: one file, `m3po_vendor.pth`, puts their folders on the path. It is written before pip runs; pip then
+finds the distributions' metadata beside the packages, counts them as installed and resolves what they depend on.
 
 The extra `unsloth` (`make env EXTRA=unsloth`, or an NVIDIA GPU in the machine) installs what Unsloth depends on and
 puts its two checkouts on the path too. An environment that has it keeps it.
 
 A stamp in `.venv`, written last, says for which inputs it was built. No stamp: an earlier call was interrupted, and
 everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done. The same
-but for an extra that is asked for: only the extra is installed.
+but for an extra that is asked for: only the extra is installed. The Python of a complete `.venv` is not changed for
+another: that is what scripts/rebuild_env.sh is for.
+
+A complete environment needs no write, so that one user can make it and another, who may not write there, use it.
 
 Exit codes: 0 done or up to date, 1 failed, 2 refused, 130 interrupted.
 """
@@ -38,6 +41,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MINIMUM_PYTHON = (3, 11)
 STAMP = "m3po-environment.json"
 PTH = "m3po_vendor.pth"
+
+# Our own packages. Not installed by pip: setuptools cannot write its link to a folder whose name the locale lacks.
+OWN = "scripts"
 
 # Distribution -> the folder with its package and metadata.
 VENDORED = {"transformers": "vendor/transformers/src", "trl": "vendor/trl"}
@@ -100,7 +106,7 @@ def check_compiler() -> None:
 
 def interpreter() -> str:
     """The Python that `.venv` is made from; the same one when called from inside a virtual environment made from it."""
-    return os.path.realpath(sys.executable)
+    return os.path.realpath(sys._base_executable)
 
 
 def call(command: Sequence[str | Path], root: Path, **extra: str) -> int:
@@ -112,12 +118,13 @@ def call(command: Sequence[str | Path], root: Path, **extra: str) -> int:
 
 
 def inputs(root: Path, extras: Collection[str] = ()) -> dict[str, Any]:
-    """What `.venv` depends on: `base` (Python and place; another needs a new `.venv`), `packages` and extras."""
-    base = f"Python {sys.version} at {interpreter()} in {root}"
+    """What `.venv` depends on: `python`, `base` (it and the place; another needs a new `.venv`), `packages`, extras."""
+    python = interpreter()
+    base = f"Python {sys.version_info[0]}.{sys.version_info[1]} at {python} in {root}"
     digest = hashlib.sha256()
     for path in (root / "constraints.txt", root / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes() + b"\0")
-    return {"base": base, "packages": digest.hexdigest(), "extras": sorted(extras)}
+    return {"python": python, "base": base, "packages": digest.hexdigest(), "extras": sorted(extras)}
 
 
 def read_stamp(root: Path) -> dict[str, Any] | None:
@@ -134,6 +141,17 @@ def write_stamp(root: Path, built_for: dict[str, Any]) -> None:
     temporary.replace(root / ".venv" / STAMP)
 
 
+def check_python(have: dict[str, Any] | None) -> None:
+    """Raise `Refused`, in one line, where PYTHON asks for another Python than the one that made `.venv`."""
+    was = have.get("python") if have else None
+    if os.environ.get("PYTHON") and was and was != interpreter() and os.path.exists(was):
+        asked = os.environ["PYTHON"]
+        raise Refused(
+            f".venv was made with {was}, and PYTHON={asked} is another one: leave PYTHON out, or make .venv anew: "
+            f"PYTHON={asked} bash scripts/rebuild_env.sh"
+        )
+
+
 def check_extras(asked: Collection[str]) -> None:
     """Raise `Refused`, in one line, for an extra that does not exist."""
     unknown = sorted(set(asked) - set(EXTRAS))
@@ -145,10 +163,15 @@ def has_nvidia_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None or NVIDIA_DRIVER.exists()
 
 
-def choose_extras(asked: Collection[str], have: dict[str, Any] | None) -> set[str]:
-    """The extras asked for, those that `.venv` has, and, with a line that says so, `unsloth` where there is a GPU."""
+def choose_extras(asked: Collection[str], have: dict[str, Any] | None, writable: bool = True) -> set[str]:
+    """The extras asked for, those that `.venv` has, and, with a line that says so, `unsloth` where there is a GPU.
+
+    Where the checkout cannot be written a GPU alone adds nothing: the image may have been built without one.
+    """
     chosen = {*asked, *(set(have["extras"]) & set(EXTRAS) if have else ())}
-    if "unsloth" not in chosen and has_nvidia_gpu():
+    if "unsloth" not in chosen and has_nvidia_gpu() and not writable:
+        say("this machine has an NVIDIA GPU; without the extra unsloth, which cannot be added: no right to write here")
+    elif "unsloth" not in chosen and has_nvidia_gpu():
         say("this machine has an NVIDIA GPU: the extra unsloth is taken")
         chosen.add("unsloth")
     return chosen
@@ -186,8 +209,10 @@ def require_metadata(root: Path, extras: Collection[str]) -> None:
 
 
 def put_vendor_on_path(root: Path, extras: Collection[str]) -> None:
-    lines = [str(root / folder) for folder in vendored(extras).values()]
-    (site_packages(root) / PTH).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Write the folders' paths seen from the file, in ASCII: Python reads it in the encoding of the user's locale."""
+    place = site_packages(root)
+    lines = [os.path.relpath(root / folder, place) for folder in (OWN, *vendored(extras).values())]
+    (place / PTH).write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
 def requirements(root: Path) -> dict[str, list[str]]:
@@ -199,7 +224,7 @@ def requirements(root: Path) -> dict[str, list[str]]:
 
 
 def install(root: Path, extras: Collection[str], everything: bool = True) -> None:
-    """Three pip calls: everything pinned, what comes without its dependencies, and our two packages (editable).
+    """Two pip calls: everything pinned, and what comes without its dependencies.
 
     Not `everything`: one call, for the extras. The checkouts of an extra are on the path but no requirement: pip would
     want what `EXCEPTIONS` leaves out.
@@ -215,7 +240,6 @@ def install(root: Path, extras: Collection[str], everything: bool = True) -> Non
             [*named[""], *named["dev"], *of_extras],
         ),
         ("installing without dependencies: " + ", ".join(ALONE), ["--no-deps", *ALONE]),
-        ("installing this project (editable)", ["--no-build-isolation", "--no-deps", "-e", "."]),
     ]
     if not everything:
         steps = [("adding what these extras need: " + ", ".join(sorted(extras)), of_extras)]
@@ -297,19 +321,25 @@ def prepare(root: Path, asked: Collection[str] = ()) -> None:
     """Lay the patches on and complete `.venv`; a no-op, without network, where both are up to date."""
     check_tools(tuple(sys.version_info[:3]))
     with locked(root):
-        lay_patches(root)
         have = read_stamp(root)
-        extras = choose_extras(asked, have)
+        check_python(have)
+        lay_patches(root)
+        writable = os.access(root, os.W_OK)
+        extras = choose_extras(asked, have, writable)
         wanted = inputs(root, extras)
         if have == wanted:
             say("up to date")
             return
+        if not writable:
+            raise Refused(f".venv is not complete, and you may not write in {root}: its owner completes it (make env)")
         complete = have is not None and have["packages"] == wanted["packages"] and have["base"] == wanted["base"]
         if not complete:
             check_compiler()
         require_metadata(root, extras)
         (root / ".venv" / STAMP).unlink(missing_ok=True)
         if have is None or have["base"] != wanted["base"]:
+            if have is not None:
+                say(f".venv was made with {have['base']}, which is not what is here now")
             say(f"making .venv with Python {sys.version.split()[0]}")
             if call([interpreter(), "-m", "venv", "--clear", ".venv"], root):
                 raise Failed("Python could not make a virtual environment (on Debian and Ubuntu: install python3-venv)")

@@ -23,7 +23,7 @@ STEPS = """{name}: {patch} does not fit {version}; vendor/{name} is in the middl
   3. cd ../.. && make export-patches                 # writes patches/{name}
   4. make check-patches && make env && make test
 To give up: git -C vendor/{name} rebase --abort; git checkout -- overlay.toml;
-            PYTHONPATH=scripts python3 -m patchset apply --upstream {name} --discard"""
+            bash scripts/overlay_tool.sh patchset apply --upstream {name} --discard"""
 
 
 def upgrade(up: Upstream, version: str) -> list[str]:

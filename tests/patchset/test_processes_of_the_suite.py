@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,9 +64,9 @@ def test_make_test_adds_the_extra_even_after_targets_without_it_and_runs_two_pro
     env = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "PYTHON", "EXTRA"}}
     done = subprocess.run(["make", "-n", "lint", "test"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if "patchset.environment" in line or "pytest" in line]
-    assert [line.split("python")[-1].strip() for line in lines] == [
-        "3 -m patchset.environment",
-        "3 -m patchset.environment --extra=unsloth",
+    assert [re.split(r"python |overlay_tool\.sh ", line)[-1].strip() for line in lines] == [
+        "patchset.environment",
+        "patchset.environment --extra=unsloth",
         "-m pytest -n 2 --dist loadfile",
         "-m pytest tests/unsloth",
     ]

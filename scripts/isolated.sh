@@ -1,0 +1,10 @@
+# Sourced by sh or bash, in the shell scripts and in the Makefile. Python then runs the code of this project whatever
+# lies in the caller's folder and whatever the caller has set for Python, and reads and writes UTF-8 in any locale. What
+# it starts inherits that. Kept are the variables that say how Python writes: bytecode, and output without a buffer.
+for name in $(env | sed -n 's/^\(PYTHON[A-Z0-9]\{1,\}\)=.*/\1/p'); do
+    case $name in
+        PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX | PYTHONUNBUFFERED) ;;
+        *) unset "$name" ;;
+    esac
+done
+export PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1 PYTHONUTF8=1
