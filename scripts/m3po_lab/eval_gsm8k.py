@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from m3po_lab.errors import OneLineFlags, exit_code
-
 from m3po_lab.entry import start
+from m3po_lab.errors import OneLineFlags, exit_code
 
 
 def _truth(word: str) -> bool:

@@ -9,7 +9,6 @@ Exit codes: 0 written, 2 a wrong input or a failing environment (one line says w
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -61,7 +61,7 @@ def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> lis
     """
     from transformers.m3po.gating import list_gating_functions
 
-    from m3po_lab.compare import CONTROL
+    from m3po_lab.comparison import CONTROL
     from m3po_lab.config import UserError
 
     if gates is None:
@@ -77,7 +77,7 @@ def read_axis(text: str) -> tuple[str, list[str]]:
     Raises:
         UserError: it is not of that form, or a flag that the runs of a sweep cannot differ in.
     """
-    from m3po_lab.compare import SAME_FLAGS
+    from m3po_lab.comparison import SAME_FLAGS
     from m3po_lab.config import UserError
     from m3po_lab.identity import WITHOUT_EFFECT
 
@@ -203,7 +203,7 @@ def check_done(place: Path, words: Sequence[str]) -> None:
 
 def sweep(config: Path, found: Mapping[str, Sequence[str]], seeds: Sequence[int], folder: Path) -> int:
     """Run what is not done of the variants, given by name with their flags, and compare; returns an exit code."""
-    from m3po_lab.compare import comparison
+    from m3po_lab.comparison import comparison
     from m3po_lab.files import check_writable, shown_path, write_text
 
     check_writable(folder)

@@ -104,7 +104,7 @@ def test_a_sweep_gives_each_mode_the_flags_that_do_something_in_it(
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("subprocess.run", start)
-    monkeypatch.setattr("m3po_lab.compare.comparison", lambda folders: "compared")
+    monkeypatch.setattr("m3po_lab.comparison.comparison", lambda folders: "compared")
     words = [str(yaml), "--seeds", "0", "--output_dir", str(tmp_path / "out"), "--cross_path_lambda", "0.3"]
     assert sweep.main([*words, "--modes", "none", "m3po"]) == 0
     assert ["--cross_path_lambda" in command for command in started] == [False, True]

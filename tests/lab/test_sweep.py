@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers.m3po.gating import list_gating_functions
 
-from m3po_lab.compare import comparison
+from m3po_lab.comparison import comparison
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_json
 from m3po_lab.identity import RUN_FILE
