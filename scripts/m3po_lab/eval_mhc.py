@@ -138,6 +138,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | Non
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    from m3po_lab.observe import unchanged
+
     class ShortContext(HFLM):
         """A model of a short context generates half of it at most; the prompt keeps its end."""
 
@@ -146,20 +148,21 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | Non
             return min(256, self.max_length // 2)
 
     length = model.config.max_position_embeddings
-    lm = ShortContext(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=length, device=str(model.device))
-    manager = TaskManager(include_defaults=False)
+    how = {"task_manager": TaskManager(include_defaults=False), "limit": limit}
     before = read_json(kept) or {}
     found = before["results"] if before.get("about") == about else {}
-    for name, task in tasks.items():
-        if name in found:
-            print(f"{name}: done before")
-            continue
-        done = simple_evaluate(
-            lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+    with unchanged(model):
+        lm = ShortContext(
+            pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=length, device=str(model.device)
         )
-        assert done is not None
-        found[name] = done["results"][name]
-        write_json(kept, {"about": about, "results": found})
+        for name, task in tasks.items():
+            if name in found:
+                print(f"{name}: done before")
+                continue
+            done = simple_evaluate(lm, tasks=[task], **how, bootstrap_iters=0, log_samples=False)
+            assert done is not None
+            found[name] = done["results"][name]
+            write_json(kept, {"about": about, "results": found})
     return {name: found[name] for name in tasks}
 
 

@@ -12,15 +12,12 @@ a training that goes on afterwards, and spends seconds on a description of the m
 
 import hashlib
 import json
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -40,6 +37,7 @@ from m3po_lab.decoding import LatentPaths, Paths, Thoughts
 from m3po_lab.eval_resume import FinishedBatches
 from m3po_lab.eval_settings import AUTOCAST, EvalSettings
 from m3po_lab.files import read_json, write_json
+from m3po_lab.observe import unchanged, unchanged_random_state
 
 TASK_FOLDER = PROJECT_ROOT / "configs" / "eval"
 
@@ -219,39 +217,37 @@ def run_tasks(
     limit: int | None = None,
     finished: FinishedBatches | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results of the tasks, with samples; the model's mode is left as it was.
+    """lm-eval's results of the tasks, with samples; the model is left as it was (`observe.unchanged`).
 
     Args:
         limit: evaluate only the first problems of each task.
         the others: see `EvaluatedModel`.
     """
-    was_training = model.training
     for task in tasks:
         if paths is not None:
             paths.configure(task)
-    lm = EvaluatedModel(
-        model,
-        tokenizer,
-        batch_size=batch_size,
-        precision=precision,
-        label=label,
-        chat_template_kwargs=chat_template_kwargs,
-        thoughts=thoughts,
-        paths=paths,
-        aslr=aslr,
-        finished=finished,
-    )
-    for task in tasks:
-        check_length(task, lm)
-    results = evaluate(
-        lm=lm,
-        task_dict={"tasks": {task.task_name: task for task in tasks}},
-        limit=limit,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
-    )
-    model.train(was_training)
-    return results
+    with unchanged(model):
+        lm = EvaluatedModel(
+            model,
+            tokenizer,
+            batch_size=batch_size,
+            precision=precision,
+            label=label,
+            chat_template_kwargs=chat_template_kwargs,
+            thoughts=thoughts,
+            paths=paths,
+            aslr=aslr,
+            finished=finished,
+        )
+        for task in tasks:
+            check_length(task, lm)
+        return evaluate(
+            lm=lm,
+            task_dict={"tasks": {task.task_name: task for task in tasks}},
+            limit=limit,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+        )
 
 
 def check_length(task: Task, lm: EvaluatedModel) -> None:
@@ -268,16 +264,6 @@ def check_length(task: Task, lm: EvaluatedModel) -> None:
         )
 
 
-@contextmanager
-def unchanged_random_state() -> Iterator[None]:
-    """Put the generators of Python, numpy and torch back as they were: lm-eval draws task ids from Python's."""
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(arrays)
-
-
 def answer_problems(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -285,21 +271,19 @@ def answer_problems(
     label: str,
     thoughts: Thoughts | None = None,
 ) -> list[Answered]:
-    """Greedy completions of a run's held-out problems and their verdicts, in the order of the problems.
-
-    The random generators are left as they were: a training goes on after this, and a resumed one skips it.
-    """
-    with unchanged_random_state():
-        results = run_tasks(
-            model,
-            tokenizer,
-            [problems_task(settings)],
-            batch_size=settings.batch_size,
-            precision=settings.precision,
-            label=label,
-            chat_template_kwargs=settings.chat_template_kwargs,
-            thoughts=thoughts,
-        )
+    """Greedy completions of a run's held-out problems and their verdicts, in the order of the problems."""
+    with unchanged_random_state():  # lm-eval draws a task's id from Python's
+        task = problems_task(settings)
+    results = run_tasks(
+        model,
+        tokenizer,
+        [task],
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+        label=label,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        thoughts=thoughts,
+    )
     return [
         Answered(sample["resps"][0][0], sample["strict_match"] == 1.0, sample["well_formed"] == 1.0)
         for sample in results["samples"]["problems"]

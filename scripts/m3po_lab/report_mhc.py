@@ -43,6 +43,17 @@ def tokens(tokenizer: Any, dataset: str, length: int) -> Any:
     return torch.stack(found)
 
 
+def measure(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """The report on the model's hyper-connections and the norms of their gradients; the model is left as it was."""
+    from transformers.m3po.hyper_connection_report import full_report, gradient_norms
+
+    from m3po_lab.observe import unchanged
+
+    with unchanged(model):
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        return full_report(model, inputs), gradient_norms(model)
+
+
 def text_of(report: dict[str, Any], gradients: dict[str, dict[str, float]]) -> str:
     """The report as Markdown: a row for each sublayer, then what is of the whole model."""
     names = ["sublayer", *COLUMNS, *GRADIENTS]
@@ -66,7 +77,7 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint cannot be read or has no hyper-connections, or there is no text.
     """
-    from transformers.m3po.hyper_connection_report import full_report, gradient_norms, mean_matrices
+    from transformers.m3po.hyper_connection_report import mean_matrices
     from transformers.m3po.hyper_connection_settings import has_hyper_connections
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
@@ -86,9 +97,7 @@ def run(given: argparse.Namespace) -> None:
     read = short_digest(inputs["input_ids"].tolist())
     about = {**weights_of(given.checkpoint), "dataset": given.dataset, "tokens": read}
     folder = claim_results(given.output_dir, f"{name}-routing", about)
-    report = full_report(model, inputs)
-    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
-    text = text_of(report, gradient_norms(model))
+    text = text_of(*measure(model, inputs))
     write_text(folder / "report.md", text + "\n")
     matrices = {name: matrix.tolist() for name, matrix in mean_matrices(model, inputs).items()}
     draw_routing(matrices, f"H_res of {name} on {given.dataset}", folder / "routing.png")

@@ -38,6 +38,18 @@ def mixers(model: Any) -> dict[str, DynamicMHC]:
 
 
 @contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """All modules in evaluation mode, and afterwards each in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def _recorded(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Each sublayer's streams (B, T, S, H) and H_res (B, T, S, S), in evaluation mode, as a list that fills."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -50,14 +62,13 @@ def _recorded(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
 
         mixer.get_matrices = get_matrices  # type: ignore[method-assign]
 
-    watched, training = list(mixers(model).values()), model.training
+    watched = list(mixers(model).values())
     for mixer in watched:
         watch(mixer)
-    model.eval()
     try:
-        yield seen
+        with _evaluating(model):
+            yield seen
     finally:
-        model.train(training)
         for mixer in watched:
             del mixer.get_matrices
 
@@ -147,15 +158,11 @@ def gate_effect(model: Any, inputs: Mapping[str, Any]) -> float:
         inputs: of its forward, without `mhc_gate`; positions of padding do not count.
     """
     mixers(model)
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         off, on = (
             model(**{**inputs, "mhc_gate": gate, "use_cache": False}).logits.float().log_softmax(-1)
             for gate in (0.0, 1.0)
         )
-    finally:
-        model.train(training)
     kl = (on.exp() * (on - off)).sum(-1)
     mask = inputs.get("attention_mask")
     return float(kl.mean() if mask is None else kl[mask.bool()].mean())

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluating, saving and reporting leave a model as it was: weights, what shares storage, modes, configurations."""
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lab.embedding_adapters import WAYS, far_from_start, logits, with_tying
+from peft import LoraConfig, get_peft_model
+from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerBase
+from transformers.m3po.hyper_connection_report import full_report, mean_matrices
+from trl import ModelConfig
+
+from m3po_lab import eval_mhc, evaluate, report_mhc
+from m3po_lab.config import UserError
+from m3po_lab.eval_settings import EvalSettings
+from m3po_lab.models import load_model
+from m3po_lab.observe import unchanged
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "lm_eval"
+SETTINGS = EvalSettings(
+    dataset="reasoning-gym:chain_sum",
+    dataset_config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    num_eval_problems=3,
+    eval_seed=5,
+    system_prompt=None,
+    prompt_template="What is {expression} ?",
+    worked_example=None,
+    chat_template_kwargs=None,
+    answer_start="####",
+    max_completion_length=3,
+    batch_size=2,
+    precision="no",
+)
+
+
+PUT_ON = ("tie_weights", "get_matrices", "_mhc_gate")  # what an observer may put on a module for a while
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Any]:
+    """All that observing must leave alone: of the model, and the random generators."""
+    shared = defaultdict(list)
+    for name, value in model.named_parameters(remove_duplicate=False):
+        shared[value.data_ptr()].append(name)
+    weights = model.state_dict()
+    config = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        "weights": {
+            name: hashlib.sha256(value.detach().numpy().tobytes()).hexdigest() for name, value in weights.items()
+        },
+        "tied": sorted(names for names in shared.values() if len(names) > 1),
+        "trained": [name for name, value in model.named_parameters() if value.requires_grad],
+        "gradients": {
+            name: None if value.grad is None else (id(value.grad), value.grad.sum().item())
+            for name, value in model.named_parameters()
+        },
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "put on": [(name, key) for name, module in model.named_modules() for key in vars(module) if key in PUT_ON],
+        "config": config.config.to_dict(),
+        "generation": config.generation_config.to_dict(),
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+    }
+
+
+def as_in_training(model: Any) -> None:
+    """Every second module in evaluation mode, as a user may freeze some, and a gradient at all that is trained."""
+    for index, module in enumerate(model.modules()):
+        module.training = index % 2 == 0
+    for value in model.parameters():
+        value.grad = torch.full_like(value, 0.5) if value.requires_grad else None
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(params=["full", *WAYS])
+def adapted(
+    request: pytest.FixtureRequest, tied: bool, tiny_model: Path, tmp_path: Path
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model whose training is under way, and its tokenizer."""
+    start = with_tying(tiny_model, tmp_path / "start", tied)
+    model, tokenizer = load_model(ModelConfig(model_name_or_path=str(start), dtype="float32"))
+    if request.param != "full":
+        model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **WAYS[request.param]))
+    far_from_start(model)
+    as_in_training(model)
+    return model, tokenizer
+
+
+def test_an_evaluation_leaves_the_model_as_it_was(
+    adapted: tuple[Any, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval ties a model's weights: an adapter that trains one of a tied pair would be evaluated as another model."""
+    model, tokenizer = adapted
+    wanted, during, generate = logits(model), [], model.generate
+
+    def generating(**given: Any) -> torch.Tensor:
+        during.append(logits(model))
+        return generate(**given)
+
+    monkeypatch.setattr(model, "generate", generating)
+    as_in_training(model)
+    before = state_of(model)
+    evaluate.answer_problems(model, tokenizer, SETTINGS, "test")
+    assert state_of(model) == before
+    assert during and all(torch.equal(found, wanted) for found in during)
+
+
+def test_an_evaluation_that_is_refused_leaves_it_as_it_was_too(tiny_model: Path) -> None:
+    model, tokenizer = load_model(ModelConfig(model_name_or_path=str(tiny_model), dtype="float32"))
+    as_in_training(model)
+    before = state_of(model)
+    too_long = EvalSettings(**{**vars(SETTINGS), "max_completion_length": 128})
+    with pytest.raises(UserError, match="the model reads 128"):
+        evaluate.answer_problems(model, tokenizer, too_long, "test")
+    assert state_of(model) == before
+
+
+@pytest.fixture
+def mhc() -> Any:
+    """A NanoChat with hyper-connections away from their start."""
+    config = NanoChatConfig(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        mhc_enabled=True,
+        mhc_gate_noise=0.5,
+    )
+    model = NanoChatForCausalLM(config)
+    far_from_start(model)
+    as_in_training(model)
+    return model
+
+
+INPUTS = {"input_ids": torch.arange(40).reshape(2, 20)}
+OBSERVERS: dict[str, Callable[[Any, Path], Any]] = {
+    "the report of a training": lambda model, folder: full_report(model, INPUTS),
+    "its matrices": lambda model, folder: mean_matrices(model, INPUTS),
+    "report_mhc, with its backward pass": lambda model, folder: report_mhc.measure(model, INPUTS),
+    "eval_mhc": lambda model, folder: lm_eval(model, folder),
+}
+
+
+def lm_eval(model: Any, folder: Path) -> None:
+    from m3po_lab.pretrain_data import byte_tokenizer
+
+    tasks = {"arc_easy": eval_mhc.write_task("arc_easy", FIXTURES, folder)}
+    eval_mhc.evaluate(model, byte_tokenizer(), tasks, 2, folder / "kept.json", "test")
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_looking_at_hyper_connections_leaves_the_model_as_it_was(
+    observer: str, mhc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    before = state_of(mhc)
+    OBSERVERS[observer](mhc, tmp_path)
+    assert state_of(mhc) == before
+
+
+def test_an_interrupted_observation_leaves_the_model_as_it_was(mhc: Any) -> None:
+    before = state_of(mhc)
+    with pytest.raises(KeyboardInterrupt), unchanged(mhc):
+        mhc.eval()
+        mhc(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+        random.random(), np.random.rand(), torch.rand(1)
+        raise KeyboardInterrupt
+    assert state_of(mhc) == before
