@@ -91,9 +91,19 @@ class LatentPaths:
     """ASLR on, as in training; without this an evaluation leaves its loop out (`is_m3po_inference`, erratum E14).
 
     The noise of a row depends on its prompt, the number of the path and `seed`, not on the batch it is decoded in.
+
+    Args:
+        seed: of the noise.
+        max_iterations: rounds in place of the model's; None takes those.
     """
 
     seed: int = 0
+    max_iterations: int | None = None
+
+    @property
+    def overrides(self) -> dict[str, int]:
+        """The numbers of ASLR that are not the model's."""
+        return {} if self.max_iterations is None else {"aslr_max_iterations": self.max_iterations}
 
     def row_seeds(self, rows: torch.Tensor, mask: torch.Tensor, num_paths: int) -> torch.Tensor:
         """The seeds (B,) of the prompts `rows` (B, L) with their mask, the paths of a prompt side by side."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
-from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers, has_aslr
+from transformers.m3po.aslr_settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_numbers, has_aslr
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
@@ -59,19 +59,22 @@ def checkpoint_numbers(model: str, given: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def aslr_of(numbers: dict[str, Any], name: str, model: Any, on: bool, seed: int) -> LatentPaths | None:
-    """The latent paths of a model that was asked to run ASLR; None without.
+def aslr_of(
+    numbers: dict[str, Any], name: str, model: Any, how: str, seed: int, rounds: int | None
+) -> dict[str, LatentPaths | None]:
+    """How ASLR runs in each evaluation that was asked for, by name: `off`, `on`, and `R=1` for reduced rounds.
 
     Args:
         numbers: of `checkpoint_numbers`.
         name: of the model.
         model: as loaded; its configuration says what ASLR it has.
-        on: whether `--aslr on` was given.
+        how: `--aslr`: off, on or both.
         seed: of the noise.
+        rounds: R in place of the model's; with `both` an evaluation of its own.
 
     Raises:
         UserError: `m3po.json` or a flag says another number than the model's configuration, or the model has no ASLR
-            to turn on.
+            to turn on, or `rounds` breaks its rule.
     """
     has = {"aslr_enabled": has_aslr(model), **{key: getattr(model.config, key, None) for key in ASLR_NUMBERS}}
     told = {key: numbers[key] for key in has if key in numbers}
@@ -83,17 +86,29 @@ def aslr_of(numbers: dict[str, Any], name: str, model: Any, on: bool, seed: int)
                 f"{key}: {name} was trained with {value}, and the configuration of the model says {has[key]}; evaluate "
                 "the folder that its run saved, as it is."
             )
-    if on and not has_aslr(model):
-        raise UserError(f"--aslr on: {name} has no ASLR; leave the flag out, or train with --aslr_enabled true.")
-    return LatentPaths(seed) if on else None
+    if how == "off":
+        return {"off": None}
+    if not has_aslr(model):
+        raise UserError(f"--aslr {how}: {name} has no ASLR; leave the flag out, or train with --aslr_enabled true.")
+    try:
+        check_aslr_numbers({"aslr_max_iterations": rounds})
+    except ValueError as error:
+        raise UserError(f"--{one_line(error)}") from error
+    if how == "on":
+        return {"on": LatentPaths(seed, rounds)}
+    reduced = {} if rounds in (None, model.config.aslr_max_iterations) else {f"R={rounds}": LatentPaths(seed, rounds)}
+    return {"off": None, **reduced, "on": LatentPaths(seed)}
 
 
-def aslr_line(model: Any, aslr: LatentPaths | None) -> str:
-    """Whether ASLR runs in an evaluation, to follow `mode_line`; empty on a model without it."""
+def aslr_line(model: Any, found: dict[str, LatentPaths | None]) -> str:
+    """Whether ASLR runs in the evaluations, to follow `mode_line`; empty on a model without it."""
     if not has_aslr(model):
         return ""
-    numbers = ASLRNumbers.of(model.config, {}).describe()
-    return f"; ASLR {'off (is_m3po_inference=True)' if aslr is None else 'on (is_m3po_inference=False)'}: {numbers}"
+    told = []
+    for name, aslr in found.items():
+        numbers = ASLRNumbers.of(model.config, {} if aslr is None else aslr.overrides).describe()
+        told.append(f"; ASLR {name} (is_m3po_inference={aslr is None}): {numbers}")
+    return "".join(told)
 
 
 def paths_of(numbers: dict[str, Any], num_paths: int, seed: int) -> Paths | None:

@@ -27,6 +27,7 @@ def _temperature(word: str) -> float | str:
     return word if word == "match" else float(word)
 
 
+ROUNDS = "aslr_max_iterations"
 NUMBERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "mode": (str, "mode of a model without m3po.json: none or m3po"),
     "cross_path_lambda": (float, "λ of a model without m3po.json, with --mode m3po"),
@@ -38,7 +39,7 @@ NUMBERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "sampling_temperature": (float, "of --num_paths, for a model without m3po.json (default: 1.0)"),
     "aslr_enabled": (_truth, "whether the model has ASLR; this and the next six only check that it is so"),
     "aslr_num_paths": (int, "latent paths"),
-    "aslr_max_iterations": (int, "rounds"),
+    "aslr_max_iterations": (int, "rounds; with --aslr on these in place of the model's, with both beside them"),
     "aslr_threshold": (float, "the router's threshold"),
     "aslr_gumbel_temp": (float, "scale of the noise"),
     "aslr_cross_path_lambda": (float, "share of the other latent paths"),
@@ -76,9 +77,9 @@ def parser() -> OneLineFlags:
     flags.add_argument(
         "--aslr",
         default="off",
-        choices=("on", "off"),
-        help="run the loop of a model trained with ASLR, or leave it out and see what training has internalised "
-        "(default: off)",
+        choices=("on", "off", "both"),
+        help="run the loop of a model trained with ASLR, or leave it out and see what training has internalised, or "
+        "both and compare them problem by problem (default: off)",
     )
     flags.add_argument("--batch_size", type=int, help="rows decoded together (default: the run's, else the demo's)")
     flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
@@ -99,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def evaluate() -> None:
         given = parser().parse_args(words)
-        run_evaluation(given, {name: getattr(given, name) for name in NUMBERS}, shlex.join(["bash", EVAL, *words]))
+        numbers = {name: getattr(given, name) for name in NUMBERS}
+        if given.aslr != "off":
+            del numbers[ROUNDS]  # not a number of the checkpoint that is checked, but one that is set
+        run_evaluation(given, numbers, shlex.join(["bash", EVAL, *words]))
 
     return exit_code(evaluate, "Stopped. The same command goes on behind the batches that are done.")
 

@@ -18,7 +18,9 @@ from statistics import median
 from typing import Any
 
 from m3po_lab.entry import start
+from m3po_lab.eval_context import prompts_read, rows
 from m3po_lab.files import check_writable, read_json, shown_path, write_json, write_text
+from m3po_lab.routing_gates import HELP, gates_of, read_gates
 
 FILES = {  # task -> split: file in --data; rows in the format of the dataset on the Hub
     "gsm8k": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
@@ -49,6 +51,7 @@ SHOWN = {
     "bits_per_byte": "bits_per_byte,none",
 }
 DECODED, PAIRS = 64, 5
+LONGEST_NAME = 20  # characters of the gates in a folder's name
 MIB = 1 << 20
 
 
@@ -141,7 +144,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | Non
     from m3po_lab.observe import unchanged
 
     class ShortContext(HFLM):
-        """A model of a short context generates half of it at most; the prompt keeps its end."""
+        """A model of a short context generates half of it at most; the prompt keeps its end, which the table says."""
 
         @property
         def max_gen_toks(self) -> int:
@@ -161,7 +164,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | Non
                 continue
             done = simple_evaluate(lm, tasks=[task], **how, bootstrap_iters=0, log_samples=False)
             assert done is not None
-            found[name] = done["results"][name]
+            found[name] = {**done["results"][name], "prompts_read": prompts_read(task, lm)}
             write_json(kept, {"about": about, "results": found})
     return {name: found[name] for name in tasks}
 
@@ -199,6 +202,7 @@ def table(results: dict[str, dict[str, Any]], speed: dict[str, dict[str, float |
     for task in next(iter(results.values())):
         cells = [f"{results[model][task][SHOWN[task]]:.4f}" for model in models]
         lines.append(f"| {task}, {SHOWN[task].split(',')[0]} | {' | '.join(cells)} |")
+        lines += [f"| {what} | {' | '.join(shown)} |" for what, shown in rows(results, task, SHIPPED[task][1])]
     times = [f"{1e3 * (speed[model]['seconds_per_token'] or 0):.2f}" for model in models]
     lines.append(f"| ms per decoded token | {' | '.join(times)} |")
     peaks = [value for model in models if (value := speed[model]["peak_bytes"]) is not None]
@@ -236,7 +240,6 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         UserError: for a wrong input, before anything is evaluated.
     """
-    from transformers.m3po.hyper_connection_settings import has_hyper_connections
     from transformers.m3po.hyper_connections import set_mhc_gate
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
@@ -245,8 +248,8 @@ def run(given: argparse.Namespace) -> None:
 
     if given.limit is not None and given.limit < 1:
         raise UserError(f"--limit {given.limit}: it must be at least 1.")
-    if given.gate is not None and not 0 <= given.gate <= 1:
-        raise UserError(f"--gate {given.gate}: it must be in [0, 1]; 0 is identity routing, 1 the full H_res.")
+    if given.gate is not None:
+        read_gates(given.gate)
     check_writable(Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals")
     data = Path(given.data) if given.data else None
     for name in given.tasks:
@@ -266,16 +269,14 @@ def run(given: argparse.Namespace) -> None:
         if data
         else None,
     }
-    told = "" if given.gate is None else f"-gate{given.gate:g}"
+    told = "" if given.gate is None else f"-gate{given.gate[:LONGEST_NAME]}"
     folder = claim_results(given.output_dir, "-".join(Path(given.checkpoint).parts[-2:]) + told, about)
     files = {name: write_task(name, data, folder / "tasks") for name in given.tasks}
     tasks = load_tasks(files, local=data is not None)
     loaded = {name: load(place) for name, place in places.items()}
     model = loaded["model"][0]
     if given.gate is not None:
-        if not has_hyper_connections(model):
-            raise UserError(f"--gate {given.gate}: {given.checkpoint} has no hyper-connections; leave it out.")
-        set_mhc_gate(model, given.gate)
+        set_mhc_gate(model, gates_of(model, given.gate, given.checkpoint))
     results = {}
     for name, pair in loaded.items():
         results[name] = evaluate(*pair, tasks, given.limit, folder / f"{name}.partial.json", about)
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = OneLineFlags(usage="bash scripts/eval_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
     flags.add_argument("--baseline", help="another one, evaluated beside it")
-    flags.add_argument("--gate", type=float, help="the routing gate, in [0, 1] (default: 1)")
+    flags.add_argument("--gate", help=HELP)
     flags.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES), metavar="TASK")
     flags.add_argument("--data", help="folder with the tasks' files, see docs/hyper-connections.md (default: the Hub)")
     flags.add_argument("--limit", type=int, help="the first N problems of each task")

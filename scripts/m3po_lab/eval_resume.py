@@ -22,8 +22,8 @@ class FinishedBatches:
         self.file = file
         self._about = about
 
-    def read(self, requests: Sequence[Any], batches: Sequence[Sequence[int]]) -> list[list[str]]:
-        """The completions of the first batches, as far as they are done; nothing for a first try.
+    def read(self, requests: Sequence[Any], batches: Sequence[Sequence[int]]) -> list[Any]:
+        """What `add` was given of the first batches, as far as they are done; nothing for a first try.
 
         Args:
             requests: prompt and decoding options of every completion.
@@ -36,10 +36,10 @@ class FinishedBatches:
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in [key, *done]))
         return done
 
-    def add(self, completions: Sequence[str]) -> None:
-        """Keep the completions of the next batch."""
+    def add(self, batch: Any) -> None:
+        """Keep the next batch: its completions, and what else is known of it, as JSON values."""
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(completions) + "\n")
+            file.write(json.dumps(batch) + "\n")
 
     def remove(self) -> None:
         """Delete the file: the evaluation has its report."""
@@ -50,7 +50,7 @@ def _whole_lines(file: Path) -> list[Any]:
     """The values of a JSONL file up to the first line that is cut short; empty when there is no file."""
     values: list[Any] = []
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
             values.append(json.loads(line))
     except (FileNotFoundError, ValueError):
         pass

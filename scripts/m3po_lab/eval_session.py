@@ -70,9 +70,11 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
         )
     thoughts = thoughts_of(numbers)
     check_gate(numbers, model, given.model, paths)
-    aslr = aslr_of(numbers, given.model, model, given.aslr == "on", given.seed)
+    ways = aslr_of(numbers, given.model, model, given.aslr, given.seed, given.aslr_max_iterations)
+    if len(ways) > 1 and paths is not None:
+        raise UserError(f"--num_paths {given.num_paths}: --aslr {given.aslr} compares one greedy path; leave it out.")
     whose = f"those of the run, {settings.dataset}" if known else "those of configs/demo.yaml, since the model has none"
-    print(f"{given.model}: {mode_line(numbers, paths)}{aslr_line(model, aslr)}")
+    print(f"{given.model}: {mode_line(numbers, paths)}{aslr_line(model, ways)}")
     print(f"{reason}{f'; problems: {whose}' if 'problems' in names else ''}")
     decoding = {"dtype": given.dtype, "precision": settings.precision, "device": model.device.type}
     depends = {
@@ -80,30 +82,34 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
         **{name: value for name, value in numbers.items() if name != "versions"},
         **asdict(settings),
         **{name: getattr(given, name) for name in ("num_fewshot", "limit", "num_paths", "seed", "aslr", "dtype")},
+        "ways": {name: None if aslr is None else aslr.overrides for name, aslr in ways.items()},
         "datasets": [named_content(name) for name in names],
         "batch_size": given.batch_size or settings.batch_size,
         "device": model.device.type,
     }
     folder = claim_results(given.output_dir, folder_name(given), json.loads(json.dumps(depends)))
-    decodes = [asdict(how) if how else None for how in (paths, thoughts, aslr)]
-    finished = FinishedBatches(folder / "partial.jsonl", [depends, *decodes])
-    try:
-        results = run_tasks(
-            model,
-            tokenizer,
-            tasks,
-            batch_size=given.batch_size or settings.batch_size,
-            precision=settings.precision,
-            label="evaluation",
-            chat_template_kwargs=settings.chat_template_kwargs,
-            thoughts=thoughts,
-            paths=paths,
-            aslr=aslr,
-            limit=given.limit,
-            finished=finished,
-        )
-    except ValueError as error:
-        raise UserError(one_line(error)) from error
+    found, kept = {}, []
+    for name, aslr in ways.items():
+        decodes = [asdict(how) if how else None for how in (paths, thoughts, aslr)]
+        part = "partial.jsonl" if len(ways) == 1 else f"partial-{name}.jsonl"
+        kept.append(FinishedBatches(folder / part, [depends, *decodes]))
+        try:
+            found[name] = run_tasks(
+                model,
+                tokenizer,
+                tasks,
+                batch_size=given.batch_size or settings.batch_size,
+                precision=settings.precision,
+                label="evaluation" if len(ways) == 1 else f"evaluation, ASLR {name}",
+                chat_template_kwargs=settings.chat_template_kwargs,
+                thoughts=thoughts,
+                paths=paths,
+                aslr=aslr,
+                limit=given.limit,
+                finished=kept[-1],
+            )
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
     about = {
         "model": given.model,
         "checkpoint": numbers,
@@ -114,10 +120,11 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
         "command": command,
         "agreement": None,
     }
-    if paths is None and aslr is None and "problems" in results["samples"]:
-        about["agreement"] = agreement(given.model, given.problems_of, results["samples"]["problems"])
-    write_report(results, about, folder)
-    finished.remove()
+    if paths is None and "off" in found and "problems" in found["off"]["samples"]:
+        about["agreement"] = agreement(given.model, given.problems_of, found["off"]["samples"]["problems"])
+    write_report(found, about, folder)
+    for batches in kept:
+        batches.remove()
 
 
 def check(given: argparse.Namespace) -> None:
@@ -187,6 +194,7 @@ def folder_name(given: argparse.Namespace) -> str:
     datasets = [Path(name).name for name in given.dataset]
     paths = given.num_paths if given.num_paths > 1 else None
     options = {"mode": given.mode, "shot": given.num_fewshot, "paths": paths, "seed": given.seed, "limit": given.limit}
-    options["aslr"] = given.aslr if given.aslr == "on" else None
+    options["aslr"] = given.aslr if given.aslr != "off" else None
+    options["R"] = given.aslr_max_iterations if given.aslr != "off" else None
     told = [f"{name}{value}" for name, value in options.items() if value]
     return "-".join([*parts, *datasets, *told])

@@ -35,6 +35,7 @@ from m3po_lab.data import Message
 from m3po_lab.data_sources import Problem
 from m3po_lab.decoding import LatentPaths, Paths, Thoughts
 from m3po_lab.eval_resume import FinishedBatches
+from m3po_lab.eval_router import router_of_batch, router_statistics
 from m3po_lab.eval_settings import AUTOCAST, EvalSettings
 from m3po_lab.files import read_json, write_json
 from m3po_lab.observe import unchanged, unchanged_random_state
@@ -62,6 +63,9 @@ class EvaluatedModel(HFLM):
         thoughts: of a greedy path; not looked at with `paths`.
         aslr: makes ASLR run, on a model that has it.
         finished: keeps the batches that are done.
+
+    Attributes:
+        router: what ASLR did over all completions, see `router_statistics`.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class EvaluatedModel(HFLM):
         self.aslr = aslr
         self.finished = finished
         self.processes = PartialState()
+        self.router: dict[str, float] = {}
+        self._router_of_batch: dict[str, float] = {}
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as text. lm-eval's own drops a system turn that the template does not take; this one says so."""
@@ -126,19 +132,20 @@ class EvaluatedModel(HFLM):
         """lm-eval's generation, one of `batches` a call; those that `finished` has are taken from there."""
         batches = self.batches(requests)
         done = self.finished.read([request.args for request in requests], batches) if self.finished else []
-        at = sum(len(texts) for texts in done)
+        at = sum(len(batch["texts"]) for batch in done)
         with tqdm(total=len(requests), initial=at, desc=self.label, unit="completion", dynamic_ncols=True) as bar:
             for start in range(len(done), len(batches), self.processes.num_processes):
                 # A process without a batch of its own repeats the last one: a model that is split over the processes
                 # needs all of them in every step.
                 number = min(start + self.processes.process_index, len(batches) - 1)
-                texts = self._generate_batch(number, [requests[row] for row in batches[number]])
-                done += gather_object([texts])[: len(batches) - start]
-                bar.update(sum(len(texts) for texts in done[start:]))
+                batch = self._generate_batch(number, [requests[row] for row in batches[number]])
+                done += gather_object([batch])[: len(batches) - start]
+                bar.update(sum(len(batch["texts"]) for batch in done[start:]))
         completions = [""] * len(requests)
-        for rows, texts in zip(batches, done, strict=True):
-            for row, text in zip(rows, texts, strict=True):
+        for rows, batch in zip(batches, done, strict=True):
+            for row, text in zip(rows, batch["texts"], strict=True):
                 completions[row] = text
+        self.router = router_statistics([batch["router"] for batch in done])
         return completions
 
     def batches(self, requests: Sequence[Any]) -> list[list[int]]:
@@ -154,13 +161,14 @@ class EvaluatedModel(HFLM):
             found += [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         return found
 
-    def _generate_batch(self, number: int, requests: list[Any]) -> list[str]:
+    def _generate_batch(self, number: int, requests: list[Any]) -> dict[str, Any]:
         if self.paths is not None:
             self.paths.seed_batch(number)
-        texts = super().generate_until(requests, disable_tqdm=True)
+        self._router_of_batch = {}
+        batch = {"texts": super().generate_until(requests, disable_tqdm=True), "router": self._router_of_batch}
         if self.finished is not None:
-            self.finished.add(texts)
-        return texts
+            self.finished.add(batch)
+        return batch
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -179,10 +187,13 @@ class EvaluatedModel(HFLM):
         generation_kwargs["is_m3po_inference"] = self.aslr is None
         if state is not None:
             generation_kwargs["m3po"] = state
+            state.aslr_overrides = {} if self.aslr is None else self.aslr.overrides
         words = [word for word in stop if word != self.tokenizer.eos_token]  # that one ends a row by its id
-        return super()._model_generate(
+        rows = super()._model_generate(
             context, max_length, words, eos_token_id=self.ends, repetition_penalty=1.0, **generation_kwargs
         )
+        self._router_of_batch = {} if self.aslr is None else router_of_batch(state)
+        return rows
 
 
 def load_task(name: str, **metadata: Any) -> Task:
@@ -217,7 +228,9 @@ def run_tasks(
     limit: int | None = None,
     finished: FinishedBatches | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results of the tasks, with samples; the model is left as it was (`observe.unchanged`).
+    """lm-eval's results of the tasks, with samples and, under `router`, what ASLR did.
+
+    The model is left as it was (`observe.unchanged`).
 
     Args:
         limit: evaluate only the first problems of each task.
@@ -241,13 +254,14 @@ def run_tasks(
         )
         for task in tasks:
             check_length(task, lm)
-        return evaluate(
+        results = evaluate(
             lm=lm,
             task_dict={"tasks": {task.task_name: task for task in tasks}},
             limit=limit,
             apply_chat_template=True,
             fewshot_as_multiturn=True,
         )
+        return {**results, "router": lm.router}
 
 
 def check_length(task: Task, lm: EvaluatedModel) -> None:

@@ -24,6 +24,7 @@ OBJECTS = (  # JSON files of a model folder, each one object
     "m3po.json",
     "model.safetensors.index.json",
 )
+PROTOTYPE_MODULES = "m3po_modules.bin"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 TEXTS = ("*.jinja", "*.model", "merges.txt")
 # What comes from the Hub's client where the network, or the variables that tell of it, are not right.
@@ -50,6 +51,12 @@ def check_model_files(place: Path) -> None:
     if place.is_file():
         _check_no_pointer(place)
         return
+    if (place / PROTOTYPE_MODULES).exists():
+        raise UserError(
+            f"{place} has {PROTOTYPE_MODULES}, the prototype's modules of ASLR, and would be read as a plain model: "
+            "take them as the start of a training with transformers.m3po.load_seed_modules (docs/aslr.md), or move the "
+            "file away to leave them out."
+        )
     for file in [place / name for name in OBJECTS if (place / name).exists()]:
         _check_no_pointer(file)
         _check_object(file)

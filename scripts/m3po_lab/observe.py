@@ -28,8 +28,9 @@ def unchanged_random_state() -> Iterator[None]:
 def unchanged(model: Any) -> Iterator[None]:
     """Leave the model and the random generators as they are: a training goes on afterwards, and a resumed one skips it.
 
-    The mode of every module and the gradients (none inside) are put back too, whatever happens inside. `tie_weights` does nothing there: lm-eval calls it on a model in memory, and where an
-    adapter trains one half of a tied pair, that would make it another model.
+    The mode of every module and the gradients (none inside) are put back too, whatever happens inside. `tie_weights`
+    does nothing there: lm-eval calls it on a model in memory, and where an adapter trains one half of a tied pair, that
+    would make it another model.
 
     Args:
         model: as it is trained, an adapter's with its wrapper.

@@ -21,6 +21,7 @@ from m3po_lab.identity import difference
 from m3po_lab.pretrain_run import summary
 
 COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}
+CURVES = {"curve": "bits per byte, validation", "loss_curve": "training loss, nats per token"}
 COLUMNS = (
     "seed",
     "row error of H_res",
@@ -129,21 +130,26 @@ def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
 
 
 def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
-    """Bits per byte over the steps, a line for each run."""
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    """Bits per byte in validation and the training loss over the steps, a line for each run in each.
+
+    Runs whose results have no training losses yet leave the second one out.
+    """
+    runs = [run for by_seed in found.values() for run in by_seed.values()]
+    shown = {name: label for name, label in CURVES.items() if all(run.get(name) for run in runs)}
+    figure = Figure(figsize=(6.5 * len(shown) + 1.5, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for variant, by_seed in found.items():
-        for index, run in enumerate(by_seed.values()):
-            steps, values = zip(*run["curve"], strict=True)
-            axes.plot(steps, values, color=COLOURS[variant], linewidth=1.5, label=variant if index == 0 else None)
+    for axes, (name, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        for variant, by_seed in found.items():
+            for index, run in enumerate(by_seed.values()):
+                steps, values = zip(*run[name], strict=True)
+                axes.plot(steps, values, color=COLOURS[variant], linewidth=1.5, label=variant if index == 0 else None)
+        axes.set(xlabel="optimizer step", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False)
     first = next(iter(found["mhc"].values()))
-    axes.set(xlabel="optimizer step", ylabel="bits per byte, validation")
-    axes.set_title(f"{first['script']['dataset']}, {len(found['mhc'])} seed(s)", fontsize=11, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    figure.suptitle(f"{first['script']['dataset']}, {len(found['mhc'])} seed(s)", fontsize=11)
     figure.savefig(file)
 
 

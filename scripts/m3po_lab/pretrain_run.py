@@ -319,6 +319,7 @@ def run_pretraining(run: Pretraining) -> None:
         "seed": training.seed,
         "bits_per_byte": final[KEY],
         "curve": sorted({row["step"]: row[KEY] for row in history if KEY in row}.items()),
+        "loss_curve": sorted({row["step"]: row["loss"] for row in history if "loss" in row}.items()),
         "parameters": sum(parts.values()),
         "mhc_parameters": sum(count for name, count in parts.items() if ".mhc_" in name),
         "tokens_per_second": a_step * script.max_seq_len / median(watch.seconds) if watch.seconds else None,

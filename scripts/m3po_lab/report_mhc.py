@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po_lab.entry import start
+from m3po_lab.routing_gates import HELP, gates_of
 
 ROWS, LENGTH = 4, 256
 COLUMNS = {"row error": "row_error", "column error": "column_error", "from its start": "from_start"}
@@ -77,7 +78,7 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint cannot be read or has no hyper-connections, or there is no text.
     """
-    from transformers.m3po.hyper_connection_report import mean_matrices
+    from transformers.m3po.hyper_connection_report import gate_effect, mean_matrices
     from transformers.m3po.hyper_connection_settings import has_hyper_connections
 
     from m3po_lab.errors import PROJECT_ROOT, UserError
@@ -91,13 +92,17 @@ def run(given: argparse.Namespace) -> None:
     model, tokenizer = load(given.checkpoint)
     if not has_hyper_connections(model):
         raise UserError(f"{given.checkpoint} has no hyper-connections: give a model with mhc_enabled.")
+    gate = None if given.gate is None else gates_of(model, given.gate, given.checkpoint)
     length = min(LENGTH, model.config.max_position_embeddings)
     inputs = {"input_ids": tokens(tokenizer, given.dataset, length).to(model.device)}
     name = "-".join(Path(given.checkpoint).parts[-2:])
     read = short_digest(inputs["input_ids"].tolist())
-    about = {**weights_of(given.checkpoint), "dataset": given.dataset, "tokens": read}
+    about = {**weights_of(given.checkpoint), "dataset": given.dataset, "tokens": read, "gate": given.gate}
     folder = claim_results(given.output_dir, f"{name}-routing", about)
     text = text_of(*measure(model, inputs))
+    if gate is not None:
+        effect = gate_effect(model, inputs, (gate, 1.0))
+        text += f"\n\nRouting gate {given.gate} against 1: {effect:.2e} nats."
     write_text(folder / "report.md", text + "\n")
     matrices = {name: matrix.tolist() for name, matrix in mean_matrices(model, inputs).items()}
     draw_routing(matrices, f"H_res of {name} on {given.dataset}", folder / "routing.png")
@@ -113,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     flags = OneLineFlags(usage="bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
+    flags.add_argument("--gate", help=f"its effect against 1 is told too; {HELP}")
     flags.add_argument(
         "--dataset",
         default="python:sympy",

@@ -118,6 +118,66 @@ def test_checkpoint_says_its_aslr_and_is_evaluated_with_the_loop_off_and_on(
     assert (read_json(tmp_path / "on" / "results.json") or {})["aslr"] == "on"
 
 
+def test_full_reduced_and_skipped_loops_are_compared_problem_by_problem(
+    run_of: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = run_of("full", "none", True) / "final"
+    words = [str(final), *SHORT, "--output_dir", str(tmp_path / "both")]
+    assert eval_gsm8k.main([*words, "--aslr", "both", "--aslr_max_iterations", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "ASLR R=1 (is_m3po_inference=False): aslr_num_paths=3, aslr_max_iterations=1" in said
+    found = read_json(tmp_path / "both" / "results.json") or {}
+    assert list(found["evaluations"]) == ["off", "R=1", "on"]
+    assert [(row["from"], row["to"]) for row in found["paired"]] == [("off", "R=1"), ("off", "on"), ("R=1", "on")]
+    for row in found["paired"]:
+        assert row["n"] == 6
+        assert f"| problems | {row['from']} → {row['to']} | 6 |" in said
+    router = {name: kept.get("router") for name, kept in found["evaluations"].items()}
+    assert router["off"] is None
+    for name in ("R=1", "on"):
+        assert router[name]["tokens"] > 0 and 0 <= router[name]["activation_rate_actual"] <= 1
+        assert 0 < router[name]["router_weight_mean"] < 1
+        assert f"ASLR {name}: the router activates" in said
+    assert router["R=1"]["latent_diversity_after"] > router["on"]["latent_diversity_after"], (
+        "a round brings them closer"
+    )
+    assert evaluated(final, tmp_path / "on", "--aslr", "on") == [
+        json.loads(line)["completions"] for line in (tmp_path / "both" / "problems-on.jsonl").read_text().splitlines()
+    ]
+    reduced = evaluated(final, tmp_path / "reduced", "--aslr", "on", "--aslr_max_iterations", "1")
+    lines = (tmp_path / "both" / "problems-R=1.jsonl").read_text().splitlines()
+    assert reduced == [json.loads(line)["completions"] for line in lines]
+    alone = (read_json(tmp_path / "reduced" / "results.json") or {})["router"]
+    assert alone == router["R=1"]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--aslr", "both", "--num_paths", "3"], "--num_paths 3: --aslr both compares one greedy path"),
+        (["--aslr", "on", "--aslr_max_iterations", "-1"], "--aslr_max_iterations=-1 is no whole number from 0 on"),
+        (["--aslr_max_iterations", "1"], "with aslr_max_iterations 2"),
+    ],
+)
+def test_wrong_rounds_are_one_line(more: list[str], why: str, run_of: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert eval_gsm8k.main([str(run_of("full", "none", True) / "final"), *SHORT, *more]) == 2
+    error = capsys.readouterr().err
+    assert why in error and error.count("\n") == 1
+
+
+def test_folder_with_the_prototypes_modules_is_no_plain_model(
+    run_of: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(run_of("full", "none", False) / "final", folder)
+    torch.save({}, folder / "m3po_modules.bin")
+    assert eval_gsm8k.main([str(folder), *SHORT]) == 2
+    assert "has m3po_modules.bin, the prototype's modules of ASLR" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has m3po_modules.bin"):
+        load_model(ModelConfig(model_name_or_path=str(folder)))
+
+
 @pytest.mark.parametrize(("kind", "mode"), WITH_ASLR)
 def test_paths_of_a_problem_have_noise_of_their_own(kind: str, mode: str, run_of: Runs, tmp_path: Path) -> None:
     final = run_of(kind, mode, True) / "final"

@@ -158,7 +158,7 @@ OBSERVERS: dict[str, Callable[[Any, Path], Any]] = {
 def lm_eval(model: Any, folder: Path) -> None:
     from m3po_lab.pretrain_data import byte_tokenizer
 
-    tasks = {"arc_easy": eval_mhc.write_task("arc_easy", FIXTURES, folder)}
+    tasks = eval_mhc.load_tasks({"arc_easy": eval_mhc.write_task("arc_easy", FIXTURES, folder)}, local=True)
     eval_mhc.evaluate(model, byte_tokenizer(), tasks, 2, folder / "kept.json", "test")
 
 

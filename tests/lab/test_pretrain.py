@@ -263,8 +263,9 @@ def test_a_checkpoint_is_reported_on_with_its_gradients_and_verdicts(
     pair: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [str(pair / "mhc-seed0" / "final"), "--dataset", text, "--output_dir", str(tmp_path)]
-    assert report_mhc.main(words) == 0
+    assert report_mhc.main([*words, "--gate", "0,0.5,1,1"]) == 0
     printed = capsys.readouterr().out
+    assert "Routing gate 0,0.5,1,1 against 1: " in printed
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| 0.", "| 1."))]
     assert [row[0] for row in rows] == ["| 0.attn", "| 0.mlp", "| 1.attn", "| 1.mlp"]
     heads = printed.splitlines()[0].split(" | ")
@@ -299,14 +300,18 @@ def test_lm_eval_runs_all_tasks_offline_beside_the_baseline_at_a_gate(
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     places = [str(pair / f"{variant}-seed0" / "final") for variant in ("mhc", "baseline")]
-    words = [places[0], "--baseline", places[1], "--gate", "0", "--data", str(FIXTURES), "--limit", "2"]
+    words = [places[0], "--baseline", places[1], "--gate", "0,0.5,1,0", "--data", str(FIXTURES), "--limit", "2"]
     assert eval_mhc.main([*words, "--output_dir", str(tmp_path)]) == 0
     found: Any = read_json(tmp_path / "results.json")
     for name in ("model", "baseline"):
         assert list(found["results"][name]) == list(eval_mhc.FILES)
         assert 0 < found["results"][name]["bits_per_byte"]["bits_per_byte,none"] < 20
         assert found["decoding"][name]["seconds_per_token"] > 0
-    assert "ms per decoded token" in capsys.readouterr().out
+        read = found["results"][name]["gsm8k_8shot"]["prompts_read"]
+        assert read["cut"] == 1.0 and read["examples"] < 8, "the context is short"
+    printed = capsys.readouterr().out
+    assert "ms per decoded token" in printed
+    assert f"| gsm8k_8shot, examples read of 8 | {read['examples']:.1f} | {read['examples']:.1f} |" in printed
 
 
 def test_a_stopped_evaluation_goes_on_behind_the_tasks_that_are_done(

@@ -191,6 +191,21 @@ def test_gradient_norms_leave_out_the_scale_of_the_loss(tiny: Any):
     assert plain[norm] > 0 and torch.equal(plain[norm], 1024.0 * scaled[norm])
 
 
+def test_distance_from_the_start_is_logged_for_each_module(tiny: Any, tmp_path: Path):
+    """0 before the first step; the aggregator moves first, the others from the second step on."""
+    run = tiny.trainer(tmp_path, flags={**ON, "max_steps": 3, "max_completion_length": 6})
+    start = copies(tiny.aslr_of(run.model))
+    run.train()
+    logged = {
+        name: tiny.logged(run, f"m3po/{name}_distance") for name in ("router", "path_collaborator", "path_aggregator")
+    }
+    assert [values[0] for values in logged.values()] == [0.0, 0.0, 0.0]
+    assert logged["path_aggregator"][1] > 0 == logged["router"][1] == logged["path_collaborator"][1]
+    assert all(values[2] > 0 for values in logged.values())
+
+    assert any((value - start[name]).norm() > 0 for name, value in tiny.aslr_of(run.model).items())
+
+
 # Beside the model's dtype and an adapter
 
 

@@ -26,7 +26,7 @@ from transformers.m3po.policy_gating import PREFIX, GatingRecord
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.utils import logging
 
-from .grpo_aslr import latent_statistics
+from .grpo_aslr import latent_parameters, latent_statistics
 from .grpo_gating import as_groups, as_rows, blended_scores, gate_parameters, gate_statistics, hold_back_the_rest
 from .grpo_m3po_config import GATE_START, check_model_type, thinking_settings, what_needs_generate
 from .grpo_own_modules import prepare_reference, settle_modules
@@ -74,6 +74,8 @@ class GRPORollouts:
         self.learns = self.settings is not None and self.settings.learns and self.settings.crosses
         start = gate_parameters(trainer.model) if self.learns else {}
         self._gate_start = {name: value.detach().clone() for name, value in start.items()}
+        latent = latent_parameters(trainer.model) if self.aslr else {}
+        self._latent_start = {name: value.detach().float().clone() for name, value in latent.items()}
         self._records = not elsewhere
         self._state = M3POGenerationState()
         self._group_ids = torch.arange(0)
@@ -285,7 +287,7 @@ class GRPORollouts:
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # fp16 scales the loss
         found: dict[str, torch.Tensor] = {}
         if self.aslr and ASLRNumbers.of(args, {}).runs:
-            found |= latent_statistics(accelerator.unwrap_model(model), scale)
+            found |= latent_statistics(accelerator.unwrap_model(model), scale, self._latent_start)
         if self._gate_start:
             policy = accelerator.unwrap_model(model)
             found |= gate_statistics(policy, self._gate_start, scale)

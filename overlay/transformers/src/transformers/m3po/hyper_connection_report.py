@@ -150,18 +150,19 @@ def _cosine(streams: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gate_effect(model: Any, inputs: Mapping[str, Any]) -> float:
-    """KL divergence, in nats, of the next-token distributions at gate 0 from those at gate 1; mean over positions.
+def gate_effect(model: Any, inputs: Mapping[str, Any], gates: tuple[Any, Any] = (0.0, 1.0)) -> float:
+    """KL divergence, in nats, of the next-token distributions at the first gate from those at the second; mean over
+    positions.
 
     Args:
         model: with hyper-connections and its head.
         inputs: of its forward, without `mhc_gate`; positions of padding do not count.
+        gates: two of those that its forward takes.
     """
     mixers(model)
     with _evaluating(model):
         off, on = (
-            model(**{**inputs, "mhc_gate": gate, "use_cache": False}).logits.float().log_softmax(-1)
-            for gate in (0.0, 1.0)
+            model(**{**inputs, "mhc_gate": gate, "use_cache": False}).logits.float().log_softmax(-1) for gate in gates
         )
     kl = (on.exp() * (on - off)).sum(-1)
     mask = inputs.get("attention_mask")
