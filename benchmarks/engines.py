@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO by Unsloth with our patches, by Unsloth without them, and by TRL: tokens/s, memory, log-probs. Needs a GPU.
 
-.venv/bin/python benchmarks/engines.py             the whole comparison, a few minutes on an H200
-.venv/bin/python benchmarks/engines.py --dry-run   what it would run; everything that needs no GPU is made and checked
+bash scripts/run.sh python benchmarks/engines.py             the whole comparison, a few minutes on an H200
+bash scripts/run.sh python benchmarks/engines.py --dry-run   what it would run; what needs no GPU is made and checked
 
 Same model, LoRA, prompts, lengths and number of rollouts; each engine in a process of its own, one after the other, its
 modes in turn over several rounds. A step is rollout, scoring and update; its tokens are the sampled ones. What a killed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare finished runs over seeds: ``.venv/bin/python -m m3po_lab.compare runs/*`` prints Markdown.
+"""Compare finished runs over seeds: ``bash scripts/run.sh python -m m3po_lab.compare runs/*`` prints Markdown.
 
 Exit codes: 0 compared, 2 a wrong input.
 """

@@ -211,4 +211,7 @@ def trainer_cache() -> Path:
     for package in ("trl", "unsloth", "unsloth_zoo"):
         spec = find_spec(package)
         digest.update(f"{package} {spec.origin if spec else None}\0".encode())
-    return PROJECT_ROOT / ".cache" / "unsloth" / digest.hexdigest()[:16]
+    cache = PROJECT_ROOT / ".cache"
+    if not os.access(cache if cache.exists() else PROJECT_ROOT, os.W_OK):  # another user's checkout
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "m3po-overlay")
+    return cache / "unsloth" / digest.hexdigest()[:16]

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="bash scripts/train_mhc.sh [config.yaml] [--seeds SEED ...] [--output_dir DIR] [--flag value ...]",
         description="Pretrain NanoChat with and without hyper-connections and compare. The YAML is "
         "configs/mhc_small.yaml by default.",
-        epilog="Other flags go to every run: .venv/bin/python -m m3po_lab.pretrain --help.",
+        epilog="Other flags go to every run: bash scripts/run.sh python -m m3po_lab.pretrain --help.",
     )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0])
     flags.add_argument("--output_dir", type=Path, help="folder of the runs (default: runs/<config>)")

@@ -226,7 +226,7 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], w
     told += " with ASLR (off in the evaluations)" if summary["aslr_enabled"] else ""
     more = train_command(words, {**CONTINUE, "max_steps": str(2 * summary["steps"])})
     aslr = shown_command("scripts/eval_gsm8k.sh", [f"{folder}/final", "--dataset", "problems", "--aslr", "on"])
-    curves = shown_command(".venv/bin/tensorboard", ["--logdir", folder])
+    curves = shown_command("scripts/run.sh", ["tensorboard", "--logdir", folder])
     return [
         "",
         f"mode {summary['mode']}{told}, {summary['steps']} steps in {summary['train_seconds']:.0f} s "

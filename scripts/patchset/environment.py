@@ -331,7 +331,8 @@ def prepare(root: Path, asked: Collection[str] = ()) -> None:
             say("up to date")
             return
         if not writable:
-            raise Refused(f".venv is not complete, and you may not write in {root}: its owner completes it (make env)")
+            why = ".venv is not complete, or its Python is not for you to run"
+            raise Refused(f"{why}, and you may not write in {root}: its owner completes it (make env)")
         complete = have is not None and have["packages"] == wanted["packages"] and have["base"] == wanted["base"]
         if not complete:
             check_compiler()

@@ -17,7 +17,7 @@ from m3po_lab.sweep import main as sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "bash scripts/train_grpo.sh"
-LAUNCH = ".venv/bin/accelerate launch"
+LAUNCH = "bash scripts/run.sh accelerate launch"
 EVALUATE = "bash scripts/eval_gsm8k.sh"
 SWEEP = "bash scripts/sweep.sh"
 

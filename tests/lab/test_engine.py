@@ -186,3 +186,6 @@ def test_the_generated_trainer_has_a_folder_for_each_state_of_the_patches(
     (tmp_path / "patches/unsloth/a.patch").write_text("2")
     places.append(engine.trainer_cache())
     assert len(set(places)) == 4 and all(place.parent == tmp_path / ".cache" / "unsloth" for place in places)
+    monkeypatch.setattr(engine.os, "access", lambda *given: False)  # as the system answers where one may not write
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert engine.trainer_cache() == tmp_path / "mine/m3po-overlay/unsloth" / places[-1].name

@@ -33,6 +33,7 @@ def run(script: str, folder: Path, pristine: bool) -> Any:
     (folder / "compiled").mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("UNSLOTH", "TRITON"))}
     environment |= {"UNSLOTH_COMPILE_LOCATION": str(folder / "compiled"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONSAFEPATH", None)  # the script imports its neighbour
     if pristine:
         environment["PYTHONPATH"] = os.pathsep.join(map(str, unpack(folder / "pristine")))
     command = [sys.executable, HERE / script, folder / "result.pt"]
