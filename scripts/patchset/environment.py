@@ -106,7 +106,7 @@ def check_compiler() -> None:
 
 def interpreter() -> str:
     """The Python that `.venv` is made from; the same one when called from inside a virtual environment made from it."""
-    return os.path.realpath(sys._base_executable)
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def call(command: Sequence[str | Path], root: Path, **extra: str) -> int:
