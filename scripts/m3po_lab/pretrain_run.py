@@ -27,6 +27,7 @@ from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config
 from m3po_lab.files import check_writable, read_json, shown_path, write_json
 from m3po_lab.identity import RUN_FILE, KeepRun, difference, flag_values, named_model, named_text
 from m3po_lab.idle_flags import check_idle
+from m3po_lab.observe import unchanged
 from m3po_lab.pretrain_data import UNSCORED, load_text, load_tokenizer
 from m3po_lab.provenance import git_state
 from m3po_lab.saving import ObeyUmask, save_model
@@ -215,6 +216,18 @@ def nats_of_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.view(targets.shape).sum(1)
 
 
+class PretrainingTrainer(Trainer):
+    """Transformers' Trainer, but for evaluations that leave the model and the random generators as they were.
+
+    Its own draw from torch's generator, and with `mhc_gate_noise` the training would depend on how often it evaluates.
+    """
+
+    def evaluate(self, *given: Any, **more: Any) -> dict[str, float]:
+        """See `Trainer.evaluate`."""
+        with unchanged(self.model):
+            return super().evaluate(*given, **more)
+
+
 class Watch(TrainerCallback):
     """Seconds of each step, and what the hyper-connections do at each evaluation, in the log as `mhc/...`."""
 
@@ -290,7 +303,7 @@ def run_pretraining(run: Pretraining) -> None:
     model = make_model(script, vocabulary, tokenizer)
     watch = Watch({"input_ids": held_out.rows[:REPORTED_ROWS]})
     bits = held_out.scored_bytes * torch.log(torch.tensor(2.0)).item()
-    trainer = Trainer(
+    trainer = PretrainingTrainer(
         model=model,
         args=training,
         train_dataset=text,

@@ -13,15 +13,16 @@ import pytest
 import torch
 from lab.embedding_adapters import WAYS, far_from_start, logits, with_tying
 from peft import LoraConfig, get_peft_model
-from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerBase
+from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.m3po.hyper_connection_report import full_report, mean_matrices
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc, evaluate, report_mhc
+from m3po_lab import eval_mhc, evaluate, pretrain_run, report_mhc
 from m3po_lab.config import UserError
 from m3po_lab.eval_settings import EvalSettings
 from m3po_lab.models import load_model
 from m3po_lab.observe import unchanged
+from m3po_lab.pretrain_data import byte_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "lm_eval"
 SETTINGS = EvalSettings(
@@ -62,7 +63,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Any]:
         },
         "modes": {name: module.training for name, module in model.named_modules()},
         "put on": [(name, key) for name, module in model.named_modules() for key in vars(module) if key in PUT_ON],
-        "config": config.config.to_dict(),
+        "config": config.config.to_dict() | {"architectures": None, "dtype": None},  # saving notes these two
         "generation": config.generation_config.to_dict(),
         "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
     }
@@ -124,9 +125,12 @@ def test_an_evaluation_that_is_refused_leaves_it_as_it_was_too(tiny_model: Path)
     assert state_of(model) == before
 
 
+INPUTS = {"input_ids": torch.arange(40).reshape(2, 20)}
+
+
 @pytest.fixture
-def mhc() -> Any:
-    """A NanoChat with hyper-connections away from their start."""
+def pretraining(tmp_path: Path) -> Trainer:
+    """Of a NanoChat whose hyper-connections are away from their start; looks at them after each evaluation."""
     config = NanoChatConfig(
         vocab_size=320,
         hidden_size=16,
@@ -140,43 +144,46 @@ def mhc() -> Any:
         mhc_enabled=True,
         mhc_gate_noise=0.5,
     )
-    model = NanoChatForCausalLM(config)
+    model, watch = NanoChatForCausalLM(config), pretrain_run.Watch(INPUTS)
     far_from_start(model)
+    rows = [{"input_ids": torch.arange(20), "labels": torch.arange(20)}] * 4
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    watch.trainer = pretrain_run.PretrainingTrainer(model, arguments, eval_dataset=rows, callbacks=[watch])
     as_in_training(model)
-    return model
+    return watch.trainer
 
 
-INPUTS = {"input_ids": torch.arange(40).reshape(2, 20)}
-OBSERVERS: dict[str, Callable[[Any, Path], Any]] = {
-    "the report of a training": lambda model, folder: full_report(model, INPUTS),
-    "its matrices": lambda model, folder: mean_matrices(model, INPUTS),
-    "report_mhc, with its backward pass": lambda model, folder: report_mhc.measure(model, INPUTS),
-    "eval_mhc": lambda model, folder: lm_eval(model, folder),
-}
-
-
-def lm_eval(model: Any, folder: Path) -> None:
-    from m3po_lab.pretrain_data import byte_tokenizer
-
+def lm_eval(trainer: Trainer, folder: Path) -> None:
     tasks = eval_mhc.load_tasks({"arc_easy": eval_mhc.write_task("arc_easy", FIXTURES, folder)}, local=True)
-    eval_mhc.evaluate(model, byte_tokenizer(), tasks, 2, folder / "kept.json", "test")
+    eval_mhc.evaluate(trainer.model, byte_tokenizer(), tasks, 2, folder / "kept.json", "test")
+
+
+OBSERVERS: dict[str, Callable[[Trainer, Path], Any]] = {
+    "evaluation of a pretraining": lambda trainer, folder: trainer.evaluate(),
+    "saving": lambda trainer, folder: trainer.save_model(str(folder / "final")),
+    "report": lambda trainer, folder: full_report(trainer.model, INPUTS),
+    "matrices": lambda trainer, folder: mean_matrices(trainer.model, INPUTS),
+    "report_mhc": lambda trainer, folder: report_mhc.measure(trainer.model, INPUTS),
+    "eval_mhc": lm_eval,
+}
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_looking_at_hyper_connections_leaves_the_model_as_it_was(
-    observer: str, mhc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    observer: str, pretraining: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    before = state_of(mhc)
-    OBSERVERS[observer](mhc, tmp_path)
-    assert state_of(mhc) == before
+    before = state_of(pretraining.model)
+    OBSERVERS[observer](pretraining, tmp_path)
+    assert state_of(pretraining.model) == before
 
 
-def test_an_interrupted_observation_leaves_the_model_as_it_was(mhc: Any) -> None:
-    before = state_of(mhc)
-    with pytest.raises(KeyboardInterrupt), unchanged(mhc):
-        mhc.eval()
-        mhc(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+def test_an_interrupted_observation_leaves_the_model_as_it_was(pretraining: Trainer) -> None:
+    model = pretraining.model
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt), unchanged(model):
+        model.eval()
+        model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
         random.random(), np.random.rand(), torch.rand(1)
         raise KeyboardInterrupt
-    assert state_of(mhc) == before
+    assert state_of(model) == before
