@@ -246,8 +246,8 @@ def claim_run_folder(run: Run, flags: Mapping[str, Any]) -> Path | None:
     processes of a run come here together: all have looked before the first one deletes, and all wait until it has.
 
     Raises:
-        UserError: as `checkpoint_to_resume`, or when a new run finds checkpoints or the report of another and
-            `overwrite` is not set; nothing is touched then.
+        UserError: as `checkpoint_to_resume`, or when a new run finds checkpoints, or a new run or branch the report of
+            another, and `overwrite` is not set; nothing is touched then.
     """
     folder, training, overwrite = run.folder, run.training, run.script.overwrite
     chosen = checkpoint_to_resume(run, flags)
@@ -257,7 +257,8 @@ def claim_run_folder(run: Run, flags: Mapping[str, Any]) -> Path | None:
             f"{folder} already has {found[-1].name}: continue it with --resume_from_checkpoint true, or start anew "
             "with another --output_dir (or --overwrite true, which deletes it)."
         )
-    if chosen is None and (folder / "summary.json").exists() and not overwrite:
+    begins = chosen is None or chosen.parent.resolve() != folder.resolve()  # here, from wherever
+    if begins and (folder / "summary.json").exists() and not overwrite:
         raise UserError(
             f"{folder} already has the report of a run, summary.json: start anew with another --output_dir (or "
             "--overwrite true, which deletes it)."

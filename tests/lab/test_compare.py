@@ -2,6 +2,7 @@
 """Runs are compared over seeds against the control, and only like with like."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_a_variant_is_compared_with_the_control_that_has_its_flags(
     printed = capsys.readouterr().out
     rest = "max_completion_length=9"
     assert f"`m3po lr=0.001 {rest}` differs from `none lr=0.001 {rest}` over 3 seeds" in printed
-    assert "`m3po lr=1e-06 max_completion_length=256` differs from `none lr=1e-06" in printed
+    assert re.search(r"`m3po (lr=1e-06 max_completion_length=\d+)` differs from `none \1` over 3 seeds", printed)
     assert main([folder for folder in folders if "more/none" not in folder]) == 0
     assert f"`m3po lr=0.001 {rest}` against `none`: 0 common seeds, too few" in capsys.readouterr().out
 

@@ -60,6 +60,7 @@ def test_run_stopped_and_resumed_equals_uninterrupted_run(
     summary = read_json(parts / "summary.json")
     assert summary is not None
     assert summary["steps"] == 6
+    assert [(part["from_step"], part["max_steps"]) for part in summary["parts"]] == [(0, 2), (2, 6)]
     assert summary["accuracy_after"] == (read_json(whole / "summary.json") or {})["accuracy_after"]
 
 

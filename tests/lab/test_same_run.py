@@ -142,5 +142,8 @@ def test_every_run_and_checkpoint_says_what_it_is_and_nothing_secret(finished_ru
 def test_a_report_is_not_written_over(finished_run: Path, tiny_config: Path, tmp_path: Path, capsys: Any) -> None:
     """A run that keeps no checkpoints leaves its report all the same."""
     shutil.copy(finished_run / "summary.json", tmp_path / "summary.json")
-    assert main([str(tiny_config), "--output_dir", str(tmp_path), "--save_strategy", "no"]) == 2
-    assert "already has the report of a run, summary.json: start anew with another" in capsys.readouterr().err
+    words = [str(tiny_config), "--output_dir", str(tmp_path)]
+    assert main([*words, "--save_strategy", "no"]) == 2
+    assert main([*words, "--resume_from_checkpoint", str(finished_run / "checkpoint-2")]) == 2  # a branch, likewise
+    assert capsys.readouterr().err.count("already has the report of a run, summary.json: start anew with another") == 2
+    assert (tmp_path / "summary.json").read_text() == (finished_run / "summary.json").read_text()

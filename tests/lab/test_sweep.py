@@ -97,9 +97,10 @@ def test_start_accuracy_may_differ_where_the_residual_gate_is_fresh(finished_run
     files = []
     for mode, before in (("none", 0.5), ("hrpo", 0.25), ("m3po", 0.5)):
         files.append(str(tmp_path / f"{mode}.json"))
-        write_json(Path(files[-1]), {**summary, "mode": mode, "accuracy_before": before})
+        flags = {**summary["flags"], "mode": mode}
+        write_json(Path(files[-1]), {**summary, "mode": mode, "flags": flags, "accuracy_before": before})
     assert "| `hrpo` | 3 | 0.250 |" in comparison(files)
-    write_json(Path(files[2]), {**summary, "mode": "m3po", "accuracy_before": 0.25})
+    write_json(Path(files[2]), {**(read_json(Path(files[2])) or {}), "accuracy_before": 0.25})
     with pytest.raises(UserError, match="differ in accuracy_before"):
         comparison(files)
 
@@ -112,7 +113,7 @@ def test_a_mode_with_aslr_is_one_of_its_own_in_flags_and_comparison(finished_run
         mode_words("m3po+alsr")
     summary = read_json(finished_run / "summary.json") or {}
     write_json(tmp_path / "plain.json", summary)
-    write_json(tmp_path / "aslr.json", summary | {"aslr_enabled": True})
+    write_json(tmp_path / "aslr.json", {**summary, "flags": {**summary["flags"], "aslr_enabled": True}})
     text = comparison([str(tmp_path / "plain.json"), str(tmp_path / "aslr.json")])
     assert "| `none` |" in text and "| `none+aslr` |" in text and "`none+aslr` against `none`: 1 common seeds" in text
 
