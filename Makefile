@@ -28,7 +28,7 @@ status: ## per upstream: pristine, patched, edited or stale
 export-patches: ## write the edits committed in vendor/ back to patches/
 	@$(TOOL) patchset export
 
-check-patches: env ## lint, apply to pristine trees, compare, import [UPSTREAM=x AGAINST=version: try another release]
+check-patches: env ## lint, apply to pristine trees, compare, import [UPSTREAM=x AGAINST=version or latest: try another release]
 	@$(ENV) -m patchset check $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(AGAINST),--against $(AGAINST))
 
 upgrade: env ## UPSTREAM=x VERSION=y: move a pin, by a rebase in vendor/

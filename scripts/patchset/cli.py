@@ -9,9 +9,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from patchset import apply, bundle, check, checkout, drift, export, git, pins, status, table, upgrade
+from patchset import apply, bundle, check, checkout, drift, export, git, pins, status, table, upgrade, wheels
 from patchset.common import Refused, Stop, is_read_only, lock
 
+LATEST = "latest"
 COMMANDS = {
     "fetch": "download and verify the pinned wheels, commit the pristine trees in vendor/",
     "apply": "lay patches/ and overlay/ on the checkouts",
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "export":
             one.add_argument("--check", action="store_true", help="compare only, write nothing")
         if name == "check":
-            one.add_argument("--against", metavar="VERSION", help="try the series on another release instead")
+            one.add_argument("--against", metavar="VERSION", help="try the series on another release instead, or on 'latest'")
         if name == "upgrade":
             one.add_argument("--version", required=True, help="the release to move to")
         if name == "status":
@@ -85,6 +86,8 @@ def _run(options: argparse.Namespace, root: Path, ups: list[pins.Upstream]) -> i
     version: str = getattr(options, "against", None) or getattr(options, "version", None) or ""
     if version and len(ups) != 1:
         raise Refused(f"{options.command}: {version} is a release of one upstream; name it with --upstream")
+    if version == LATEST:
+        version = wheels.newest(ups[0], 1)[0]
     lines = {
         "fetch": lambda: apply.fetch(ups),
         "apply": lambda: apply.apply(ups, discard=options.discard),

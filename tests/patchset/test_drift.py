@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from patchset import git
+from patchset import cli, git
 
 FIRST = b"line_1 = 1\n"
 
@@ -46,6 +46,15 @@ def test_a_patch_is_told_apart_as_clean_moved_or_upstream(project, tools, change
     result = project.ok("check", "--upstream", "alpha", "--against", "2.0")
     assert result.out.startswith("alpha 1.0 against 2.0: ")
     assert all(word in result.out for word in [*words, "imports   ok"]), result.text
+
+
+def test_latest_is_the_newest_release_of_the_index(project, tools, one, monkeypatch, capsys):
+    """The index is a stand-in: made-up upstreams are on none."""
+    project.series(("one.patch", one))
+    release(project, tools, {})
+    monkeypatch.setattr("patchset.wheels.newest", lambda up, count: ["2.0"][:count])
+    assert cli.main(["check", "--root", str(project.root), "--upstream", "alpha", "--against", "latest"]) == 0
+    assert capsys.readouterr().out.startswith("alpha 1.0 against 2.0: 1 clean")
 
 
 def test_a_planted_conflict_is_named_and_leaves_everything_untouched(project, tools, one, crlf):
