@@ -7,7 +7,10 @@ traceback, no abbreviated flags (a mistyped flag must not become another one), a
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +25,7 @@ from m3po_lab.errors import (
     UserError,
     find_config,
     one_line,
+    short,
     split_config,
 )
 from m3po_lab.flag_rules import check_values
@@ -31,6 +35,7 @@ from m3po_lab.training_checks import check_training
 
 UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in when no output_dir is given
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}  # and its package
 DEFAULT_REWARD_WEIGHTS = [1.0, 0.25]  # correct, format; dyadic, so that a uniform group has a standard deviation of 0
 
 
@@ -167,6 +172,20 @@ def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, An
     return value
 
 
+@contextmanager
+def one_line_errors(config_file: Path) -> Iterator[None]:
+    """What argument groups and the reading of a YAML raise, as a `UserError`."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{config_file.name} or a flag needs a package that is not installed ({short(error)}): leave the flag out, "
+            "or install it with .venv/bin/pip."
+        ) from error
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file.name} or a flag: {one_line(error)}") from error
+
+
 def check_unknown(parser: OneLineParser, from_yaml: list[str], from_command_line: list[str], config_file: Path) -> None:
     """Refuse what no argument group knows, naming the nearest flag.
 
@@ -195,15 +214,13 @@ def parse_run(argv: list[str], engine: Engine = TRL, idle: bool = False) -> Run:
     config_file = find_config(given or DEFAULT_CONFIG)
     words = ["--config", str(config_file), *rest]
     parser = RunParser()
-    try:
+    with one_line_errors(config_file):
         script, training, model, yaml_unknown, unknown = parser.parse_args_and_config(
             words, return_remaining_strings=True, separate_remaining_strings=True
         )
         if engine.name == "unsloth":
             as_trl = RunParser(trls_config()).parse_args_and_config(words, return_remaining_strings=True)
             keep_values(training, as_trl[1])
-    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
-        raise UserError(f"{config_file.name} or a flag: {one_line(error)}") from error
     check_unknown(parser, yaml_unknown, unknown, config_file)
     if training.reward_weights is None:
         training.reward_weights = list(DEFAULT_REWARD_WEIGHTS)
@@ -256,12 +273,18 @@ def check_model_flags(model: ModelConfig, device: str) -> None:
     """Refuse what `models.load_model` would not do, or what cannot be trained on a kind of device.
 
     Raises:
-        UserError: for weights in 8 bits, for a dtype that is none and for an attention without gradients.
+        UserError: for weights in 8 bits, a dtype that is none, and an attention that is not here or has no gradients.
     """
     if model.load_in_8bit:
         raise UserError("--load_in_8bit true is refused: such base weights are not supported here; leave it out.")
     if model.dtype is not None and model.dtype not in DTYPES:
         raise UserError(f"--dtype {model.dtype} is unknown; give one of {', '.join(DTYPES)}.")
+    package = FLASH.get(model.attn_implementation or "")
+    if package is not None and find_spec(package) is None:
+        raise UserError(
+            f"--attn_implementation {model.attn_implementation} needs the package {package}, which is not installed; "
+            "leave it out."
+        )
     if model.attn_implementation == "flex_attention" and device == "cpu":
         raise UserError("--attn_implementation flex_attention has no gradients on a CPU; leave it out.")
 

@@ -62,4 +62,6 @@ def check_writable(folder: Path, flag: str = "--output_dir") -> None:
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(b"0" * 4096)
     except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written: {failure(error)}") from error
+        raise UserError(
+            f"{flag} {folder} cannot be written: {failure(OSError(error.errno, error.strerror))}"
+        ) from error

@@ -187,6 +187,8 @@ def recorded_flags(summary: Mapping[str, Any]) -> dict[str, Any]:
     given |= {name: summary[name] for name in told if summary.get(name) is not None}
     given["model_name_or_path"] = given["model_name_or_path"] or EMBEDDED_MODEL
     flags = with_acting(defining(given), SimpleNamespace(**given))
+    for name in ("accelerator_config", "parallelism_config"):  # objects, of which such a summary says nothing
+        del flags[name]
     engine = summary["engine"] if "engine_version" in summary else "trl"
     return {**flags, "engine": engine, "num_processes": summary.get("num_processes", 1)}
 

@@ -15,14 +15,13 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from transformers import NanoChatConfig, NanoChatForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.m3po.hyper_connection_report import full_report, mean_matrices
 from transformers.m3po.hyper_connection_settings import MHC_DEFAULTS, check_mhc_numbers, has_hyper_connections
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
-from m3po_lab.config import UNSET_OUTPUT_DIR, OneLineParser, check_unknown, read_keys
+from m3po_lab.config import UNSET_OUTPUT_DIR, OneLineParser, check_unknown, one_line_errors, read_keys
 from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, one_line, split_config
 from m3po_lab.files import check_writable, read_json, shown_path, write_json
 from m3po_lab.identity import RUN_FILE, KeepRun, difference, flag_values, named_model, named_text
@@ -99,12 +98,10 @@ def parse(argv: list[str]) -> Pretraining:
     given, rest = split_config(argv)
     file = find_config(given or DEFAULT_MHC_CONFIG, begins=OF_PRETRAINING)
     parser = OneLineParser(PretrainArguments, TrainingArguments)
-    try:
+    with one_line_errors(file):
         script, training, in_yaml, unknown = parser.parse_args_and_config(
             ["--config", str(file), *rest], return_remaining_strings=True, separate_remaining_strings=True
         )
-    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
-        raise UserError(f"{file.name} or a flag: {one_line(error)}") from error
     check_unknown(parser, in_yaml, unknown, file)
     if training.max_steps <= 0:
         raise UserError(f"--max_steps {training.max_steps}: it must be at least 1, so that both runs see as much text.")

@@ -102,6 +102,13 @@ class RewardBar(ProgressCallback):
             self.training_bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
 
 
+def close_bar(trainer: GRPOTrainer) -> None:
+    """End the progress bar of a training that did not: what is said next begins on a line of its own."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RewardBar) and callback.training_bar is not None:
+            callback.training_bar.close()
+
+
 def rows_of_run(training: GRPOConfig, problems: int) -> int:
     """Rows (prompts) that a run consumes: whole generation batches, from `max_steps` or from `num_train_epochs`.
 
@@ -146,7 +153,10 @@ def run_session(run: Run, words: Sequence[str]) -> None:
     trainer.add_callback(KeepSettings(settings))
     trainer.add_callback(KeepRun(about))
     before = evaluate_before(run, trainer, held_out, settings)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finally:
+        close_bar(trainer)
     save_model(trainer, run.folder / "final")
     after = evaluate_now(trainer, settings, "held-out, after")
     if trainer.accelerator.is_main_process:

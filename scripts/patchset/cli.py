@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "export":
             one.add_argument("--check", action="store_true", help="compare only, write nothing")
         if name == "check":
-            one.add_argument("--against", metavar="VERSION", help="try the series on another release instead, or on 'latest'")
+            one.add_argument(
+                "--against", metavar="VERSION", help="try the series on another release instead, or on 'latest'"
+            )
         if name == "upgrade":
             one.add_argument("--version", required=True, help="the release to move to")
         if name == "status":

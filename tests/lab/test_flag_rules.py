@@ -181,7 +181,7 @@ def test_a_reporter_that_is_there_is_taken(name: str, yaml: Path) -> None:
         (["--gradient_checkpointing_kwargs", "x"], "--gradient_checkpointing_kwargs 'x': it must be a JSON object"),
         (["--use_liger_kernel", "true"], "--use_liger_kernel true needs the package liger-kernel"),
         (["--bf16", "true", "--fp16", "true"], "At most one of fp16 and bf16"),
-        (["--deepspeed", "nowhere.json"], "deepspeed"),
+        (["--deepspeed", "nowhere.json"], "needs a package that is not installed .*deepspeed.*: leave the flag out"),
         (["--accelerator_config", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -200,6 +200,10 @@ def test_what_the_trainer_would_find_out_late_is_refused_at_once(
         (["--generation_kwargs", "x"], "--generation_kwargs 'x': it must be a JSON object"),
         (["--cache_implementation", "offloaded"], "--cache_implementation offloaded needs a GPU"),
         (["--remove_unused_columns", "true"], "--remove_unused_columns true drops the answers"),
+        (
+            ["--attn_implementation", "flash_attention_2"],
+            "flash_attention_2 needs the package flash_attn, which is not",
+        ),
         (["--attn_implementation", "flex_attention"], "flex_attention has no gradients on a CPU"),
         (["--overwrite", "configs/demo.yaml"], "argument --overwrite: .*Give the YAML file first."),
     ],

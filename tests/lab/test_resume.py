@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_in_the_middle_is_one_line_that_says_how_to_go_on(
     monkeypatch.setattr(torch, "save", onto_a_full_disk)
     words = [str(tiny_config), "--output_dir", str(run)]
     assert main(words) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
+    line = capsys.readouterr().err.strip().splitlines()[-1]  # the progress bar is closed
     assert line.startswith("error: a file could not be written (") and "the disk is full: free some space" in line
     command = f"bash scripts/train_grpo.sh {tiny_config} --output_dir {run} --resume_from_checkpoint true"
     assert f"Continue from checkpoint-2 with: {command} Traceback: {run / 'error.log'}" in line

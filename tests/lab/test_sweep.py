@@ -47,7 +47,8 @@ def test_sweep_goes_on_where_it_was_stopped_and_compares(
     assert "run 1 of 2: mode none, seed 3: done before" in printed and "from checkpoint-2 into" in printed
     assert (tmp_path / "none-seed3" / "summary.json").stat().st_mtime_ns == finished
     table = (tmp_path / "comparison.md").read_text()
-    assert [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| `none`")] == ["3", "4"]
+    rows = table.split("\n\n")[0].splitlines()[2:]
+    assert [row.split("|")[1:3] for row in rows] == [[" `none` ", f" {seed} "] for seed in (3, 4)]
     assert table.strip() in printed
 
 

@@ -19,7 +19,8 @@ from m3po_lab.pretrain_data import documents, load_tokenizer
 def unreadable_proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     name, _, value = request.param.partition("=")
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
     close_session()  # the client reads the variables when it is made
     yield
     close_session()
