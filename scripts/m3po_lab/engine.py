@@ -39,6 +39,8 @@ LOOKED_AT: dict[str, Any] = {
     "use_cpu": False,
     "use_peft": False,
     "use_dora": False,
+    "lora_target_modules": None,
+    "lora_modules_to_save": None,
     "lora_target_parameters": None,
     "load_in_4bit": False,
     "load_in_8bit": False,
@@ -47,6 +49,7 @@ LOOKED_AT: dict[str, Any] = {
     "beta": 0.0,
     "gating_training": "embeddings",
 }
+LISTS = ("lora_target_modules", "lora_modules_to_save")
 # What our part of the code lies in that Unsloth's trainer is generated from.
 SOURCES = ("patches", "overlay", "overlay.toml")
 
@@ -104,7 +107,8 @@ def early_values(words: list[str]) -> dict[str, Any]:
     values = {**LOOKED_AT, **{name: value for name, value in known.items() if name in LOOKED_AT}}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in LOOKED_AT:
-        parser.add_argument(f"--{name}", nargs="?", const=True)
+        how: dict[str, Any] = {"nargs": "*"} if name in LISTS else {"nargs": "?", "const": True}
+        parser.add_argument(f"--{name}", **how)
     return values | vars(parser.parse_known_args(rest)[0])
 
 
@@ -152,6 +156,12 @@ def flag_obstacles(values: Mapping[str, Any]) -> Iterator[str]:
     for flag in ("lora_target_parameters", "attn_implementation"):
         if values[flag] is not None:
             yield f"--{flag} is not for Unsloth here: leave it out"
+    targets, whole = (str(values[flag]) for flag in LISTS)
+    for name in ("embed_tokens", "lm_head"):
+        if name in targets:
+            yield f"--lora_target_modules {name}: it would train that whole; train it with trl"
+    if "embed_tokens" in whole and "lm_head" in whole:
+        yield "--lora_modules_to_save embed_tokens lm_head: it would tie the two; train them with trl"
     if _true(values["load_in_4bit"]) and not _true(values["use_peft"]):
         yield "--load_in_4bit true is for LoRA: set --use_peft true"
     if float(values["beta"]) > 0 and not _true(values["use_peft"]):

@@ -2,8 +2,10 @@
 """Write a checkpoint as a model that stands alone: ``make export-model CHECKPOINT=runs/x/final OUT=dir``.
 
 A LoRA adapter is merged into its base model, in float32 whatever dtype is written. `OUT` gets the weights as
-safetensors, the tokenizer, the generation config, and `m3po.json` and `evaluation.json` of the checkpoint.
-Exit codes: 0 written, 2 a wrong input or a failing environment (one line says which; nothing is written).
+safetensors, the tokenizer, the generation config, and `m3po.json` and `evaluation.json` of the checkpoint, once what
+was written has been read again and computes what the checkpoint does.
+Exit codes: 0 written, 2 a wrong input, a failing environment or another model than the checkpoint (one line says which;
+nothing is written).
 """
 
 import argparse
@@ -40,24 +42,31 @@ GATING_NOT_SERVABLE = (
 )
 
 
-def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) -> tuple[str, dict[str, str]]:
-    """Write `checkpoint` to `out`, whole or not at all; returns its mode and what vLLM does not know of it, with why.
+MHC_NOT_SERVABLE = "it has hyper-connections, which vLLM does not know; use model.generate of this overlay"
+
+
+def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) -> tuple[str, dict[str, str], str]:
+    """Write `checkpoint` to `out`, whole or not at all.
 
     With `aslr` the modules of ASLR are kept where the checkpoint has them, with `gating` a learnable gate.
 
+    Returns:
+        Its mode; what vLLM does not know of it, with why; how the written model compares with it.
+
     Raises:
-        UserError: the checkpoint is none of ours or of a mode that cannot stand alone, or `out` is in use.
+        UserError: the checkpoint is none of ours or of a mode that cannot stand alone, `out` is in use, or what was
+            written computes something else.
     """
     import torch
-    from peft import PeftModel
     from transformers.m3po import read_checkpoint_info, write_checkpoint_info
     from transformers.m3po.aslr_settings import ASLR_NUMBERS, has_aslr
-    from transformers.m3po.own_modules import ASLR, GATING, OWN_MODULES
+    from transformers.m3po.own_modules import ASLR, GATING, HYPER_CONNECTIONS, OWN_MODULES
     from transformers.m3po.residual_gate import has_residual_gate
     from trl import ModelConfig
 
     from m3po_lab.config import UserError, one_line
     from m3po_lab.eval_settings import EvalSettings
+    from m3po_lab.export_check import Comparison, merged
     from m3po_lab.files import check_writable
     from m3po_lab.models import load_model
     from m3po_lab.saving import obey_umask
@@ -77,7 +86,9 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
     if has_residual_gate(model) != (numbers["mode"] in NOT_SERVABLE):
         has = "a" if has_residual_gate(model) else "no"
         raise UserError(f"CHECKPOINT={checkpoint} has {has} residual gate, which does not fit mode {numbers['mode']}.")
-    plain = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    comparison = Comparison.of(model, tokenizer, aslr)
+    plain = merged(model)
+    comparison.check_merged(plain)
     for own, keep in ((ASLR, aslr), (GATING, gating)):
         if own.on(plain) and not keep:
             for name in own.names:
@@ -93,14 +104,15 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
         obey_umask(part)
+        found = comparison.check_written(plain, part)
         write_checkpoint_info(part, numbers)
         if settings is not None:
             settings.write(part)
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    unknown = {ASLR: ASLR_NOT_SERVABLE, GATING: GATING_NOT_SERVABLE}
-    return str(numbers["mode"]), {own.article: why for own, why in unknown.items() if own.on(plain)}
+    unknown = {ASLR: ASLR_NOT_SERVABLE, GATING: GATING_NOT_SERVABLE, HYPER_CONNECTIONS: MHC_NOT_SERVABLE}
+    return str(numbers["mode"]), {own.article: why for own, why in unknown.items() if own.on(plain)}, found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +136,9 @@ def export_and_say(given: argparse.Namespace) -> None:
     from m3po_lab.quiet import silence_known_noise
 
     silence_known_noise()
-    mode, unknown = export(given.checkpoint, given.out, given.dtype, given.aslr == "on", given.gating == "on")
+    asked = given.dtype, given.aslr == "on", given.gating == "on"
+    mode, unknown, found = export(given.checkpoint, given.out, *asked)
+    print(found)
     if unknown:
         print(
             f"written to {given.out}: a checkpoint with {' and '.join(unknown)}, {given.dtype}; trained in mode {mode}"

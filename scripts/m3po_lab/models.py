@@ -30,7 +30,7 @@ from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.model_gating import attach_gating
 from transformers.m3po.own_modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules
 from transformers.m3po.residual_gate import attach_residual_gate
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json
@@ -83,6 +83,31 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         raise UserError(f"--model_name_or_path {name}: its tokenizer has no chat template; take an instruct model.")
+
+
+def lora_of(config: ModelConfig) -> PeftConfig | None:
+    """The adapter that the flags ask for, None without; it says which weights it belongs to.
+
+    It is TRL's `get_peft_config`, but for a single name in `--lora_target_modules`: TRL hands PEFT a pattern for whole
+    paths then, which a name never matches.
+
+    Raises:
+        UserError: LoRA is asked for on the head, which TRL's scoring passes leave out.
+    """
+    for flag in ("lora_target_modules", "lora_target_parameters"):
+        given = getattr(config, flag) or ()
+        for name in [given] if isinstance(given, str) else given:
+            if "lm_head" in name.split("."):
+                raise UserError(
+                    f"--{flag} {name}: log-probs are computed from the head's own matrix, so LoRA on it would never "
+                    "learn; leave it out, or train the head whole with --lora_modules_to_save lm_head."
+                )
+    adapter = get_peft_config(config)
+    if adapter is not None:
+        adapter.revision = config.model_revision
+        if isinstance(adapter.target_modules, str) and adapter.target_modules.isidentifier():
+            adapter.target_modules = {adapter.target_modules}
+    return adapter
 
 
 def model_digest(config: ModelConfig) -> str:

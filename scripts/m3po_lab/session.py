@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.m3po.aslr_settings import ASLRNumbers, has_aslr
 from transformers.trainer_callback import ExportableState
-from trl import GRPOConfig, GRPOTrainer, get_peft_config
+from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from m3po_lab.checkpoints import check_same_run, check_save_steps, claim_run_folder
@@ -38,7 +38,7 @@ from m3po_lab.eval_settings import EvalSettings, KeepSettings
 from m3po_lab.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.files import check_writable, shown_path
 from m3po_lab.identity import KeepRun, begin, of_run
-from m3po_lab.models import EMBEDDED_MODEL, load_model, model_digest
+from m3po_lab.models import EMBEDDED_MODEL, load_model, lora_of, model_digest
 from m3po_lab.processes import check_engine
 from m3po_lab.report import write_report
 from m3po_lab.rewards import make_rewards
@@ -173,9 +173,7 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
     """
     try:
         model, tokenizer = load_model(run.model) if run.engine.name == "trl" else load_with_unsloth(run)
-        peft_config = None if isinstance(model, PeftModel) else get_peft_config(run.model)
-        if peft_config is not None:
-            peft_config.revision = run.model.model_revision  # the adapter says which weights it belongs to
+        peft_config = None if isinstance(model, PeftModel) else lora_of(run.model)
         if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
             settle_reference(run, model)
         trainer = GRPOTrainer(

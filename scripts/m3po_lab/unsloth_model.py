@@ -14,12 +14,11 @@ import torch
 from peft import PeftModel
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import get_peft_config
 from trl.trainer.grpo_own_modules import prepare_policy
 
 from m3po_lab.config import Run, UserError
 from m3po_lab.model_files import UNREADABLE, check_model_files, unreadable
-from m3po_lab.models import EMBEDDED_MODEL, is_local, load_model, settle
+from m3po_lab.models import EMBEDDED_MODEL, is_local, load_model, lora_of, settle
 from m3po_lab.saving import obey_umask
 
 WRITTEN = "start"  # folder in the run folder for a start model that came as GGUF
@@ -82,11 +81,10 @@ def adapter_numbers(run: Run, model_type: str) -> dict[str, Any]:
     Raises:
         UserError: PEFT knows no usual target modules of the model type, and the flags name none.
     """
-    adapter: Any = get_peft_config(run.model)
+    adapter: Any = lora_of(run.model)
     targets = adapter.target_modules or USUAL_TARGETS.get(model_type)
     if targets is None:
         raise UserError(f"--lora_target_modules: name them, for there are no usual ones of {model_type}.")
     numbers = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save")
-    everywhere = targets == "all-linear" or set(targets) == {"all-linear"}
-    told = "all-linear" if everywhere else sorted(targets)
+    told = targets if isinstance(targets, str) else sorted(targets)  # a text is a pattern, or all-linear
     return {"target_modules": told, **{key: getattr(adapter, key) for key in numbers}}

@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from lab.embedding_adapters import WAYS, far_from_start, logits, with_tying
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.m3po.aslr import attach_aslr
+from transformers.m3po.aslr_settings import ASLR_NUMBERS
+from transformers.m3po.model_gating import attach_gating
+from transformers.m3po.own_modules import ASLR, GATING, RESIDUAL_GATE
+from transformers.m3po.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
+from m3po_lab import export_check
 from m3po_lab.export_model import main
 from m3po_lab.models import load_model
 
@@ -35,11 +43,6 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "m3po.json").write_text(json.dumps(NUMBERS))
     return folder
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(2, 22).reshape(2, 10)).logits
 
 
 def test_merged_model_computes_what_the_adapter_does(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -106,3 +109,160 @@ def test_killed_export_leaves_no_half_model(
     printed = capsys.readouterr().err
     assert printed.startswith("error: No space left on device: x; the disk is full") and printed.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def adapted(start: Path, folder: Path, numbers: dict[str, Any], before: Any = None, **config: Any) -> Any:
+    """A model with an adapter far from its start, saved in `folder` as a run saves it."""
+    base, _ = load_model(ModelConfig(model_name_or_path=str(start), dtype="float32"))
+    if before is not None:
+        before(base)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config))
+    far_from_start(model)
+    model.save_pretrained(folder)
+    (folder / "m3po.json").write_text(json.dumps(numbers))
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_may_touch_the_embeddings_and_the_head(
+    way: str, tied: bool, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where they are one matrix, what is merged into one of the two must not reach the other."""
+    start = with_tying(tiny_model, tmp_path / "start", tied)
+    wanted = logits(adapted(start, tmp_path / "adapter", NUMBERS, **WAYS[way]))
+    bound = 1e-5 * float(wanted.abs().max())
+    for dtype in ("float32", "bfloat16"):
+        assert main([str(tmp_path / "adapter"), str(tmp_path / dtype), "--dtype", dtype]) == 0
+        printed = capsys.readouterr().out
+        (told,) = re.findall(r"largest difference of a logit is (\S+),", printed)
+        assert (float(told) < bound) == (dtype == "float32") and "stock vLLM can serve it" in printed
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.float32)
+    torch.testing.assert_close(logits(out), wanted, atol=bound, rtol=0)
+    one = out.lm_head.weight.data_ptr() == out.model.embed_tokens.weight.data_ptr()
+    untouched = way in ("LoRA on all-linear", "three tokens") or way.endswith(", tied")
+    assert one == out.config.tie_word_embeddings == (tied and untouched)
+
+
+def with_own_modules(base: Any) -> None:
+    attach_residual_gate(base, 0.3, 0.6, seed=1)
+    attach_aslr(base, aslr_num_paths=2, aslr_max_iterations=2)
+    attach_gating(base, "luong", {"size": 8}, seed=2)
+
+
+OWN = [name for own in (RESIDUAL_GATE, ASLR, GATING) for name in own.names]
+
+
+@pytest.fixture
+def everything(tiny_model: Path, tmp_path: Path) -> Path:
+    """An adapter with all modules of this overlay, on a tied model, that trains the embeddings too."""
+    start = with_tying(tiny_model, tmp_path / "start", tied=True)
+    base, _ = load_model(ModelConfig(model_name_or_path=str(start)))
+    with_own_modules(base)
+    asked = {"gating_type": "luong", "gating_config": base.config.m3po_gating_config}
+    numbers = {"mode": "h3po", "aslr_enabled": True, **{name: getattr(base.config, name) for name in ASLR_NUMBERS}}
+    saved = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": OWN}
+    adapted(start, tmp_path / "adapter", NUMBERS | numbers | asked, with_own_modules, **saved)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("left", [[], ["--aslr", "off"], ["--gating", "off"], ["--aslr", "off", "--gating", "off"]])
+def test_modules_of_the_overlay_are_exported_with_it_or_left_out_as_asked(
+    left: list[str], everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(everything), str(tmp_path / "out"), *left]) == 0
+    (told,) = re.findall(r"largest difference of a logit is (\S+),", capsys.readouterr().out)
+    assert float(told) < 1e-2
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Makes what an export writes another model: `change` gets the folder after the weights are there."""
+    save = PreTrainedModel.save_pretrained
+
+    def saving(model: Any, folder: Path, **given: Any) -> None:
+        save(model, folder, **given)
+        change(folder)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", saving)
+
+
+def one_weight(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = weights[name] * 1.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def another_theta(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda folder: one_weight(folder, "model.norm.weight"), "a logit of what was written differs by"),
+        (another_theta, "a logit of what was written differs by"),
+        (lambda folder: one_weight(folder, "model.m3po_gating.U"), "m3po_gating.U of what was written is not the"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_model_than_the_checkpoint_is_not_exported(
+    change: Any,
+    why: str,
+    dtype: str,
+    everything: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoiled(monkeypatch, change)
+    assert main([str(everything), str(tmp_path / "out"), "--dtype", dtype]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: not exported: ") and why in printed.err and printed.err.count("\n") == 1
+    assert "written to" not in printed.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "start"]
+
+
+def test_a_wrong_merge_is_not_exported(
+    everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export_check, "merged", PeftModel.merge_and_unload)  # which reaches the tied head as well
+    assert main([str(everything), str(tmp_path / "out")]) == 2
+    assert "a logit of the merged model differs by" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "start"]
+
+
+def test_weights_that_overflow_float16_or_are_no_numbers_are_not_exported(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def huge(base: Any) -> None:
+        base.model.norm.weight.data[:] = 1e5
+
+    folder = Path(with_tying(tiny_model, tmp_path / "start", tied=False))
+    base, _ = load_model(ModelConfig(model_name_or_path=str(folder)))
+    huge(base)
+    base.save_pretrained(folder)
+    (folder / "m3po.json").write_text(json.dumps(NUMBERS))
+    assert main([str(folder), str(tmp_path / "out"), "--dtype", "float16"]) == 2
+    assert "differs by nan" in capsys.readouterr().err
+    assert main([str(folder), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    broken = tmp_path / "broken"
+    adapted(tiny_model, broken, NUMBERS, target_modules=["q_proj"])
+    weights = load_file(broken / "adapter_model.safetensors")
+    save_file({name: value / 0 for name, value in weights.items()}, broken / "adapter_model.safetensors")
+    capsys.readouterr()
+    assert main([str(broken), str(tmp_path / "other")]) == 2
+    assert "the adapter cannot be merged: NaNs detected" in capsys.readouterr().err
+
+
+def test_a_model_with_hyper_connections_is_not_said_to_be_servable(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_tying(tiny_model, tmp_path / "start", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, mhc_enabled=True)
+    far_from_start(model)
+    model.save_pretrained(folder)
+    (folder / "m3po.json").write_text(json.dumps({"mode": "none"}))
+    assert main([str(folder), str(tmp_path / "out")]) == 0
+    assert "stock vLLM cannot serve it: it has hyper-connections" in capsys.readouterr().out
