@@ -118,11 +118,13 @@ def load_tasks(files: dict[str, str], local: bool) -> dict[str, Any]:
 
     from m3po_lab.errors import UserError, short
     from m3po_lab.model_files import HUB_ERRORS
+    from m3po_lab.observe import unchanged_random_state
 
     manager, loaded = TaskManager(include_defaults=False), {}
     for name, file in files.items():
         try:
-            loaded[name] = manager.load([file])["tasks"][name]
+            with unchanged_random_state():  # lm-eval draws a task's id from Python's
+                loaded[name] = manager.load([file])["tasks"][name]
         except HUB_ERRORS as error:
             what = "the files in --data" if local else "the Hub"
             mend = "mend them" if local else "give --data, a folder with its files"

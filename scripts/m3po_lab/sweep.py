@@ -136,7 +136,7 @@ def variants(config: Path, modes: Sequence[str], axes: Sequence[str], more: Sequ
         idle &= set(of_others)
         commands[told] = [*without(more, of_others), *words]
     if idle:
-        raise UserError(f"--{min(idle)} does nothing in any of {', '.join(found)}: leave it out.")
+        raise UserError(f"--{min(idle)} does nothing in any of the modes {', '.join(found)}: leave it out.")
     return commands
 
 

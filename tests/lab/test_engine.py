@@ -64,7 +64,7 @@ def test_a_yaml_that_is_no_mapping_is_one_line(text: str, yaml: Path, capsys: py
 def test_a_file_that_is_no_text_is_one_line(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     yaml.write_bytes(bytes(range(128, 256)))
     assert main([str(yaml)]) == 2
-    assert capsys.readouterr().err.startswith("error: run.yaml or a flag: 'utf-8' codec can't decode")
+    assert capsys.readouterr().err.startswith(f"error: {yaml}, line 1: not UTF-8 (byte 0x80)")
 
 
 def test_without_the_extra_unsloth_is_one_line_that_names_it(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
