@@ -262,6 +262,10 @@ def run(given: argparse.Namespace) -> None:
                 )
             check_rows(data / file, COLUMNS[file])  # type: ignore[operator]
     places = {"model": given.checkpoint, **({"baseline": given.baseline} if given.baseline else {})}
+    loaded = {name: load(place) for name, place in places.items()}
+    model = loaded["model"][0]
+    if given.gate is not None:
+        set_mhc_gate(model, gates_of(model, given.gate, given.checkpoint))
     about = {
         **{name: weights_of(place) for name, place in places.items()},
         "gate": given.gate,
@@ -275,10 +279,6 @@ def run(given: argparse.Namespace) -> None:
     folder = claim_results(given.output_dir, "-".join(Path(given.checkpoint).parts[-2:]) + told, about)
     files = {name: write_task(name, data, folder / "tasks") for name in given.tasks}
     tasks = load_tasks(files, local=data is not None)
-    loaded = {name: load(place) for name, place in places.items()}
-    model = loaded["model"][0]
-    if given.gate is not None:
-        set_mhc_gate(model, gates_of(model, given.gate, given.checkpoint))
     results = {}
     for name, pair in loaded.items():
         results[name] = evaluate(*pair, tasks, given.limit, folder / f"{name}.partial.json", about)
