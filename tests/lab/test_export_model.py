@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exported model is an ordinary checkpoint that computes what the trained one does."""
 
+import errno
 import json
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -58,12 +60,16 @@ def test_merged_model_computes_what_the_adapter_does(adapter: Path, tiny_model: 
 
 
 def test_export_of_a_run_has_everything_and_only_safetensors(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    closed_files: Callable[[Path], list[str]],
 ) -> None:
     final, out = finished_run / "final", tmp_path / "out"
     assert main([str(final), str(out), "--dtype", "bfloat16"]) == 0
     assert "stock vLLM can serve it" in capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
+    assert closed_files(out) == closed_files(finished_run) == []
     assert {"model.safetensors", "tokenizer.json", "config.json", "generation_config.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     for name in ("m3po.json", "evaluation.json"):
@@ -92,13 +98,16 @@ def test_what_cannot_be_exported_is_one_line_and_writes_nothing(
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 
-def test_killed_export_leaves_no_half_model(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_export_leaves_no_half_model(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*words: Any) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
 
     monkeypatch.setattr(import_module("transformers.m3po"), "write_checkpoint_info", full)
-    with pytest.raises(OSError, match="disk full"):
-        main([str(adapter), str(tmp_path / "out")])
+    assert main([str(adapter), str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: No space left on device: x; the disk is full") and printed.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -164,14 +173,14 @@ def test_modules_of_the_overlay_are_exported_with_it_or_left_out_as_asked(
     left: list[str], everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(everything), str(tmp_path / "out"), *left]) == 0
-    assert told_difference(capsys.readouterr().out) < 1e-2
+    assert told_difference(capsys.readouterr().out) < 1e-4
 
 
 def test_rounding_to_bfloat16_is_told_and_is_no_reason_to_refuse(
     everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(everything), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
-    assert told_difference(capsys.readouterr().out) > 1e-2
+    assert told_difference(capsys.readouterr().out) > 1e-3
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
