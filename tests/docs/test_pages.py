@@ -31,7 +31,10 @@ def logged_metrics() -> set[str]:
     names += re.findall(r'"(similarity_error)": ', page(f"{PACKAGE}/gating/parameter_free_gates.py"))
     names += re.findall(r'"(gating_\w+)": ', page("overlay/trl/trl/trainer/grpo_gating.py"))
     names += re.findall(r'found\["(\w+)"\] = ', statistics)
-    names += ["aggregator_weight_entropy", *(f"{name.removeprefix('m3po_')}_grad_norm" for name in ASLR_MODULES)]
+    names += [
+        "aggregator_weight_entropy",
+        *(f"{name.removeprefix('m3po_')}_{what}" for name in ASLR_MODULES for what in ("grad_norm", "distance")),
+    ]
     return set(names) | set(re.findall(r'^ {8}(?: {4})?"(\w+)": ', statistics, flags=re.MULTILINE))
 
 

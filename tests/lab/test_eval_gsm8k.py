@@ -104,7 +104,7 @@ def test_report_of_an_evaluation(
     assert "mode m3po (lambda=0.3, temperature=0.2, gate=baseline, phase=all, answer marker '####')" in printed
     assert "evaluated plain, one path: the mode acts in training only (M3PO paper, section 6), greedy" in printed
     assert "datasets as asked for: problems; problems: those of the run, reasoning-gym:chain_sum" in printed
-    assert "| problems | 1.0 | 0 | 3 | " in printed and " ± " in printed
+    assert "| problems | 1.1 | 0 | 3 | " in printed and " ± " in printed
     assert (tmp_path / "out" / "results.md").read_text().splitlines()[2:] == [
         line for line in printed.splitlines() if line.startswith("|")
     ]

@@ -18,7 +18,7 @@ from m3po_lab.train import main
 
 
 def flags_of(config: Path, *words: str) -> dict[str, Any]:
-    return of_run(parse_run([str(config), *words]))
+    return of_run(parse_run([str(config), *words], idle=True))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_flags_that_change_nothing_are_no_difference(run_folder: Path, tiny_conf
     words = ["--save_steps", "6", "--save_total_limit", "1", "--report_to", "tensorboard", "--overwrite", "true"]
     words += ["--dataloader_num_workers", "1", "--disable_tqdm", "true", "--cross_path_lambda", "0.3"]  # mode is none
     words += ["--output_dir", str(run_folder), "--resume_from_checkpoint", "true"]
-    run = parse_run([str(tiny_config), *words])
+    run = parse_run([str(tiny_config), *words], idle=True)
     assert checkpoint_to_resume(run, of_run(run)) == run_folder / "checkpoint-6"
     assert difference(flags_of(tiny_config), of_run(run)) is None
     known = {entry.name for kind in (RunArguments, GRPOConfig, ModelConfig) for entry in dataclasses.fields(kind)}

@@ -132,8 +132,8 @@ def test_the_lines_at_the_end_of_a_run(
     run = parse_run(longer)
     assert run.training.max_steps == 12 and not run.script.overwrite
     assert checkpoint_to_resume(run, of_run(run)) == Path(ODD) / "checkpoint-6"
-    program, flag, folder = shlex.split(curves.removeprefix("curves"))
-    assert os.access(program, os.X_OK) and flag == "--logdir" and Path(folder).is_dir()
+    program, flag, folder = pasted(curves.removeprefix("curves"), "scripts/run.sh")
+    assert (program, flag) == ("tensorboard", "--logdir") and Path(folder).is_dir()
     assert Path(pasted(aslr.removeprefix("with ASLR"), "scripts/eval_gsm8k.sh")[0]).is_dir()
     run.training.save_strategy = "no"  # nothing to go on from
     assert not any(line.startswith("train more") for line in closing_lines(run, summary, split_gain([], []), words))

@@ -30,7 +30,8 @@ NUMBERS = {
 # What a rollout says of the loop, and a step of the modules.
 ROUTED = ("router_weight_mean", "activation_rate_actual", "latent_diversity_before", "latent_diversity_after")
 NORMS = tuple(f"m3po/{name.removeprefix('m3po_')}_grad_norm" for name in ASLR_MODULES)
-METRICS = {*(f"m3po/{name}" for name in ROUTED), "m3po/aggregator_weight_entropy", *NORMS}
+DISTANCES = tuple(name.replace("grad_norm", "distance") for name in NORMS)
+METRICS = {*(f"m3po/{name}" for name in ROUTED), "m3po/aggregator_weight_entropy", *NORMS, *DISTANCES}
 
 
 def test_the_gradient_is_that_of_the_written_out_loss_in_float64(tiny: Any, tmp_path: Path):
