@@ -20,7 +20,6 @@ from m3po_lab import eval_gsm8k, export_model, idle_flags
 from m3po_lab.checkpoints import missing_module
 from m3po_lab.config import UserError
 from m3po_lab.files import read_json, write_json
-from m3po_lab.idle_flags import without
 from m3po_lab.models import load_model
 from m3po_lab.train import main
 
@@ -175,7 +174,7 @@ def test_evaluation_with_another_number_is_refused(
 
 def test_a_run_goes_on_from_a_trained_gate(kind: str, run: Path, tiny_config: Path, tmp_path: Path) -> None:
     more = ["--model_name_or_path", str(run / "final"), "--gating_warmup_steps", "2", "--max_steps", "2"]
-    own = without(words(kind), ["use_peft", *idle_flags.LORA.split()])  # an adapter keeps its own
+    own = idle_flags.without(words(kind), ["use_peft", *idle_flags.LORA.split()])  # an adapter keeps its own
     assert main([str(tiny_config), *own, *more, "--output_dir", str(tmp_path / "more")]) == 0
     before, after = weights_of(run / "final"), weights_of(tmp_path / "more" / "final")
     assert before.keys() == after.keys()
