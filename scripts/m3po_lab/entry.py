@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-OURS = {"transformers": "m3po", "trl": "trainer/grpo_m3po"}  # package -> a module of ours in it
+OURS = {"transformers": "m3po", "trl": "trainer/m3po"}  # package -> a module of ours in it
 
 
 def start(main: Callable[[], int]) -> NoReturn:

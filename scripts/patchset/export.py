@@ -25,6 +25,8 @@ FORMAT = (
     "--dst-prefix=b/", "--no-ext-diff", "--no-textconv", "--no-color", "--encode-email-headers",
 )  # fmt: skip
 MARK = re.compile(rb"^Patch-File: *(.*)\n", re.MULTILINE)
+AUTHOR = b"M3PO overlay <overlay@m3po.invalid>"  # of every patch, whoever wrote it
+SLUG = 40  # letters of a file name, at most
 
 
 @dataclass
@@ -65,10 +67,15 @@ def series_of(repo: git.Git, up: Upstream, pristine: str, head: str) -> Export:
 
 
 def _file_name(up: Upstream, raw: bytes, taken: dict[str, bytes]) -> str:
-    """The commit's remembered name, else one made from its subject."""
+    """The commit's remembered name, else its place in the series and whole words of its subject."""
     _, _, message = raw.partition(b"\n\n")
     subject = message.split(b"\n", 1)[0].decode("utf-8", "replace")
-    name = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")[:60].rstrip("-") + ".patch"
+    slug, *words = re.findall(r"[a-z0-9]+", subject.lower()) or ["patch"]
+    for word in words:
+        if len(f"{slug}-{word}") > SLUG:
+            break
+        slug = f"{slug}-{word}"
+    name = f"{len(taken) + 1:04d}-{slug[:SLUG]}.patch"
     mark = MARK.search(message)
     if mark and mark[1].decode() not in taken and series.NAME.fullmatch(mark[1].decode()):
         name = mark[1].decode()
@@ -78,9 +85,10 @@ def _file_name(up: Upstream, raw: bytes, taken: dict[str, bytes]) -> str:
 
 
 def _rewrite(repo: git.Git, raw: bytes, tree: str, parent: str) -> str:
-    """The same commit (author, message) with another tree and parent, without the Patch-File line."""
+    """The same commit (date, message) with another tree and parent, of the one author, without the Patch-File line."""
     head, _, message = raw.partition(b"\n\n")
-    author = next(line for line in head.split(b"\n") if line.startswith(b"author "))
+    written = next(line for line in head.split(b"\n") if line.startswith(b"author "))
+    author = b"author " + AUTHOR + b" " + b" ".join(written.rsplit(b" ", 2)[1:])
     lines = [f"tree {tree}".encode(), f"parent {parent}".encode(), author, author.replace(b"author", b"committer", 1)]
     data = b"\n".join(lines) + b"\n\n" + MARK.sub(b"", message)
     return repo("hash-object", "-t", "commit", "-w", "--stdin", stdin=data).decode().strip()

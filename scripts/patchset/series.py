@@ -16,7 +16,7 @@ from patchset.git import Git
 from patchset.pins import Upstream
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.patch")
-TRAILER = re.compile(r"^(Upstream-Status|Tests|Drop-When|Patch-File|[A-Z][a-z-]*-by): *(.*)$")
+TRAILER = re.compile(r"^(Upstream-Status|Tests|Needs|Relies-On|Drop-When|Patch-File|[A-Z][a-z-]*-by): *(.*)$")
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def test_an_adapter_may_touch_the_embeddings_and_the_head(
     assert one == out.config.tie_word_embeddings == (tied and untouched)
 
 
-def with_own_modules(base: Any) -> None:
+def with_added_modules(base: Any) -> None:
     attach_residual_gate(base, 0.3, 0.6, seed=1)
     attach_aslr(base, aslr_num_paths=2, aslr_max_iterations=2)
     attach_gating(base, "luong", {"size": 8}, seed=2)
@@ -160,11 +160,11 @@ def everything(tiny_model: Path, tmp_path: Path) -> Path:
     """An adapter with all modules of this overlay, on a tied model, that trains the embeddings too."""
     start = with_tying(tiny_model, tmp_path / "start", tied=True)
     base, _ = load_model(ModelConfig(model_name_or_path=str(start)))
-    with_own_modules(base)
+    with_added_modules(base)
     asked = {"gating_type": "luong", "gating_config": base.config.m3po_gating_config}
     numbers = {"mode": "h3po", "aslr_enabled": True, **{name: getattr(base.config, name) for name in ASLR_NUMBERS}}
     saved = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": OWN}
-    adapted(start, tmp_path / "adapter", NUMBERS | numbers | asked, with_own_modules, **saved)
+    adapted(start, tmp_path / "adapter", NUMBERS | numbers | asked, with_added_modules, **saved)
     return tmp_path / "adapter"
 
 

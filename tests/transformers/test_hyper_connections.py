@@ -22,7 +22,7 @@ from transformers.m3po.hyper_connections import (
     sinkhorn,
     write_streams,
 )
-from transformers.m3po.routing_gate import as_gate, take_gate
+from transformers.m3po.routing_gate import as_gate, pop_routing_gate
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 KINDS = ["sinkhorn", "birkhoff"]
@@ -332,15 +332,15 @@ def test_the_values_of_a_gate_are_looked_at_where_they_are_and_not_on_its_device
 
 def test_generate_gets_a_gate_for_all_rows_in_a_form_that_it_does_not_repeat():
     kwargs = {"mhc_gate": torch.full((1, 2, 2), 0.5)}
-    take_gate(kwargs)
+    pop_routing_gate(kwargs)
     assert kwargs == {"mhc_gate": [[[0.5, 0.5]] * 2]}
     whole = torch.full((3, 2, 2), 0.5)
     kwargs = {"mhc_gate": whole}
-    take_gate(kwargs)
+    pop_routing_gate(kwargs)
     assert kwargs["mhc_gate"] is whole
-    take_gate({})
+    pop_routing_gate({})
     with pytest.raises(ValueError, match="mhc_gate"):
-        take_gate({"mhc_gate": torch.ones(3)})
+        pop_routing_gate({"mhc_gate": torch.ones(3)})
 
 
 # --- what is refused

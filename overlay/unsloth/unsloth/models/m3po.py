@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers.m3po.aslr import refine_states as _refine_states
-from transformers.m3po.aslr import take_aslr_inputs
+from transformers.m3po.aslr import pop_aslr_inputs
 from transformers.m3po.aslr_settings import has_aslr
 from transformers.m3po.bags import mix_thinking_inputs as _mix_thinking_inputs
 from transformers.m3po.hyper_connection_settings import has_hyper_connections
@@ -32,11 +32,11 @@ __all__ = [
     "make_float32",
     "mix_step_inputs",
     "mix_thinking_inputs",
-    "not_own",
+    "without_added_modules",
     "reads_final_norm",
     "refine_states",
-    "take_aslr_inputs",
-    "with_own_modules",
+    "pop_aslr_inputs",
+    "with_added_modules",
 ]
 
 logger = logging.get_logger(__name__)
@@ -126,7 +126,7 @@ def mix_step_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs: dic
     return prepared.to(inputs_embeds.dtype, copy=True)  # upstream writes into what it gets
 
 
-def with_own_modules(model: Any, modules_to_save: list[str] | None) -> list[str] | None:
+def with_added_modules(model: Any, modules_to_save: list[str] | None) -> list[str] | None:
     """Hook of `get_peft_model`: adds the modules of this overlay that the model has; an adapter trains them whole."""
     refuse_hyper_connections(model)
     has = [name for own in OWN_MODULES if own.on(model) for name in own.names]
@@ -134,7 +134,7 @@ def with_own_modules(model: Any, modules_to_save: list[str] | None) -> list[str]
     return [*(modules_to_save or []), *missing] if missing else modules_to_save
 
 
-def not_own(modules_to_save: Iterable[str]) -> list[str]:
+def without_added_modules(modules_to_save: Iterable[str]) -> list[str]:
     """Hook of `get_peft_model`: the names that upstream has to judge."""
     return [name for name in modules_to_save if name.rpartition(".")[2] not in _OWN]
 

@@ -215,7 +215,7 @@ def check_row_seeds(row_seeds: torch.Tensor, rows: int) -> None:
         )
 
 
-def take_aslr_inputs(forward_kwargs: dict[str, Any]) -> dict[str, Any]:
+def pop_aslr_inputs(forward_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Hook at the top of the forward: what is meant for `refine_states`, taken out so that no layer sees it."""
     return {name: forward_kwargs.pop(name) for name in ASLR_INPUTS if name in forward_kwargs}
 
@@ -229,7 +229,7 @@ def refine_states(
         model: the base model.
         hidden_states: (B, L, H) after the last norm, any floating dtype.
         position_ids: (B, L) or (1, L) long, the tokens' own indices without padding; the noise depends on them.
-        inputs: of `take_aslr_inputs`. `is_m3po_inference`: True skips the loop. `aslr_row_seeds`: (B,) integers, one
+        inputs: of `pop_aslr_inputs`. `is_m3po_inference`: True skips the loop. `aslr_row_seeds`: (B,) integers, one
             for each row; missing ones are drawn from torch's generator. `aslr_trace`: (B, T, 3) float32, written for
             the *last* T positions: the score g, and the spread of the latent paths (`path_spread`) after expansion and
             after the last round. The others override the numbers of the configuration for this call.

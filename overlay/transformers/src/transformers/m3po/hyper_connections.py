@@ -32,7 +32,7 @@ from torch import nn
 from .. import initialization as init
 from .doubly_stochastic import birkhoff, permutation_basis, sinkhorn, wide
 from .hyper_connection_settings import MHC_BIRKHOFF, MHC_DEFAULTS, check_mhc_numbers, has_hyper_connections
-from .routing_gate import forward_gate, set_mhc_gate, set_mhc_gates_per_layer, take_gate
+from .routing_gate import forward_gate, set_mhc_gate, set_mhc_gates_per_layer, pop_routing_gate
 
 __all__ = [
     "MHC_MODULES",
@@ -48,7 +48,7 @@ __all__ = [
     "set_mhc_gate",
     "set_mhc_gates_per_layer",
     "sinkhorn",
-    "take_gate",
+    "pop_routing_gate",
     "write_streams",
 ]
 

@@ -78,7 +78,7 @@ HYPER_CONNECTIONS = OwnModules(
 )
 
 
-def add_own_modules(model: Any) -> None:
+def add_modules(model: Any) -> None:
     """Hook of `LlamaModel.__init__` and `Qwen2Model.__init__`: makes the modules that the configuration has."""
     for own in OWN_MODULES:
         own.add(model)

@@ -78,7 +78,7 @@ def forward_gate(model: Any, value: Any, states: torch.Tensor) -> torch.Tensor |
     return torch.where(whether < noise, drawn, gate).expand(-1, layers, SUBLAYERS)
 
 
-def take_gate(generate_kwargs: dict[str, Any]) -> None:
+def pop_routing_gate(generate_kwargs: dict[str, Any]) -> None:
     """Hook of `generate`: a gate without a row for each prompt becomes nested lists, which beams do not multiply.
 
     `generate` repeats the first axis of every tensor once for each returned sequence; of a gate for all rows that axis

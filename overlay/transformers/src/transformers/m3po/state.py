@@ -23,7 +23,7 @@ from .own_modules import refuse_nested
 from .policy_gating import GatingRecord
 from .residual_gate import has_residual_gate
 from .rollout import SUPPORTED_MODEL_TYPES, ThinkingRollout
-from .routing_gate import take_gate
+from .routing_gate import pop_routing_gate
 from .settings import CROSS_PATH_MODES, DEFAULT_GATE, THOUGHT_FLAGS, ThinkingSettings
 
 if TYPE_CHECKING:
@@ -365,15 +365,15 @@ def begin_rollout(
     return state
 
 
-def take_state(generate_kwargs: dict[str, Any]) -> M3POGenerationState | None:
+def pop_state(generate_kwargs: dict[str, Any]) -> M3POGenerationState | None:
     """Hook of `generate`: takes `m3po=` and the `aslr_*` overrides out of its arguments; None if there is neither.
 
-    A routing gate stays there, in the form that decoding needs (`take_gate`).
+    A routing gate stays there, in the form that decoding needs (`pop_routing_gate`).
 
     Raises:
         ValueError: both are given.
     """
-    take_gate(generate_kwargs)
+    pop_routing_gate(generate_kwargs)
     state = generate_kwargs.pop("m3po", None)
     given = {name: generate_kwargs.pop(name) for name in ASLR_NUMBERS if name in generate_kwargs}
     overrides = {name: value for name, value in given.items() if value is not None}

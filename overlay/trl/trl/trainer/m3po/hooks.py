@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the patched files of TRL call, in the order a run meets it: the only module that patches name.
+
+Each name is loaded when it is first asked for, so that `grpo_config.py` does not import what only the trainer needs.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    # `GRPOConfig`: the flags, and their check when all others are settled.
+    "M3POArguments": "..grpo_m3po_config",
+    "check_m3po_arguments": "..grpo_m3po_config",
+    # `GRPOTrainer`, when it is made: before the adapter is laid on, at its end, and when it makes the optimizer.
+    "prepare_policy": "..grpo_own_modules",
+    "GRPORollouts": "..grpo_m3po",  # rollout, scoring passes, loss and saves call the methods of this one
+    "create_optimizer": "..grpo_optimizer",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_HOMES[name], __package__), name)
+    globals()[name] = found  # from here on it is an ordinary attribute
+    return found
