@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from rollout import commit, in_turn, machine, peak_bytes, write_results
-from transformers.m3po.aslr import ASLR_MODULES, attach_aslr
-from transformers.m3po.aslr_settings import ASLRNumbers
+from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
+from transformers.m3po.aslr.settings import ASLRNumbers
 from trl import ModelConfig
 
-from m3po_lab.models import EMBEDDED_MODEL, load_model
+from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
 
 KIB = 1 << 10
 

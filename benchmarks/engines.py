@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from m3po_lab.engine import machine_obstacle, trainer_cache
-from m3po_lab.errors import PROJECT_ROOT
+from m3po_lab.core.errors import PROJECT_ROOT
+from m3po_lab.grpo.engine import machine_obstacle, trainer_cache
 
 WORKER = Path(__file__).with_name("engine_steps.py")
 ENGINES = ("unpatched", "unsloth", "trl")
@@ -53,7 +53,7 @@ def model_folder(name: str) -> Path:
     """The model as a folder, in bfloat16, which every engine can load."""
     from trl import ModelConfig
 
-    from m3po_lab.models import load_model
+    from m3po_lab.models.loading import load_model
 
     place = CACHE / "models" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
     if not (place / "config.json").exists():

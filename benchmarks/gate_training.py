@@ -21,12 +21,12 @@ from transformers.m3po import M3POGenerationState, ThinkingSettings
 from transformers.m3po.gating import create_gating_function, list_gating_functions
 from transformers.m3po.gating.base import attention_weights
 from transformers.m3po.gating.factory import gate_class
-from transformers.m3po.model_gating import attach_gating
+from transformers.m3po.gating.module import attach_gating
 from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K
 from trl import ModelConfig
 
-from m3po_lab.config import PROJECT_ROOT
-from m3po_lab.models import EMBEDDED_MODEL, load_model
+from m3po_lab.grpo.config import PROJECT_ROOT
+from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
 
 CONFIG = "configs/demo_short.yaml"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rollout import commit, in_turn, machine, peak_bytes, write_results
 from transformers import NanoChatConfig, NanoChatForCausalLM
-from transformers.m3po.hyper_connections import MHC_MODULES
+from transformers.m3po.hyper_connections.connections import MHC_MODULES
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 768, 6, 12, 50304  # of d12
 TARGETS = {"training step": 1.25, "decode": 1.3}

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from rollout import commit, in_turn, machine, rollout, write_results
-from transformers.m3po.residual_gate import attach_residual_gate
 from transformers.m3po.settings import RESIDUAL_MODES
+from transformers.m3po.thinking.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
-from m3po_lab.models import EMBEDDED_MODEL, load_model
+from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
 
 
 def scoring_pass(model: Any, inputs: dict[str, torch.Tensor], completion: int, gated: bool) -> None:

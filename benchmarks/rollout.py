@@ -23,11 +23,11 @@ import torch
 from live_bytes import LiveBytes
 from tqdm import tqdm
 from transformers.m3po import M3POGenerationState, ThinkingSettings
-from transformers.m3po.residual_gate import attach_residual_gate
 from transformers.m3po.settings import RESIDUAL_MODES
+from transformers.m3po.thinking.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
-from m3po_lab.models import EMBEDDED_MODEL, load_model
+from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
 
 RESULTS = Path(__file__).parent / "results"
 KIB = 1 << 10

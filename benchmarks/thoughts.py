@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from rollout import RESULTS, commit, machine
 from transformers.m3po.bag_vectors import bag_vectors
-from transformers.m3po.residual_gate import GATE_MODULES, attach_residual_gate
-from transformers.m3po.thoughts import thought_bags
+from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.thinking.thoughts import thought_bags
 from trl import ModelConfig
 
-from m3po_lab.models import EMBEDDED_MODEL, load_model
+from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 BOUNDS = ((0.95, 0.999), (0.98, 0.999), (0.99, 0.999))

@@ -6,8 +6,8 @@ Exit codes: 0 compared, 2 a wrong input.
 
 from collections.abc import Sequence
 
-from m3po_lab.entry import start
-from m3po_lab.errors import OneLineFlags, exit_code
+from m3po_lab.command_line.entry import start
+from m3po_lab.core.errors import OneLineFlags, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def say() -> None:
         folders = parser.parse_args(argv).folders
-        from m3po_lab.comparison import comparison
+        from m3po_lab.experiments.comparison import comparison
 
         print(comparison(folders))
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from m3po_lab.entry import start
-from m3po_lab.errors import OneLineFlags, exit_code
+from m3po_lab.command_line.entry import start
+from m3po_lab.core.errors import OneLineFlags, exit_code
 
 
 def _truth(word: str) -> bool:
@@ -93,10 +93,10 @@ def parser() -> OneLineFlags:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as command-line words say (those of the process by default); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    from m3po_lab.quiet import silence_known_noise
+    from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.eval_session import run_evaluation
+    from m3po_lab.evaluation.session import run_evaluation
 
     def evaluate() -> None:
         given = parser().parse_args(words)

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from m3po_lab.entry import start
-from m3po_lab.eval_context import prompts_read, rows
-from m3po_lab.files import check_writable, read_json, shown_path, write_json, write_text
-from m3po_lab.routing_gates import HELP, gates_of, read_gates
+from m3po_lab.command_line.entry import start
+from m3po_lab.core.files import check_writable, read_json, shown_path, write_json, write_text
+from m3po_lab.pretraining.context import prompts_read, rows
+from m3po_lab.pretraining.routing_gates import HELP, gates_of, read_gates
 
 FILES = {  # task -> split: file in --data; rows in the format of the dataset on the Hub
     "gsm8k": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
@@ -86,8 +86,8 @@ def check_rows(file: Path, columns: Sequence[str]) -> None:
     Raises:
         UserError: the line and what it lacks are named.
     """
-    from m3po_lab.errors import UserError
-    from m3po_lab.user_files import read_json_lines
+    from m3po_lab.core.errors import UserError
+    from m3po_lab.core.user_files import read_json_lines
 
     for number, row in read_json_lines(file):
         missing = [name for name in columns if name not in row]
@@ -103,7 +103,7 @@ def local_rows(files: dict[str, str], **metadata: Any) -> dict[str, Any]:
     """
     from datasets import Dataset
 
-    from m3po_lab.user_files import read_json_lines
+    from m3po_lab.core.user_files import read_json_lines
 
     return {split: Dataset.from_list([row for _, row in read_json_lines(Path(file))]) for split, file in files.items()}
 
@@ -116,9 +116,9 @@ def load_tasks(files: dict[str, str], local: bool) -> dict[str, Any]:
     """
     from lm_eval.tasks import TaskManager
 
-    from m3po_lab.errors import UserError, short
-    from m3po_lab.model_files import HUB_ERRORS
-    from m3po_lab.observe import unchanged_random_state
+    from m3po_lab.core.errors import UserError, short
+    from m3po_lab.core.observe import unchanged_random_state
+    from m3po_lab.models.model_files import HUB_ERRORS
 
     manager, loaded = TaskManager(include_defaults=False), {}
     for name, file in files.items():
@@ -143,7 +143,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | Non
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from m3po_lab.observe import unchanged
+    from m3po_lab.core.observe import unchanged
 
     class ShortContext(HFLM):
         """A model of a short context generates half of it at most; the prompt keeps its end, which the table says."""
@@ -222,8 +222,8 @@ def load(place: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from m3po_lab.errors import UserError
-    from m3po_lab.model_files import UNREADABLE, check_model_files, unreadable
+    from m3po_lab.core.errors import UserError
+    from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
 
     if not (Path(place) / "config.json").is_file():
         raise UserError(f"{place} is not a model folder: give the folder final of a run.")
@@ -242,11 +242,11 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         UserError: for a wrong input, before anything is evaluated.
     """
-    from transformers.m3po.hyper_connections import set_mhc_gate
+    from transformers.m3po.hyper_connections.connections import set_mhc_gate
 
-    from m3po_lab.errors import PROJECT_ROOT, UserError
-    from m3po_lab.eval_folder import claim_results, weights_of
-    from m3po_lab.identity import named_content
+    from m3po_lab.core.errors import PROJECT_ROOT, UserError
+    from m3po_lab.evaluation.folder import claim_results, weights_of
+    from m3po_lab.grpo.identity import named_content
 
     if given.limit is not None and given.limit < 1:
         raise UserError(f"--limit {given.limit}: it must be at least 1.")
@@ -294,10 +294,10 @@ def run(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.quiet import silence_known_noise
+    from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import OneLineFlags, exit_code
+    from m3po_lab.core.errors import OneLineFlags, exit_code
 
     flags = OneLineFlags(usage="bash scripts/eval_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")

@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po_lab.entry import start
-from m3po_lab.errors import OneLineFlags, exit_code
+from m3po_lab.command_line.entry import start
+from m3po_lab.core.errors import OneLineFlags, exit_code
 
 # Whether stock vLLM can serve a mode, and why: it decodes token embeddings, one path, on the plain architecture.
 SERVABLE = {
@@ -59,17 +59,17 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
     """
     import torch
     from transformers.m3po import read_checkpoint_info, write_checkpoint_info
-    from transformers.m3po.aslr_settings import ASLR_NUMBERS, has_aslr
-    from transformers.m3po.own_modules import ASLR, GATING, HYPER_CONNECTIONS, OWN_MODULES
-    from transformers.m3po.residual_gate import has_residual_gate
+    from transformers.m3po.aslr.settings import ASLR_NUMBERS, has_aslr
+    from transformers.m3po.modules import ASLR, GATING, HYPER_CONNECTIONS, OWN_MODULES
+    from transformers.m3po.thinking.residual_gate import has_residual_gate
     from trl import ModelConfig
 
-    from m3po_lab.config import UserError, one_line
-    from m3po_lab.eval_settings import EvalSettings
-    from m3po_lab.export_check import Comparison, merged
-    from m3po_lab.files import check_writable
-    from m3po_lab.models import load_model
-    from m3po_lab.saving import obey_umask
+    from m3po_lab.core.files import check_writable
+    from m3po_lab.core.saving import obey_umask
+    from m3po_lab.evaluation.settings import EvalSettings
+    from m3po_lab.grpo.config import UserError, one_line
+    from m3po_lab.models.export_check import Comparison, merged
+    from m3po_lab.models.loading import load_model
 
     try:
         numbers = read_checkpoint_info(checkpoint)
@@ -132,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_and_say(given: argparse.Namespace) -> None:
     """Export, and say what was written and whether vLLM can serve it; the errors of `export`."""
-    from m3po_lab.commands import shown_file
-    from m3po_lab.quiet import silence_known_noise
+    from m3po_lab.command_line.commands import shown_file
+    from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
     asked = given.dtype, given.aslr == "on", given.gating == "on"

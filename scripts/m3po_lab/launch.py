@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from m3po_lab.entry import start
+from m3po_lab.command_line.entry import start
 
 SPOKEN = (2, 130)  # exit codes of `m3po_lab.train` after a line of its own
 
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from m3po_lab.errors import UserError, failures_said, short
-    from m3po_lab.processes import VARIABLE, launch_arguments, launch_config
+    from m3po_lab.core.errors import UserError, failures_said, short
+    from m3po_lab.core.processes import VARIABLE, launch_arguments, launch_config
 
     try:
         found = launch_config()

@@ -8,18 +8,18 @@ line says which), 130 interrupted by Ctrl-C.
 import sys
 from collections.abc import Sequence
 
-from m3po_lab.entry import start
+from m3po_lab.command_line.entry import start
 
 WAY_ON = "The same command goes on from the last whole checkpoint."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Pretrain as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.quiet import silence_known_noise
+    from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import exit_code, failures_said
-    from m3po_lab.pretrain_run import parse, run_pretraining
+    from m3po_lab.core.errors import exit_code, failures_said
+    from m3po_lab.pretraining.run import parse, run_pretraining
 
     words = list(sys.argv[1:] if argv is None else argv)
 

@@ -14,22 +14,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po_lab.commands import flag_name, shown_command
-from m3po_lab.entry import start
-from m3po_lab.errors import OF_PRETRAINING, PROJECT_ROOT, OneLineFlags, UserError, exit_code, find_config, split_config
+from m3po_lab.command_line.commands import flag_name, shown_command
+from m3po_lab.command_line.entry import start
+from m3po_lab.core.errors import (
+    OF_PRETRAINING,
+    PROJECT_ROOT,
+    OneLineFlags,
+    UserError,
+    exit_code,
+    find_config,
+    split_config,
+)
 
 VARIANTS = {"baseline": "false", "mhc": "true"}
 
 
 def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[str]) -> int:
     """Run what is not done and report; returns an exit code."""
-    from m3po_lab.quiet import silence_known_noise
+    from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.files import check_writable, read_json, shown_path
-    from m3po_lab.idle_flags import MHC, without
-    from m3po_lab.pretrain_report import write_report
-    from m3po_lab.pretrain_run import check_folder, parse
+    from m3po_lab.core.files import check_writable, read_json, shown_path
+    from m3po_lab.grpo.idle_flags import MHC, without
+    from m3po_lab.pretraining.report import write_report
+    from m3po_lab.pretraining.run import check_folder, parse
 
     check_writable(folder)
     plan = [(seed, variant) for seed in seeds for variant in VARIANTS]

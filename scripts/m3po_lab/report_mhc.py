@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from m3po_lab.entry import start
-from m3po_lab.routing_gates import HELP, gates_of
+from m3po_lab.command_line.entry import start
+from m3po_lab.pretraining.routing_gates import HELP, gates_of
 
 ROWS, LENGTH = 4, 256
 COLUMNS = {"row error": "row_error", "column error": "column_error", "from its start": "from_start"}
@@ -34,8 +34,8 @@ def tokens(tokenizer: Any, dataset: str, length: int) -> Any:
     """
     import torch
 
-    from m3po_lab.errors import UserError
-    from m3po_lab.pretrain_data import documents, rows
+    from m3po_lab.core.errors import UserError
+    from m3po_lab.pretraining.data import documents, rows
 
     firsts = (next(rows([text], tokenizer, length), None) for text in documents(dataset, None))
     found = list(islice((row for row in firsts if row is not None), ROWS))
@@ -46,9 +46,9 @@ def tokens(tokenizer: Any, dataset: str, length: int) -> Any:
 
 def measure(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """The report on the model's hyper-connections and the norms of their gradients; the model is left as it was."""
-    from transformers.m3po.hyper_connection_report import full_report, gradient_norms
+    from transformers.m3po.hyper_connections.report import full_report, gradient_norms
 
-    from m3po_lab.observe import unchanged
+    from m3po_lab.core.observe import unchanged
 
     with unchanged(model):
         model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
@@ -78,15 +78,15 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint cannot be read or has no hyper-connections, or there is no text.
     """
-    from transformers.m3po.hyper_connection_report import gate_effect, mean_matrices
-    from transformers.m3po.hyper_connection_settings import has_hyper_connections
+    from transformers.m3po.hyper_connections.report import gate_effect, mean_matrices
+    from transformers.m3po.hyper_connections.settings import has_hyper_connections
 
-    from m3po_lab.errors import PROJECT_ROOT, UserError
-    from m3po_lab.eval_folder import claim_results, weights_of
+    from m3po_lab.core.errors import PROJECT_ROOT, UserError
+    from m3po_lab.core.files import check_writable, shown_path, write_text
     from m3po_lab.eval_mhc import load
-    from m3po_lab.files import check_writable, shown_path, write_text
-    from m3po_lab.identity import short_digest
-    from m3po_lab.pretrain_report import draw_routing
+    from m3po_lab.evaluation.folder import claim_results, weights_of
+    from m3po_lab.grpo.identity import short_digest
+    from m3po_lab.pretraining.report import draw_routing
 
     check_writable(Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals")
     model, tokenizer = load(given.checkpoint)
@@ -111,10 +111,10 @@ def run(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Report as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.quiet import silence_known_noise
+    from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.errors import OneLineFlags, exit_code
+    from m3po_lab.core.errors import OneLineFlags, exit_code
 
     flags = OneLineFlags(usage="bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")

@@ -22,12 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m3po_lab.commands import flag_name, shown_command
+from m3po_lab.command_line.commands import flag_name, shown_command
 
 if TYPE_CHECKING:
-    from m3po_lab.config import Run
+    from m3po_lab.grpo.config import Run
 
-from m3po_lab.entry import start
+from m3po_lab.command_line.entry import start
 
 DEFAULT_CONFIG = "configs/demo_short.yaml"
 DEFAULT_MODES = ("none", "m3po", "hrpo", "h3po")
@@ -42,7 +42,7 @@ def mode_words(mode: str) -> list[str]:
     """
     from transformers.m3po.settings import CROSS_PATH_MODES
 
-    from m3po_lab.config import UserError
+    from m3po_lab.grpo.config import UserError
 
     whole, *extra = mode.split("+")
     name, colon, gate = whole.partition(":")
@@ -61,8 +61,8 @@ def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> lis
     """
     from transformers.m3po.gating import list_gating_functions
 
-    from m3po_lab.comparison import CONTROL
-    from m3po_lab.config import UserError
+    from m3po_lab.experiments.comparison import CONTROL
+    from m3po_lab.grpo.config import UserError
 
     if gates is None:
         return list(modes or DEFAULT_MODES)
@@ -77,9 +77,9 @@ def read_axis(text: str) -> tuple[str, list[str]]:
     Raises:
         UserError: it is not of that form, or a flag that the runs of a sweep cannot differ in.
     """
-    from m3po_lab.comparison import SAME_FLAGS
-    from m3po_lab.config import UserError
-    from m3po_lab.identity import WITHOUT_EFFECT
+    from m3po_lab.experiments.comparison import SAME_FLAGS
+    from m3po_lab.grpo.config import UserError
+    from m3po_lab.grpo.identity import WITHOUT_EFFECT
 
     name, equals, given = text.removeprefix("--").partition("=")
     name, values = name.replace("-", "_"), re.split(r",(?![^\[{]*[\]}])", given)
@@ -106,8 +106,8 @@ def variants(config: Path, modes: Sequence[str], axes: Sequence[str], more: Sequ
         UserError: a command is wrong, no mode has the flag of an axis, a flag does nothing in any of the variants, or
             two of them are one and the same.
     """
-    from m3po_lab.config import UserError, parse_run
-    from m3po_lab.idle_flags import given_flags, idle_flags, without
+    from m3po_lab.grpo.config import UserError, parse_run
+    from m3po_lab.grpo.idle_flags import given_flags, idle_flags, without
 
     read = dict(read_axis(text) for text in axes)
     taken = [word for word in more if flag_name(word) in (*OF_THE_RUNS, *read)]
@@ -142,21 +142,21 @@ def variants(config: Path, modes: Sequence[str], axes: Sequence[str], more: Sequ
 
 def parse_idle(words: list[str]) -> Run:
     """The parsed command of a variant, with the flags that do something in others only."""
-    from m3po_lab.config import parse_run
+    from m3po_lab.grpo.config import parse_run
 
     return parse_run(words, idle=True)
 
 
 def flags_of(run: Run) -> dict[str, Any]:
     """The flags of a run, as far as it has them."""
-    from m3po_lab.identity import flag_values, with_acting
+    from m3po_lab.grpo.identity import flag_values, with_acting
 
     return with_acting(flag_values(run.script, run.training, run.model), run.training)
 
 
 def folder_of(told: str, seed: int) -> str:
     """The name of a run's folder, from that of its variant; other characters than a path likes are replaced."""
-    from m3po_lab.identity import short_digest
+    from m3po_lab.grpo.identity import short_digest
 
     plain = told.replace(":", "-").replace(" ", "-").replace("=", "-")
     safe = re.sub(r"[^\w.+-]", "_", plain, flags=re.ASCII)
@@ -165,8 +165,8 @@ def folder_of(told: str, seed: int) -> str:
 
 def run_words(config: Path, own: Sequence[str], seed: int, folder: Path) -> list[str]:
     """The command-line words of one run of a variant with the flags `own`; it resumes where there is something."""
-    from m3po_lab.checkpoints import checkpoints, missing_part
-    from m3po_lab.files import shown_path
+    from m3po_lab.core.files import shown_path
+    from m3po_lab.grpo.checkpoints import checkpoints, missing_part
 
     words = [shown_path(config), *own, "--seed", str(seed), "--output_dir", shown_path(folder)]
     found = checkpoints(folder)
@@ -181,11 +181,11 @@ def check_done(place: Path, words: Sequence[str]) -> None:
     Raises:
         UserError: it names the first flag that differs, with both values.
     """
-    from m3po_lab.checkpoints import checkpoints
-    from m3po_lab.config import UserError, parse_run
-    from m3po_lab.engine import choose_engine
-    from m3po_lab.files import read_json, shown_path
-    from m3po_lab.identity import RUN_FILE, difference, of_run, recorded_flags
+    from m3po_lab.core.files import read_json, shown_path
+    from m3po_lab.grpo.checkpoints import checkpoints
+    from m3po_lab.grpo.config import UserError, parse_run
+    from m3po_lab.grpo.engine import choose_engine
+    from m3po_lab.grpo.identity import RUN_FILE, difference, of_run, recorded_flags
 
     summary, told = read_json(place / "summary.json"), read_json(place / RUN_FILE)
     if summary is None and not checkpoints(place):
@@ -203,8 +203,8 @@ def check_done(place: Path, words: Sequence[str]) -> None:
 
 def sweep(config: Path, found: Mapping[str, Sequence[str]], seeds: Sequence[int], folder: Path) -> int:
     """Run what is not done of the variants, given by name with their flags, and compare; returns an exit code."""
-    from m3po_lab.comparison import comparison
-    from m3po_lab.files import check_writable, shown_path, write_text
+    from m3po_lab.core.files import check_writable, shown_path, write_text
+    from m3po_lab.experiments.comparison import comparison
 
     check_writable(folder)
     pairs = [(told, seed) for seed in seeds for told in found]
@@ -230,7 +230,7 @@ def sweep(config: Path, found: Mapping[str, Sequence[str]], seeds: Sequence[int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.errors import PROJECT_ROOT, OneLineFlags, exit_code, find_config, split_config
+    from m3po_lab.core.errors import PROJECT_ROOT, OneLineFlags, exit_code, find_config, split_config
 
     flags = OneLineFlags(
         usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--axis FLAG=VALUE,...] "

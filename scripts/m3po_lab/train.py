@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from m3po_lab.entry import start
+from m3po_lab.command_line.entry import start
 
 if TYPE_CHECKING:
-    from m3po_lab.config import Run
+    from m3po_lab.grpo.config import Run
 
 # What to lower where memory is short: the same run, but for the order in which sums are made.
 BATCH_FLAGS = (
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # one process shows the progress bars
-    from m3po_lab.errors import UserError, failures_said
+    from m3po_lab.core.errors import UserError, failures_said
 
     try:
         with failures_said():
@@ -51,17 +51,17 @@ def train(words: list[str]) -> int:
     Raises:
         UserError: for a wrong input or an environment that fails.
     """
-    from m3po_lab.engine import choose_engine, enter
+    from m3po_lab.grpo.engine import choose_engine, enter
 
     engine = choose_engine(words)
     enter(engine)
-    from m3po_lab.quiet import silence_known_noise
+    from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.config import parse_run
-    from m3po_lab.errors import failures_said
-    from m3po_lab.processes import check_joined, check_started
-    from m3po_lab.session import run_session
+    from m3po_lab.core.errors import failures_said
+    from m3po_lab.core.processes import check_joined, check_started
+    from m3po_lab.grpo.config import parse_run
+    from m3po_lab.grpo.session import run_session
 
     run: Run | None = None
     try:
@@ -80,8 +80,8 @@ def train(words: list[str]) -> int:
 
 def way_on(words: Sequence[str], run: Run | None) -> str:
     """How a run that was stopped goes on: from its newest whole checkpoint, else as it was started."""
-    from m3po_lab.checkpoints import checkpoints, missing_part
-    from m3po_lab.commands import CONTINUE, train_command
+    from m3po_lab.command_line.commands import CONTINUE, train_command
+    from m3po_lab.grpo.checkpoints import checkpoints, missing_part
 
     found = checkpoints(run.folder) if run else []
     whole = [path for path in found if missing_part(path) is None]

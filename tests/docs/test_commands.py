@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from m3po_lab.config import Run, find_config, parse_run
-from m3po_lab.data import load_problems
 from m3po_lab.eval_gsm8k import parser
-from m3po_lab.eval_session import choose
+from m3po_lab.evaluation.session import choose
+from m3po_lab.grpo.config import Run, find_config, parse_run
+from m3po_lab.problems.data import load_problems
 from m3po_lab.sweep import main as sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_a_shown_sweep_is_accepted(words: list[str], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)
 def test_a_shown_evaluation_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3po_lab.eval_session.hub_error", lambda: None)
+    monkeypatch.setattr("m3po_lab.evaluation.session.hub_error", lambda: None)
     given = parser().parse_args(words)
     assert choose(given.dataset, given.num_fewshot)[0]
 

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers.m3po.aslr import ASLR_MODULES
-from trl.trainer.grpo_m3po_config import M3POArguments
+from transformers.m3po.aslr.modules import ASLR_MODULES
+from trl.trainer.m3po.config import M3POArguments
 
 from m3po_lab.compare import main as compare
-from m3po_lab.files import read_json
+from m3po_lab.core.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "overlay/transformers/src/transformers/m3po"
@@ -23,13 +23,13 @@ def page(name: str) -> str:
 
 def logged_metrics() -> set[str]:
     """The names after `m3po/` in the trainer's glue and in the statistics it passes on."""
-    glue = page("overlay/trl/trl/trainer/grpo_m3po.py")
+    glue = page("overlay/trl/trl/trainer/m3po/rollouts.py")
     statistics = page(f"{PACKAGE}/statistics.py")
     names = re.findall(r'_log\("(\w+)"', glue) + re.findall(r'"m3po/(\w+)"', glue)
     latent = page(f"{PACKAGE}/latent_rollout.py").split("means = {")[1]
     names += re.findall(r'^            "(\w+)": ', latent, flags=re.MULTILINE)
     names += re.findall(r'"(similarity_error)": ', page(f"{PACKAGE}/gating/parameter_free_gates.py"))
-    names += re.findall(r'"(gating_\w+)": ', page("overlay/trl/trl/trainer/grpo_gating.py"))
+    names += re.findall(r'"(gating_\w+)": ', page("overlay/trl/trl/trainer/m3po/gating.py"))
     names += re.findall(r'found\["(\w+)"\] = ', statistics)
     names += [
         "aggregator_weight_entropy",

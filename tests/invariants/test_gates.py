@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.m3po import M3POGenerationState, attach_gating
 from transformers.m3po.gating import list_gating_functions
 from transformers.m3po.gating.factory import gate_class
-from transformers.m3po.model_gating import gate_of_model
-from transformers.m3po.thoughts import thought_bags
+from transformers.m3po.gating.module import gate_of_model
+from transformers.m3po.thinking.thoughts import thought_bags
 
 EOS = [2, 60, 61, 62]
 ENDLESS = {"eos_token_id": 255, "suppress_tokens": [255]}  # every row draws at every step

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from reference.tiny import LIVELY, left_padded, small_tokenizer
-from transformers.m3po import M3POGenerationState, bags
+from transformers.m3po import M3POGenerationState
+from transformers.m3po.thinking import bags
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "cross_path", "gating", "answer_start", "thinking", "m3po", "mhc"

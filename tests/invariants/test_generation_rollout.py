@@ -13,7 +13,7 @@ from reference.gated import PARAMETERS, STRONG
 from reference.tiny import LIVELY, alive_after, left_padded, small_tokenizer, teacher_forced_logps
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.m3po import M3POGenerationState
-from transformers.m3po.thoughts import thought_bags
+from transformers.m3po.thinking.thoughts import thought_bags
 
 EOS = [2, 60, 61, 62]
 TEMPERATURE = 0.7

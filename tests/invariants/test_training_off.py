@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from trl.trainer.grpo_m3po_config import M3POArguments
+from trl.trainer.m3po.config import M3POArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "trl" / "tiny_grpo.py"

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from math_verify import parse, verify
 
-from m3po_lab import answers, eval_scores
-from m3po_lab.rewards import is_correct, is_formatted
+from m3po_lab.evaluation import scores as eval_scores
+from m3po_lab.problems import answers
+from m3po_lab.problems.rewards import is_correct, is_formatted
 
 NUMBERS = [
     "0",

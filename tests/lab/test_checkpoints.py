@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from trl import GRPOConfig, ModelConfig
-from trl.trainer.grpo_m3po import checkpoint_info
+from trl.trainer.m3po.rollouts import checkpoint_info
 
-from m3po_lab import checkpoints
-from m3po_lab.config import Run, RunArguments, UserError
-from m3po_lab.engine import TRL
-from m3po_lab.identity import RUN_FILE
+from m3po_lab.grpo import checkpoints
+from m3po_lab.grpo.config import Run, RunArguments, UserError
+from m3po_lab.grpo.engine import TRL
+from m3po_lab.grpo.identity import RUN_FILE
 
 
 def arguments(folder: Path, **changes: object) -> GRPOConfig:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from m3po_lab import config
+from m3po_lab.grpo import config
 from m3po_lab.train import main
 
 CONFIGS = config.PROJECT_ROOT / "configs"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from m3po_lab import data
-from m3po_lab.config import RunArguments, UserError
-from m3po_lab.data_sources import Problem
+from m3po_lab.grpo.config import RunArguments, UserError
+from m3po_lab.problems import data
+from m3po_lab.problems.data_sources import Problem
 
 ADDITION = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from m3po_lab import data, data_sources, eval_scores, eval_tasks
-from m3po_lab.config import RunArguments, UserError
-from m3po_lab.rewards import is_correct
+from m3po_lab.evaluation import scores as eval_scores
+from m3po_lab.evaluation import tasks as eval_tasks
+from m3po_lab.grpo.config import RunArguments, UserError
+from m3po_lab.problems import data, data_sources
+from m3po_lab.problems.rewards import is_correct
 
 GSM8K_ROWS = [{"question": f"How many is {n}?", "answer": f"It is {n}.\n#### {n:,}"} for n in range(1000, 1006)]
 MMLU_ROWS = [

@@ -11,12 +11,12 @@ from lab.test_observing import state_of
 from safetensors.torch import load_file
 from trl import GRPOTrainer, ModelConfig
 
-from m3po_lab.config import parse_run
-from m3po_lab.data import load_problems, training_rows
-from m3po_lab.engine import choose_engine
 from m3po_lab.export_model import main as export
-from m3po_lab.models import load_model
-from m3po_lab.session import TrainingClock, build_trainer
+from m3po_lab.grpo.config import parse_run
+from m3po_lab.grpo.engine import choose_engine
+from m3po_lab.grpo.session import TrainingClock, build_trainer
+from m3po_lab.models.loading import load_model
+from m3po_lab.problems.data import load_problems, training_rows
 from m3po_lab.train import main
 
 # Flags of a run. The learning rate is that of a run that moves every weight far within a few steps.

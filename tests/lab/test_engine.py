@@ -13,10 +13,10 @@ import pytest
 import torch
 from trl import GRPOConfig, ModelConfig
 
-from m3po_lab import engine
-from m3po_lab.checkpoints import check_same_run
-from m3po_lab.config import RunArguments, parse_run
-from m3po_lab.errors import UserError
+from m3po_lab.core.errors import UserError
+from m3po_lab.grpo import engine
+from m3po_lab.grpo.checkpoints import check_same_run
+from m3po_lab.grpo.config import RunArguments, parse_run
 from m3po_lab.train import main
 
 LORA = ["--use_peft", "true", "--dtype", "bfloat16", "--bf16", "true"]

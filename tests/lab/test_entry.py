@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from m3po_lab.entry import unpatched
+from m3po_lab.command_line.entry import unpatched
 
 LAB = Path(__file__).resolve().parents[2] / "scripts/m3po_lab"
 MAIN = 'if __name__ == "__main__":\n'
@@ -39,10 +39,10 @@ def test_a_command_on_a_library_without_our_patches_is_one_line(entry: str, tmp_
 
 def test_each_library_is_looked_at_and_none_is_imported(tmp_path: Path) -> None:
     assert unpatched() is None
-    for name, ours in {"transformers": "m3po", "trl": "trainer/grpo_m3po.py"}.items():
+    for name, ours in {"transformers": "m3po", "trl": "trainer/m3po/rollouts.py"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')\n")
-        code = "from m3po_lab.entry import unpatched; print(unpatched())"
+        code = "from m3po_lab.command_line.entry import unpatched; print(unpatched())"
         assert f"error: {name} in" in f"error: {run(['-c', code], PYTHONPATH=str(tmp_path)).stdout}"
         (tmp_path / name / ours).parent.mkdir(exist_ok=True)
         (tmp_path / name / ours).touch() if ours.endswith(".py") else (tmp_path / name / ours).mkdir()
@@ -50,7 +50,7 @@ def test_each_library_is_looked_at_and_none_is_imported(tmp_path: Path) -> None:
 
 
 def test_a_letter_that_the_locale_lacks_does_not_end_a_command() -> None:
-    code = "from m3po_lab.entry import start; start(lambda: print('\\u03bb = 0.1, \\udcff') or 0)"
+    code = "from m3po_lab.command_line.entry import start; start(lambda: print('\\u03bb = 0.1, \\udcff') or 0)"
     variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
     done = run(["-c", code], **variables)
     assert (done.returncode, done.stdout, done.stderr) == (0, "? = 0.1, ?\n", "")

@@ -13,9 +13,9 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 
-from m3po_lab import errors
-from m3po_lab.errors import UserError, exit_code, failure, failures_said, short, split_config
-from m3po_lab.files import check_writable, write_text
+from m3po_lab.core import errors
+from m3po_lab.core.errors import UserError, exit_code, failure, failures_said, short, split_config
+from m3po_lab.core.files import check_writable, write_text
 
 
 def raised(action: object, *given: object) -> BaseException:
@@ -75,7 +75,7 @@ def test_a_missing_package_is_named_and_a_missing_module_of_ours_is_a_bug() -> N
     )
     assert failure(ImportError("FlashAttention2 needs flash_attn")) == "FlashAttention2 needs flash_attn."
     assert failure(raised(__import__, "m3po_lab.nosuch")) is None
-    assert failure(raised(exec, "from m3po_lab.errors import nosuch")) is None
+    assert failure(raised(exec, "from m3po_lab.core.errors import nosuch")) is None
 
 
 @pytest.mark.parametrize("bug", [KeyError("x"), TypeError("x"), ValueError("x"), RuntimeError("x"), AssertionError()])

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from m3po_lab import eval_session
-from m3po_lab.eval_agreement import agreement
+from m3po_lab.core.files import read_json
 from m3po_lab.eval_gsm8k import main
-from m3po_lab.files import read_json
+from m3po_lab.evaluation import session as eval_session
+from m3po_lab.evaluation.agreement import agreement
 
 SHORT = ("--dataset", "problems", "--batch_size", "6")
 
@@ -202,7 +202,7 @@ def test_two_checkpoints_of_one_name_do_not_share_a_folder(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor does one that was trained anew, and what a folder holds is not written over."""
-    monkeypatch.setattr("m3po_lab.eval_folder.PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr("m3po_lab.evaluation.folder.PROJECT_ROOT", tmp_path)
     places = [tmp_path / name / "run" / "final" for name in ("one", "other")]
     for place in places:
         shutil.copytree(finished_run / "final", place)

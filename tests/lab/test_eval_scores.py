@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from m3po_lab import eval_scores
-from m3po_lab.answers import numbers_equal
-from m3po_lab.rewards import is_correct, is_formatted
+from m3po_lab.evaluation import scores as eval_scores
+from m3po_lab.problems.answers import numbers_equal
+from m3po_lab.problems.rewards import is_correct, is_formatted
 
 TEXTS = ["so 12.\n#### 12", "#### 12 #### 12", "#### twelve", "#### 12\nand more", "12", "#### 12.0", "#### 13", ""]
 

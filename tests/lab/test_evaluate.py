@@ -16,12 +16,12 @@ import yaml
 from transformers.m3po import ThinkingSettings
 from trl import ModelConfig
 
-from m3po_lab import decoding, evaluate
-from m3po_lab.config import UserError
-from m3po_lab.data import chat_prompt, load_problems
-from m3po_lab.eval_settings import EvalSettings
-from m3po_lab.eval_tasks import demo_settings
-from m3po_lab.models import load_model
+from m3po_lab.evaluation import decoding, evaluate
+from m3po_lab.evaluation.settings import EvalSettings
+from m3po_lab.evaluation.tasks import demo_settings
+from m3po_lab.grpo.config import UserError
+from m3po_lab.models.loading import load_model
+from m3po_lab.problems.data import chat_prompt, load_problems
 
 TASKS = {path.stem: path for path in evaluate.TASK_FOLDER.glob("[!_]*.yaml")}
 MATH = {"problem": "Half of one?", "solution": "It is $\\frac12$.", "answer": "\\frac{1}{2}", "level": 1}

@@ -16,16 +16,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.m3po.aslr import attach_aslr
-from transformers.m3po.aslr_settings import ASLR_NUMBERS
-from transformers.m3po.model_gating import attach_gating
-from transformers.m3po.own_modules import ASLR, GATING, RESIDUAL_GATE
-from transformers.m3po.residual_gate import attach_residual_gate
+from transformers.m3po.aslr.modules import attach_aslr
+from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.gating.module import attach_gating
+from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
+from transformers.m3po.thinking.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
-from m3po_lab import export_check
 from m3po_lab.export_model import main
-from m3po_lab.models import load_model
+from m3po_lab.models import export_check
+from m3po_lab.models.loading import load_model
 
 NUMBERS = {"mode": "m3po", "cross_path_lambda": 0.3, "answer_start": "####"}
 

@@ -10,12 +10,12 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import GRPOConfig, ModelConfig
 
-from m3po_lab import pretrain_run
-from m3po_lab.config import PROJECT_ROOT, RunArguments, parse_run
-from m3po_lab.errors import UserError
-from m3po_lab.flag_rules import CHOICES, RULE_OF
+from m3po_lab.command_line.flag_rules import CHOICES, RULE_OF
+from m3po_lab.command_line.training_checks import MAPPINGS
+from m3po_lab.core.errors import UserError
+from m3po_lab.grpo.config import PROJECT_ROOT, RunArguments, parse_run
+from m3po_lab.pretraining import run as pretrain_run
 from m3po_lab.sweep import main as sweep
-from m3po_lab.training_checks import MAPPINGS
 
 
 @pytest.fixture

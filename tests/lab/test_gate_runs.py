@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from m3po_lab import eval_gsm8k, export_model, idle_flags
-from m3po_lab.checkpoints import missing_module
-from m3po_lab.config import UserError
-from m3po_lab.files import read_json, write_json
-from m3po_lab.models import load_model
+from m3po_lab import eval_gsm8k, export_model
+from m3po_lab.core.files import read_json, write_json
+from m3po_lab.grpo import idle_flags
+from m3po_lab.grpo.checkpoints import missing_module
+from m3po_lab.grpo.config import UserError
+from m3po_lab.models.loading import load_model
 from m3po_lab.train import main
 
 LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q_proj", "down_proj")

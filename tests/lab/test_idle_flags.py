@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from m3po_lab import pretrain_run, sweep
-from m3po_lab.config import PROJECT_ROOT, parse_run
-from m3po_lab.errors import UserError
-from m3po_lab.idle_flags import SWITCHES, without
+from m3po_lab import sweep
+from m3po_lab.core.errors import UserError
+from m3po_lab.grpo.config import PROJECT_ROOT, parse_run
+from m3po_lab.grpo.idle_flags import SWITCHES, without
 from m3po_lab.pretrain_pair import main as train_mhc
+from m3po_lab.pretraining import run as pretrain_run
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_a_sweep_gives_each_mode_the_flags_that_do_something_in_it(
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("subprocess.run", start)
-    monkeypatch.setattr("m3po_lab.comparison.comparison", lambda folders: "compared")
+    monkeypatch.setattr("m3po_lab.experiments.comparison.comparison", lambda folders: "compared")
     words = [str(yaml), "--seeds", "0", "--output_dir", str(tmp_path / "out"), "--cross_path_lambda", "0.3"]
     assert sweep.main([*words, "--modes", "none", "m3po"]) == 0
     assert ["--cross_path_lambda" in command for command in started] == [False, True]
@@ -125,7 +126,7 @@ def test_hyper_connections_take_flags_only_where_they_are_on(tmp_path: Path, mon
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("subprocess.run", start)
-    monkeypatch.setattr("m3po_lab.pretrain_report.write_report", lambda places, folder: "report")
+    monkeypatch.setattr("m3po_lab.pretraining.report.write_report", lambda places, folder: "report")
     assert train_mhc([small, "--output_dir", str(tmp_path), "--mhc_alpha", "0.1"]) == 0
     assert ["--mhc_alpha" in command for command in started] == [False, True]
 

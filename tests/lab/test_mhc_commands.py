@@ -5,11 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers.m3po.routing_gate import as_gate
+from transformers.m3po.hyper_connections.routing_gate import as_gate
 
-from m3po_lab.errors import UserError
-from m3po_lab.eval_context import examples_read, prompts_read, rows
-from m3po_lab.routing_gates import gates_of, read_gates
+from m3po_lab.core.errors import UserError
+from m3po_lab.pretraining.context import examples_read, prompts_read, rows
+from m3po_lab.pretraining.routing_gates import gates_of, read_gates
 
 DELIMITER = "\n\n"
 

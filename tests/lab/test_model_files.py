@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc, models
-from m3po_lab.errors import UserError, failures_said
-from m3po_lab.model_files import check_model_files
-from m3po_lab.pretrain_data import load_tokenizer
+from m3po_lab import eval_mhc
+from m3po_lab.core.errors import UserError, failures_said
+from m3po_lab.models import loading as models
+from m3po_lab.models.model_files import check_model_files
+from m3po_lab.pretraining.data import load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 Change = Callable[[Path], object]

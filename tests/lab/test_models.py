@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
 from trl import ModelConfig
 
-from m3po_lab import models
-from m3po_lab.config import UserError
+from m3po_lab.grpo.config import UserError
+from m3po_lab.models import loading as models
 
 
 class Shell:

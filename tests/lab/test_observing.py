@@ -14,15 +14,17 @@ import torch
 from lab.embedding_adapters import WAYS, far_from_start, logits, with_tying
 from peft import LoraConfig, get_peft_model
 from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.m3po.hyper_connection_report import full_report, mean_matrices
+from transformers.m3po.hyper_connections.report import full_report, mean_matrices
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc, evaluate, pretrain_run, report_mhc
-from m3po_lab.config import UserError
-from m3po_lab.eval_settings import EvalSettings
-from m3po_lab.models import load_model
-from m3po_lab.observe import unchanged
-from m3po_lab.pretrain_data import byte_tokenizer
+from m3po_lab import eval_mhc, report_mhc
+from m3po_lab.core.observe import unchanged
+from m3po_lab.evaluation import evaluate
+from m3po_lab.evaluation.settings import EvalSettings
+from m3po_lab.grpo.config import UserError
+from m3po_lab.models.loading import load_model
+from m3po_lab.pretraining import run as pretrain_run
+from m3po_lab.pretraining.data import byte_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "lm_eval"
 SETTINGS = EvalSettings(

@@ -18,9 +18,12 @@ import torch
 from lm_eval import evaluator
 from transformers import NanoChatForCausalLM
 
-from m3po_lab import eval_mhc, pretrain, pretrain_data, pretrain_pair, pretrain_report, pretrain_run, report_mhc
-from m3po_lab.errors import UserError
-from m3po_lab.files import read_json
+from m3po_lab import eval_mhc, pretrain, pretrain_pair, report_mhc
+from m3po_lab.core.errors import UserError
+from m3po_lab.core.files import read_json
+from m3po_lab.pretraining import data as pretrain_data
+from m3po_lab.pretraining import report as pretrain_report
+from m3po_lab.pretraining import run as pretrain_run
 
 TINY = ["--depth", "2", "--model_dim", "32", "--num_heads", "2", "--max_seq_len", "32", "--validation_rows", "4"]
 TINY += ["--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--warmup_steps", "1", "--report_to", "none"]
@@ -272,7 +275,7 @@ def test_a_checkpoint_is_reported_on_with_its_gradients_and_verdicts(
     assert all(float(row[heads.index("b, post")]) > 0 for row in rows) and len(rows[0]) == len(heads) == 13
     assert "WARNING: gate has no effect" in printed  # six steps
     assert (tmp_path / "report.md").read_text().strip() in printed and (tmp_path / "routing.png").stat().st_size > 5000
-    monkeypatch.setattr("m3po_lab.eval_folder.PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr("m3po_lab.evaluation.folder.PROJECT_ROOT", tmp_path)
     shutil.copytree(pair / "mhc-seed0" / "final", tmp_path / "mhc-seed0" / "final")
     for folder in (words[0], str(tmp_path / "mhc-seed0" / "final")):
         assert report_mhc.main([folder, *words[1:3]]) == 0

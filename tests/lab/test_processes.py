@@ -12,10 +12,11 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from safetensors.torch import load_file
 
-from m3po_lab import launch, processes
-from m3po_lab.checkpoints import checkpoints, missing_part
-from m3po_lab.config import UserError
-from m3po_lab.files import read_json
+from m3po_lab import launch
+from m3po_lab.core import processes
+from m3po_lab.core.files import read_json
+from m3po_lab.grpo.checkpoints import checkpoints, missing_part
+from m3po_lab.grpo.config import UserError
 from m3po_lab.train import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3po_lab.quantities import read_quantity
+from m3po_lab.problems.quantities import read_quantity
 
 VALUES = {
     "55": 55,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from m3po_lab.config import parse_run
-from m3po_lab.data_sources import Problem
-from m3po_lab.evaluate import Answered, load_cached
-from m3po_lab.figure import running_mean
-from m3po_lab.report import attention_means, completion_lines, diversity, last_reward, split_gain, table, verdict
+from m3po_lab.evaluation.evaluate import Answered, load_cached
+from m3po_lab.grpo.config import parse_run
+from m3po_lab.grpo.figure import running_mean
+from m3po_lab.grpo.report import attention_means, completion_lines, diversity, last_reward, split_gain, table, verdict
+from m3po_lab.problems.data_sources import Problem
 
 RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), Answered("", False, False))
 KEYS = {

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.m3po.residual_gate import GATE_PARAMETERS
+from transformers.m3po.thinking.residual_gate import GATE_PARAMETERS
 from trl import ModelConfig
 
 from m3po_lab import eval_gsm8k, export_model
-from m3po_lab.config import UserError
-from m3po_lab.files import read_json
-from m3po_lab.models import load_model
+from m3po_lab.core.files import read_json
+from m3po_lab.grpo.config import UserError
+from m3po_lab.models.loading import load_model
 from m3po_lab.train import main
 
 SHORT = ("--dataset", "problems", "--batch_size", "6")

@@ -18,8 +18,8 @@ import torch
 from lab.conftest import H3PO
 from safetensors.torch import load_file
 
-from m3po_lab.checkpoints import checkpoints
-from m3po_lab.files import read_json
+from m3po_lab.core.files import read_json
+from m3po_lab.grpo.checkpoints import checkpoints
 from m3po_lab.train import main
 
 
@@ -105,7 +105,7 @@ def test_interrupt_names_the_command_to_go_on(
     def interrupted(*words: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("m3po_lab.session.run_session", interrupted)
+    monkeypatch.setattr("m3po_lab.grpo.session.run_session", interrupted)
     words = [str(tiny_config), "--output_dir", str(finished_run)]
     assert main(words) == 130
     printed = capsys.readouterr().err

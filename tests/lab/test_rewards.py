@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from m3po_lab import rewards
+from m3po_lab.problems import rewards
 
 
 @pytest.mark.parametrize(

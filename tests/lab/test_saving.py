@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from m3po_lab.saving import obey_umask
+from m3po_lab.core.saving import obey_umask
 
 LAB = Path(__file__).resolve().parents[2] / "scripts/m3po_lab"
 

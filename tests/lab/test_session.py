@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from m3po_lab import session
-from m3po_lab.config import parse_run
-from m3po_lab.data import load_problems, training_rows
-from m3po_lab.eval_settings import EvalSettings
-from m3po_lab.evaluate import Answered
+from m3po_lab.evaluation.evaluate import Answered
+from m3po_lab.evaluation.settings import EvalSettings
+from m3po_lab.grpo import session
+from m3po_lab.grpo.config import parse_run
+from m3po_lab.problems.data import load_problems, training_rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

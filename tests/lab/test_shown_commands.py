@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from m3po_lab import pretrain_pair, sweep, train
-from m3po_lab.checkpoints import checkpoint_to_resume, claim_run_folder
-from m3po_lab.commands import CONTINUE, shown_command, without_flags
-from m3po_lab.config import parse_run
-from m3po_lab.errors import PROJECT_ROOT
-from m3po_lab.identity import of_run
-from m3po_lab.report import closing_lines, split_gain
+from m3po_lab.command_line.commands import CONTINUE, shown_command, without_flags
+from m3po_lab.core.errors import PROJECT_ROOT
+from m3po_lab.grpo.checkpoints import checkpoint_to_resume, claim_run_folder
+from m3po_lab.grpo.config import parse_run
+from m3po_lab.grpo.identity import of_run
+from m3po_lab.grpo.report import closing_lines, split_gain
 
 ODD = "Jo's rüns & more"
 
@@ -75,7 +75,7 @@ def test_the_line_after_ctrl_c_goes_on_from_the_newest_checkpoint(
     """The named checkpoint may be gone by then, or behind later ones; and what there is must not be deleted."""
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(finished_run, tmp_path / ODD)
-    monkeypatch.setattr("m3po_lab.session.run_session", interrupted)
+    monkeypatch.setattr("m3po_lab.grpo.session.run_session", interrupted)
     assert train.main([str(tiny_config), *more, "--output_dir", ODD]) == 130
     line = capsys.readouterr().err.strip()
     assert line.startswith("Stopped. Continue from checkpoint-6 with: ")
@@ -91,7 +91,7 @@ def test_before_the_first_checkpoint_the_run_is_started_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("m3po_lab.session.run_session", interrupted)
+    monkeypatch.setattr("m3po_lab.grpo.session.run_session", interrupted)
     words = [str(tiny_config), "--output_dir", str(tmp_path / "branch")]
     named = ["--resume_from_checkpoint", str(finished_run / "checkpoint-2")]  # in another folder, where it stays
     assert train.main([*words, *named]) == 130
@@ -109,7 +109,7 @@ def test_the_variable_of_several_processes_is_shown_too(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACCELERATE_CONFIG", "my configs/two.yaml")
-    monkeypatch.setattr("m3po_lab.processes.check_started", interrupted)
+    monkeypatch.setattr("m3po_lab.core.processes.check_started", interrupted)
     assert train.main([str(tiny_config)]) == 130
     assert " with: ACCELERATE_CONFIG='my configs/two.yaml' bash " in capsys.readouterr().err
 

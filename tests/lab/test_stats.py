@@ -7,7 +7,7 @@ from math import comb
 import pytest
 from scipy.stats import multinomial
 
-from m3po_lab import stats
+from m3po_lab.core import stats
 
 
 def counted_p(gained: int, lost: int) -> Fraction:

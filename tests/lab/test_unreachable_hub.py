@@ -8,11 +8,12 @@ import pytest
 from huggingface_hub import close_session
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc, eval_session
-from m3po_lab.data_sources import GSM8K, hub_rows
-from m3po_lab.errors import UserError
-from m3po_lab.models import load_model
-from m3po_lab.pretrain_data import documents, load_tokenizer
+from m3po_lab import eval_mhc
+from m3po_lab.core.errors import UserError
+from m3po_lab.evaluation import session as eval_session
+from m3po_lab.models.loading import load_model
+from m3po_lab.pretraining.data import documents, load_tokenizer
+from m3po_lab.problems.data_sources import GSM8K, hub_rows
 
 
 @pytest.fixture(params=["ALL_PROXY=socks5://localhost:1", "HTTPS_PROXY=foo://x", "NO_PROXY=[::1"])

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from m3po_lab import data_sources, eval_mhc, pretrain_data
-from m3po_lab.errors import UserError, find_config
-from m3po_lab.eval_agreement import agreement
-from m3po_lab.eval_resume import FinishedBatches
-from m3po_lab.user_files import read_json_lines, read_lines, read_text
+from m3po_lab import eval_mhc
+from m3po_lab.core.errors import UserError, find_config
+from m3po_lab.core.user_files import read_json_lines, read_lines, read_text
+from m3po_lab.evaluation.agreement import agreement
+from m3po_lab.evaluation.resume import FinishedBatches
+from m3po_lab.pretraining import data as pretrain_data
+from m3po_lab.problems import data_sources
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
 

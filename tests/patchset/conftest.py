@@ -181,7 +181,7 @@ def diff(path: str, old: bytes, new: bytes) -> bytes:
 
 def mail(body: bytes, subject: str = "core: change a line", header: str = HEADER) -> bytes:
     """A whole patch: canonical mail header, message, diff."""
-    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A B <a@b.org>\n"
+    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: M3PO overlay <overlay@m3po.invalid>\n"
     head += "Date: Mon, 5 Jan 2026 10:00:00 +0100\nSubject: "
     return head.encode() + header.format(subject=subject).encode() + b"\n" + body
 

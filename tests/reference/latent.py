@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from reference import aslr
-from transformers.m3po.aslr import ASLR_PARAMETERS, attach_aslr
+from transformers.m3po.aslr.modules import ASLR_PARAMETERS, attach_aslr
 
 SHORT = aslr.Numbers._fields
 

@@ -36,10 +36,10 @@ from transformers import (
     StaticCache,
     m3po,
 )
-from transformers.m3po import aslr as product
-from transformers.m3po.aslr import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr, path_spread, refine_states
-from transformers.m3po.latent_noise import latent_noise
-from transformers.m3po.own_modules import ASLR, copy_own_modules
+from transformers.m3po.aslr import modules as product
+from transformers.m3po.aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr, path_spread, refine_states
+from transformers.m3po.aslr.noise import latent_noise
+from transformers.m3po.modules import ASLR, copy_own_modules
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
@@ -92,8 +92,12 @@ def assert_computes_the_same(one, other):
 
 @contextlib.contextmanager
 def heard():
-    """The warnings of `transformers.m3po.aslr` as a list that fills; what was said once may be said again."""
-    logger, messages, handler = logging.getLogger("transformers.m3po.aslr"), [], logging.Handler(logging.WARNING)
+    """The warnings of `transformers.m3po.aslr.modules` as a list that fills; what was said once may be said again."""
+    logger, messages, handler = (
+        logging.getLogger("transformers.m3po.aslr.modules"),
+        [],
+        logging.Handler(logging.WARNING),
+    )
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.Logger.warning_once.cache_clear()
     logger.addHandler(handler)

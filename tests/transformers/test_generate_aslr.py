@@ -90,8 +90,12 @@ def assert_agrees(model, output, tolerance=CLOSE, **given):
 
 @contextlib.contextmanager
 def heard():
-    """The warnings of `transformers.m3po.aslr` as a list that fills; what was said once may be said again."""
-    logger, messages, handler = logging.getLogger("transformers.m3po.aslr"), [], logging.Handler(logging.WARNING)
+    """The warnings of `transformers.m3po.aslr.modules` as a list that fills; what was said once may be said again."""
+    logger, messages, handler = (
+        logging.getLogger("transformers.m3po.aslr.modules"),
+        [],
+        logging.Handler(logging.WARNING),
+    )
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.Logger.warning_once.cache_clear()
     logger.addHandler(handler)

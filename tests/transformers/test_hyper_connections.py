@@ -11,9 +11,7 @@ import torch
 from reference import hyper_connections as reference
 from reference.hyper_start import SEEDS_TAU, put_in_the_seeds_start
 from transformers import DeepseekV4Config
-from transformers.m3po.doubly_stochastic import permutation_basis
-from transformers.m3po.hyper_connection_settings import MHC_DEFAULTS, check_mhc_numbers
-from transformers.m3po.hyper_connections import (
+from transformers.m3po.hyper_connections.connections import (
     DynamicMHC,
     StreamOffsets,
     birkhoff,
@@ -22,7 +20,9 @@ from transformers.m3po.hyper_connections import (
     sinkhorn,
     write_streams,
 )
-from transformers.m3po.routing_gate import as_gate, pop_routing_gate
+from transformers.m3po.hyper_connections.doubly_stochastic import permutation_basis
+from transformers.m3po.hyper_connections.routing_gate import as_gate, pop_routing_gate
+from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_numbers
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 KINDS = ["sinkhorn", "birkhoff"]

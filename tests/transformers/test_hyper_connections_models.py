@@ -15,15 +15,15 @@ from reference.hyper_start import put_in_the_seeds_start
 from reference.tiny import LIVELY, left_padded, small_tokenizer, teacher_forced_logps
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
-from transformers.m3po.aslr import attach_aslr
-from transformers.m3po.hyper_connection_report import gate_effect, mixers, routing_report, verdicts
-from transformers.m3po.hyper_connections import (
+from transformers.m3po.aslr.modules import attach_aslr
+from transformers.m3po.hyper_connections.connections import (
     MHC_MODULES,
     parameters_without_decay,
     set_mhc_gate,
     set_mhc_gates_per_layer,
 )
-from transformers.m3po.routing_gate import forward_gate
+from transformers.m3po.hyper_connections.report import gate_effect, mixers, routing_report, verdicts
+from transformers.m3po.hyper_connections.routing_gate import forward_gate
 
 SIZES = {
     "vocab_size": 256,

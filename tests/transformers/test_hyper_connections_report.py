@@ -11,7 +11,7 @@ import torch
 from reference import hyper_connections as reference
 from reference.tiny import left_padded
 from transformers import NanoChatConfig, NanoChatForCausalLM
-from transformers.m3po.hyper_connection_report import (
+from transformers.m3po.hyper_connections.report import (
     NO_EFFECT,
     full_report,
     gate_effect,

@@ -11,7 +11,7 @@ from reference import learnable_gates as reference
 from reference.gates import distributions
 from transformers.m3po.gating import create_gating_function
 from transformers.m3po.gating.base import attention_weights
-from transformers.m3po.thoughts import likeliest
+from transformers.m3po.thinking.thoughts import likeliest
 
 VOCAB, HIDDEN, SIZE = 40, 12, 8
 KINDS = ("peaked", "flat", "one-hot", "uniform", "identical", "disjoint")

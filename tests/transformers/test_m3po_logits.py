@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from reference import learnable_gates as reference
-from transformers.m3po import logits as module
 from transformers.m3po.gating import create_gating_function
-from transformers.m3po.logits import apply_m3po_to_logits
+from transformers.m3po.thinking import logits as module
+from transformers.m3po.thinking.logits import apply_m3po_to_logits
 
 VOCAB, LENGTH, HIDDEN = 12, 7, 5
 GROUPS = torch.tensor([7, 2, 7, 4, 2, 7])  # sizes 3, 2 and 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference.tiny import small_tokenizer, text_of
-from transformers.m3po.marker import AnswerMarker
+from transformers.m3po.generation.marker import AnswerMarker
 
 CPU = torch.device("cpu")
 

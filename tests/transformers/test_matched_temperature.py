@@ -13,7 +13,7 @@ from transformers.m3po import PathGroups, apply_cross_path_interaction
 from transformers.m3po.gating import create_gating_function
 from transformers.m3po.gating.base import attention_weights
 from transformers.m3po.gating.matched_temperature import matched_temperature
-from transformers.m3po.interaction import cross_path_weights, path_attention
+from transformers.m3po.thinking.interaction import cross_path_weights, path_attention
 
 VOCAB = 40
 FREE = ("raw_dot", "scaled_dot", "bhattacharyya", "kl_divergence")

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from reference import learnable_gates as reference
-from transformers.m3po import PathGroups, ThinkingSettings, policy_gating
-from transformers.m3po.bags import cross_path_bags, heard_peers
+from transformers.m3po import PathGroups, ThinkingSettings
 from transformers.m3po.gating import create_gating_function
-from transformers.m3po.interaction import path_attention
-from transformers.m3po.policy_gating import GatingRecord, regated_weights
-from transformers.m3po.rollout import ThinkingRollout
-from transformers.m3po.thoughts import blend_thoughts, blended_weights, likeliest
+from transformers.m3po.generation.rollout import ThinkingRollout
+from transformers.m3po.thinking import policy_gating
+from transformers.m3po.thinking.bags import cross_path_bags, heard_peers
+from transformers.m3po.thinking.interaction import path_attention
+from transformers.m3po.thinking.policy_gating import GatingRecord, regated_weights
+from transformers.m3po.thinking.thoughts import blend_thoughts, blended_weights, likeliest
 
 VOCAB, HIDDEN, STEPS, TOP_K, LAMBDA = 24, 6, 9, 4, 0.4
 GROUPS = torch.tensor([7, 2, 7, 4, 2, 7, 7])  # sizes 4, 2 and 1

@@ -15,8 +15,8 @@ from reference.gated import PARAMETERS, STRONG, gate_parameters, reference_gate
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from transformers.m3po import ThinkingResidualLambda
-from transformers.m3po.own_modules import RESIDUAL_GATE, copy_own_modules
-from transformers.m3po.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.modules import RESIDUAL_GATE, copy_own_modules
+from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
 
 NAMES = {f"model.{name}" for name in PARAMETERS}
 DEFAULTS = {"thinking_residual_enabled": True, "thinking_residual_r_min": 0.99, "thinking_residual_r_max": 0.999}

@@ -11,9 +11,9 @@ from reference import cross_path, thinking_residual
 from reference.gated import assert_same_bag, bag_of
 from transformers.m3po import PathGroups
 from transformers.m3po.bag_vectors import bag_vectors
-from transformers.m3po.bags import heard_peers
-from transformers.m3po.interaction import path_attention
-from transformers.m3po.thoughts import blend_thoughts, thought_bags
+from transformers.m3po.thinking.bags import heard_peers
+from transformers.m3po.thinking.interaction import path_attention
+from transformers.m3po.thinking.thoughts import blend_thoughts, thought_bags
 
 VOCAB, HIDDEN = 23, 6
 # fp32 weights are at most 1 and carry the rounding of a norm and of a division: about two units of 6e-8 each, and a

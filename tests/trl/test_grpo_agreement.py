@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers.m3po.gating import list_gating_functions
-from transformers.m3po.residual_gate import attach_residual_gate
+from transformers.m3po.thinking.residual_gate import attach_residual_gate
 
 # The largest difference of log-probs, in fp32, that rounding explains (design 5.3).
 BOUND = 1e-4

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers.m3po import aslr, read_checkpoint_info
-from transformers.m3po.aslr import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr
-from transformers.m3po.aslr_settings import ASLR_DEFAULTS, ASLR_NUMBERS
-from trl.trainer.grpo_aslr import latent_statistics
-from trl.trainer.grpo_own_modules import settle_modules
+from transformers.m3po import read_checkpoint_info
+from transformers.m3po.aslr import modules as aslr
+from transformers.m3po.aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr
+from transformers.m3po.aslr.settings import ASLR_DEFAULTS, ASLR_NUMBERS
+from trl.trainer.m3po.aslr import latent_statistics
+from trl.trainer.m3po.modules import settle_modules
 
 ON = {"aslr_enabled": True, "answer_start": "#"}
 ADAPTER = {"r": 2, "target_modules": "all-linear"}

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers.m3po import aslr
-from transformers.m3po.aslr import ASLR_MODULES, attach_aslr
+from transformers.m3po.aslr import modules as aslr
+from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
 
 BOUND = 1e-4  # the largest difference of log-probs, in fp32, that rounding explains (design 5.3)
 MARKER = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}

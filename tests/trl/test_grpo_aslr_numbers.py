@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.m3po import M3POGenerationState
-from transformers.m3po.aslr import ASLR_MODULES
-from transformers.m3po.aslr_settings import ASLR_DEFAULTS
-from transformers.m3po.latent_noise import latent_noise
+from transformers.m3po.aslr.modules import ASLR_MODULES
+from transformers.m3po.aslr.noise import latent_noise
+from transformers.m3po.aslr.settings import ASLR_DEFAULTS
 
 ON = {"aslr_enabled": True, "answer_start": "#"}
 ADAPTER = {"r": 2, "target_modules": "all-linear"}

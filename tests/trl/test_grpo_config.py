@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from trl import GRPOConfig, TrlParser
-from trl.trainer.grpo_m3po_config import M3POArguments
+from trl.trainer.m3po.config import M3POArguments
 
 OURS = {field.name: field for field in dataclasses.fields(M3POArguments)}
 

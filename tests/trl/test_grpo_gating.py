@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.m3po.gating import list_gating_functions
 from transformers.m3po.gating.factory import gate_class
-from transformers.m3po.model_gating import attach_gating
-from trl.trainer.grpo_gating import as_groups, as_rows
+from transformers.m3po.gating.module import attach_gating
+from trl.trainer.m3po.gating import as_groups, as_rows
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 BOUND = 1e-4

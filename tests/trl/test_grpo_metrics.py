@@ -16,7 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers.m3po import read_checkpoint_info
-from transformers.m3po.residual_gate import attach_residual_gate
+from transformers.m3po.thinking.residual_gate import attach_residual_gate
 
 COMMON = {"rollout_logp_diff", "rollout_logp_diff_max", "distinct_answers"}
 THOUGHT = {"thinking_fraction", "thinking_length"}

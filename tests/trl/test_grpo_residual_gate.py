@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
-from transformers.m3po.aslr_settings import ASLR_NUMBERS
-from transformers.m3po.residual_gate import GATE_MODULES, attach_residual_gate
-from trl.trainer.grpo_own_modules import prepare_policy
+from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
+from trl.trainer.m3po.modules import prepare_policy
 
 EVEN = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
 ADAPTER = {"r": 2, "target_modules": "all-linear"}

@@ -209,11 +209,11 @@ def test_dropout_is_refused(tiny: Any, tmp_path: Path, where: str):
 def test_the_start_of_a_run_says_its_mode_and_numbers_in_one_line(
     tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    with caplog.at_level("INFO", logger="trl.trainer.grpo_m3po"):
+    with caplog.at_level("INFO", logger="trl.trainer.m3po.rollouts"):
         tiny.trainer(tmp_path, flags={"mode": "m3po", "cross_path_lambda": 0.2})
         tiny.trainer(tmp_path, flags={"mode": "none"})
         tiny.trainer(tmp_path, flags={"aslr_enabled": True, "aslr_threshold": 0.25})
-    said = [record.getMessage() for record in caplog.records if record.name == "trl.trainer.grpo_m3po"]
+    said = [record.getMessage() for record in caplog.records if record.name == "trl.trainer.m3po.rollouts"]
     assert said == [
         "mode=m3po: lambda=0.2, temperature=0.1, gate=baseline, phase=thinking, answer marker '####'",
         "mode=none",

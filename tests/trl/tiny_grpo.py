@@ -95,7 +95,7 @@ def model(kind: str = "llama") -> LlamaForCausalLM | Qwen2ForCausalLM:
 
 def with_aslr(kind: str = "llama", scale: float = 0.2, **numbers: Any) -> LlamaForCausalLM | Qwen2ForCausalLM:
     """The tiny model with modules of ASLR as if trained: every entry is off its start by `scale` or so."""
-    from transformers.m3po.aslr import ASLR_MODULES, attach_aslr  # this file runs on the pristine upstreams too
+    from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr  # this file runs on the pristine upstreams too
 
     net, draws = model(kind), torch.Generator().manual_seed(1)
     attach_aslr(net, **numbers)
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ:  # else no pristine TRL is compared with
         use_plain_scoring()
     results: dict[str, Any] = {
-        "patched": importlib.util.find_spec("trl.trainer.grpo_m3po") is not None,
+        "patched": importlib.util.find_spec("trl.trainer.m3po.rollouts") is not None,
         "defaults": {
             field.name: "a factory" if field.default is dataclasses.MISSING else repr(field.default)
             for field in dataclasses.fields(GRPOConfig)

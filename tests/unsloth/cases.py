@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.m3po.aslr import ASLR_MODULES, attach_aslr
-from transformers.m3po.model_gating import GATING_MODULE, attach_gating
-from transformers.m3po.own_modules import OWN_MODULES
-from transformers.m3po.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
+from transformers.m3po.gating.module import GATING_MODULE, attach_gating
+from transformers.m3po.modules import OWN_MODULES
 from transformers.m3po.settings import ThinkingSettings
+from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
 
 _spec = importlib.util.spec_from_file_location("tiny_grpo", Path(__file__).parents[1] / "trl" / "tiny_grpo.py")
 assert _spec is not None and _spec.loader is not None

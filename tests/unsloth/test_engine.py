@@ -33,8 +33,8 @@ BY_UNSLOTH = {"dapo": "epsilon_high", "cispo": "epsilon_high", "dr_grpo": "scale
 @pytest.fixture
 def parsed(trainer_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`parsed(words)`: the run that they ask for, with Unsloth as the engine, on a CPU where it would be refused."""
-    from m3po_lab import config
-    from m3po_lab.engine import Engine
+    from m3po_lab.grpo import config
+    from m3po_lab.grpo.engine import Engine
 
     monkeypatch.setattr(config, "check_flags", lambda run: None)
     (tmp_path / "run.yaml").write_text("\n".join(WORDS) + "\n")
@@ -44,7 +44,7 @@ def parsed(trainer_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("loss_type", BY_UNSLOTH)
 def test_the_arguments_are_those_of_trl(loss_type: str, parsed: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from m3po_lab.config import GRPOConfig, RunParser, trls_config
+    from m3po_lab.grpo.config import GRPOConfig, RunParser, trls_config
 
     assert GRPOConfig is not trls_config() and issubclass(GRPOConfig, trls_config())
     run = parsed("--loss_type", loss_type)
@@ -63,7 +63,7 @@ def test_the_loader_and_the_trainer_are_unsloths_and_the_adapter_is_pefts(
 ) -> None:
     from peft import get_peft_model
 
-    from m3po_lab import session
+    from m3po_lab.grpo import session
 
     cases.model("llama", "none").save_pretrained(tmp_path / "model")
     words = cases.tokenizer()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from processes import PACKAGES, VENDOR
-from trl.trainer.grpo_m3po_config import M3POArguments
+from trl.trainer.m3po.config import M3POArguments
 
 PATCHES = VENDOR.parent / "patches"
 KINDS = ("llama", "qwen2")

@@ -13,7 +13,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from transformers.m3po.model_gating import GATING_MODULE
+from transformers.m3po.gating.module import GATING_MODULE
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4  # of the largest value

@@ -15,12 +15,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers.m3po.aslr import refine_states as _refine_states
-from transformers.m3po.aslr import pop_aslr_inputs
-from transformers.m3po.aslr_settings import has_aslr
-from transformers.m3po.bags import mix_thinking_inputs as _mix_thinking_inputs
-from transformers.m3po.hyper_connection_settings import has_hyper_connections
-from transformers.m3po.own_modules import OWN_MODULES
+from transformers.m3po.aslr.modules import pop_aslr_inputs
+from transformers.m3po.aslr.modules import refine_states as _refine_states
+from transformers.m3po.aslr.settings import has_aslr
+from transformers.m3po.hyper_connections.settings import has_hyper_connections
+from transformers.m3po.modules import OWN_MODULES
+from transformers.m3po.thinking.bags import mix_thinking_inputs as _mix_thinking_inputs
 from transformers.utils import logging
 
 from . import _decode_graphs
@@ -48,7 +48,7 @@ _BAGS = ("thinking_bag_ids", "thinking_bag_weights")
 
 
 def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs: dict[str, Any]) -> torch.Tensor:
-    """Hook at the top of both forwards, see `transformers.m3po.bags.mix_thinking_inputs`.
+    """Hook at the top of both forwards, see `transformers.m3po.thinking.bags.mix_thinking_inputs`.
 
     Raises:
         ValueError: the model has hyper-connections, which Unsloth's fast paths would leave out.
@@ -74,7 +74,7 @@ def refuse_hyper_connections(model: Any) -> None:
 def refine_states(
     model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor | None, inputs: dict[str, Any]
 ) -> torch.Tensor:
-    """Hook of both forwards, see `transformers.m3po.aslr.refine_states`; position ids of None count from 0."""
+    """Hook of both forwards, see `transformers.m3po.aslr.modules.refine_states`; position ids of None count from 0."""
     if position_ids is None:
         position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
     return _refine_states(model, hidden_states, position_ids.long(), inputs)

@@ -14,7 +14,7 @@ import torch
 from ..utils import logging
 
 if TYPE_CHECKING:
-    from .interaction import Attention
+    from .thinking.interaction import Attention
 
 logger = logging.get_logger(__name__)
 

@@ -11,31 +11,31 @@ from typing import Any
 
 _HOMES = {
     # The configuration classes, when they are defined.
-    "with_m3po_fields": "model_config",
-    "with_mhc_fields": "model_config",
+    "with_m3po_fields": "flags",
+    "with_mhc_fields": "flags",
     # The models, when they are made and when their weights are loaded.
-    "add_modules": "own_modules",
-    "add_hyper_connections": "hyper_connections",
-    "add_streams": "hyper_connections",
-    "check_loaded_modules": "own_modules",
+    "add_modules": "modules",
+    "add_hyper_connections": "hyper_connections.connections",
+    "add_streams": "hyper_connections.connections",
+    "check_loaded_modules": "modules",
     # `generate`, before it decodes.
-    "pop_state": "state",
-    "check_generation_mode": "state",
+    "pop_state": "generation.state",
+    "check_generation_mode": "generation.state",
     # `_sample`, before its loop; what it calls in the loop are the methods of the state that this returns.
-    "begin_rollout": "state",
+    "begin_rollout": "generation.state",
     # The forward of the base model, from the token embeddings to the last norm.
-    "mix_thinking_inputs": "bags",
-    "thinking_residual": "residual_gate",
-    "pop_aslr_inputs": "aslr",
-    "expand_streams": "hyper_connections",
-    "read_streams": "hyper_connections",
-    "write_streams": "hyper_connections",
-    "reduce_streams": "hyper_connections",
-    "refine_states": "aslr",
+    "mix_thinking_inputs": "thinking.bags",
+    "thinking_residual": "thinking.residual_gate",
+    "pop_aslr_inputs": "aslr.modules",
+    "expand_streams": "hyper_connections.connections",
+    "read_streams": "hyper_connections.connections",
+    "write_streams": "hyper_connections.connections",
+    "reduce_streams": "hyper_connections.connections",
+    "refine_states": "aslr.modules",
     # Classes that can be imported from the model files.
-    "M3PORouter": "aslr",
-    "M3POPathCollaborator": "aslr",
-    "M3POPathAggregator": "aslr",
+    "M3PORouter": "aslr.modules",
+    "M3POPathCollaborator": "aslr.modules",
+    "M3POPathAggregator": "aslr.modules",
 }
 
 __all__ = [*_HOMES]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from .debugging import debugging
 from .gating.factory import gate_class
 from .gating.matched_temperature import MATCH
-from .interaction import Temperature, check_temperature
-from .model_gating import has_gating
-from .residual_gate import has_residual_gate
+from .gating.module import has_gating
+from .thinking.interaction import Temperature, check_temperature
+from .thinking.residual_gate import has_residual_gate
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig

@@ -9,12 +9,12 @@ from typing import Any
 
 _HOMES = {
     # `GRPOConfig`: the flags, and their check when all others are settled.
-    "M3POArguments": "..grpo_m3po_config",
-    "check_m3po_arguments": "..grpo_m3po_config",
+    "M3POArguments": ".config",
+    "check_m3po_arguments": ".config",
     # `GRPOTrainer`, when it is made: before the adapter is laid on, at its end, and when it makes the optimizer.
-    "prepare_policy": "..grpo_own_modules",
-    "GRPORollouts": "..grpo_m3po",  # rollout, scoring passes, loss and saves call the methods of this one
-    "create_optimizer": "..grpo_optimizer",
+    "prepare_policy": ".modules",
+    "GRPORollouts": ".rollouts",  # rollout, scoring passes, loss and saves call the methods of this one
+    "create_optimizer": ".optimizer",
 }
 
 __all__ = [*_HOMES]

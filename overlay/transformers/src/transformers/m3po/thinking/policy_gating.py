@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A learnable gate in the policy pass: the weights of the bags once more, now with gradient (erratum E18).
+
+The rollout keeps, for each thinking position, the likeliest tokens of the distribution that its gate read, which peers
+the path listened to, and T. From them the gate works out A again, for whole groups of a micro-batch at all positions at
+once, and so gets a gradient through the blended inputs, as eq. 8 of the M3PO paper conditions the policy on them. The
+ids of the bags stay as they were rolled out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ..gating.base import TINY
+from .bags import cross_path_bag_weights
+from .interaction import PathGroups
+from .thoughts import Likeliest, blended_weights
+
+PREFIX = "gating_"  # of the names in a batch
+LOWEST = torch.finfo(torch.float32).min
+CHUNK_ENTRIES = 1 << 22  # entries of distributions that are alive at once
+
+
+@dataclass
+class GatingRecord:
+    """What a rollout keeps of a learnable gate's decisions.
+
+    Attributes:
+        ids, probs: (B, T, K) int32 and float32, the likeliest tokens and their probabilities.
+        norm: (B, T) float32, ||p||_2 of the whole distribution.
+        slots: (B, T, P) int16, where the peers of the bag stand in the group.
+        temperature: (B, T) float32, T.
+    """
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+    norm: torch.Tensor
+    slots: torch.Tensor
+    temperature: torch.Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, length: int, entries: int, peers: int, device: torch.device) -> GatingRecord:
+        """A record of B rows, T positions, K entries and P peers, to be filled."""
+        shape = (rows, length)
+        return cls(
+            ids=torch.zeros(*shape, entries, dtype=torch.int32, device=device),
+            probs=torch.zeros(*shape, entries, device=device),
+            norm=torch.zeros(shape, device=device),
+            slots=torch.zeros(*shape, peers, dtype=torch.int16, device=device),
+            temperature=torch.zeros(shape, device=device),
+        )
+
+    def write(self, step: int, kept: Likeliest, slots: torch.Tensor, temperature: torch.Tensor) -> None:
+        """Fills position `step`: slots (B, P) long, temperature 0-dim or (B,)."""
+        self.ids[:, step], self.probs[:, step], self.norm[:, step] = kept.ids, kept.probs, kept.norm.squeeze(-1)
+        self.slots[:, step], self.temperature[:, step] = slots, temperature
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by their names in a batch."""
+        return {PREFIX + entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @classmethod
+    def of(cls, batch: dict[str, torch.Tensor]) -> GatingRecord:
+        """The record whose tensors lie in a batch."""
+        return cls(**{entry.name: batch[PREFIX + entry.name] for entry in fields(cls)})
+
+    def at(self, positions: slice) -> GatingRecord:
+        """Some of its positions."""
+        return GatingRecord(**{entry.name: getattr(self, entry.name)[:, positions] for entry in fields(self)})
+
+
+def regated_weights(
+    gate: Any,
+    embed_tokens: Any,
+    bag_ids: torch.Tensor,
+    bag_weights: torch.Tensor,
+    record: GatingRecord,
+    group_ids: torch.Tensor,
+    lambda_blend: float,
+    has_thoughts: bool,
+) -> torch.Tensor:
+    """The weights of bags as the gate is now.
+
+    Args:
+        gate: a `LearnableGating`, or what PEFT has wrapped it in.
+        embed_tokens: the model's input embedding, for a gate that reads distributions through it.
+        bag_ids, bag_weights: (B, T, K), as rolled out.
+        record: of the same rows and positions.
+        group_ids: (B,), whole groups whose rows are in the order of the rollout.
+        lambda_blend: λ in (0, 1].
+        has_thoughts: the bags are blended soft thoughts (mode h3po) and not the tokens of the group (mode m3po).
+
+    Returns:
+        (B, T, K) float32: equal to `bag_weights` for the gate of the rollout, with gradient to its parameters.
+    """
+    groups = PathGroups(group_ids)
+    length = bag_ids.shape[1]
+    step = max(1, CHUNK_ENTRIES // max(1, len(bag_ids) * record.ids.shape[-1] * groups.size))
+    with torch.autocast(bag_weights.device.type, enabled=False):
+        parts = []
+        for start in range(0, max(1, length), step):
+            at = slice(start, start + step)
+            part, bags = record.at(at), (bag_ids[:, at], bag_weights[:, at])
+            peers = _attention(gate, embed_tokens, bags[1], part, groups)
+            parts.append(
+                _blended(*bags, part, peers, groups, lambda_blend)
+                if has_thoughts
+                else cross_path_bag_weights(peers, lambda_blend)
+            )
+        return torch.cat(parts, dim=1)
+
+
+def _attention(
+    gate: Any, embed_tokens: Any, bag_weights: torch.Tensor, record: GatingRecord, groups: PathGroups
+) -> torch.Tensor:
+    """A of the recorded peers: (B, T, P)."""
+    by_group = [groups.split(part).transpose(1, 2) for part in (record.probs, record.ids)]  # (G, T, N, K)
+    similarity = gate(by_group[0], ids=by_group[1], embed_tokens=embed_tokens)
+    rows, there = _peer_rows(record, groups)
+    active = (bag_weights > 0).any(-1)  # (B, T)
+    of_peers = active.T.unsqueeze(0).expand(len(active), -1, -1).gather(-1, rows)
+    heard = active.unsqueeze(-1) & of_peers & there
+    slots = record.slots.long().clamp_max(groups.size - 1)
+    scores = groups.rows(similarity.transpose(1, 2)).gather(-1, slots)
+    # Over the recorded peers alone: what a gate that has changed says of others does not count.
+    scores = (scores / record.temperature.clamp_min(TINY).unsqueeze(-1)).masked_fill(~heard, LOWEST)
+    return scores.softmax(-1) * heard
+
+
+def _peer_rows(record: GatingRecord, groups: PathGroups) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the recorded peers (B, T, P), and whether there is one: groups may be of different size."""
+    slots = record.slots.long()
+    inside = slots.clamp_max(groups.size - 1)
+    members, present = (
+        part[groups.group].unsqueeze(1).expand(-1, slots.shape[1], -1).gather(-1, inside)
+        for part in (groups.members, groups.present)
+    )
+    return members, present & (slots < groups.size)
+
+
+def _blended(
+    bag_ids: torch.Tensor,
+    bag_weights: torch.Tensor,
+    record: GatingRecord,
+    peers: torch.Tensor,
+    groups: PathGroups,
+    lambda_blend: float,
+) -> torch.Tensor:
+    """The weights of blended thoughts, all positions as rows of one batch: (B, T, K)."""
+    batch, length, _ = bag_ids.shape
+    steps = torch.arange(length, device=bag_ids.device).view(1, -1, 1)
+    rows = _peer_rows(record, groups)[0] * length + steps  # of the flattened (B, T)
+    thoughts = record.probs / record.norm.unsqueeze(-1).clamp_min(TINY)
+    bag_ids, bag_weights, ids, weights, peers, rows = (
+        part.flatten(0, 1) for part in (bag_ids, bag_weights, record.ids, thoughts, peers, rows)
+    )
+    blended = blended_weights(bag_ids, bag_weights, ids, weights, peers, rows, lambda_blend)
+    return blended.unflatten(0, (batch, length))

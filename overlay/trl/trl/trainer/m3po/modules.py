@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules of this overlay in training: made before the adapter is laid on, trained and saved with it (E13).
+
+HRPO's residual gate goes with the modes `hrpo` and `h3po`, ASLR with `aslr_enabled` in any mode, a learnable gate with
+`gating_type` in the modes in which paths interact.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers.m3po.aslr.modules import attach_aslr
+from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_overrides
+from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.module import attach_gating
+from transformers.m3po.modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules, copy_own_modules
+from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
+from transformers.m3po.thinking.residual_gate import attach_residual_gate
+
+from .config import GATE_START, check_model_type
+
+
+def wanted_modules(args: Any) -> list[OwnModules]:
+    """What a run with these arguments trains; `aslr_enabled` is settled by `prepare_policy`."""
+    wanted = {
+        RESIDUAL_GATE: args.mode in RESIDUAL_MODES,
+        ASLR: bool(args.aslr_enabled),
+        GATING: args.mode in CROSS_PATH_MODES and gate_class(args.gating_type).learnable,
+    }
+    return [own for own in OWN_MODULES if wanted[own]]
+
+
+def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """Hook of `GRPOTrainer.__init__`, before the adapter: gives the model the modules that the run trains.
+
+    Args:
+        model: the policy. A plain one gets fresh modules (in place): a residual gate and a learnable gate that depend
+            on `args.seed` alone, so that a resumed run has the same start; those of ASLR start alike everywhere.
+        args: the `GRPOConfig`. What it leaves open of ASLR becomes the model's, and what the two say of a residual
+            gate's start becomes the model's too: what is said of the run is what it trains.
+        peft_config: the adapter that will be laid on, if any.
+
+    Returns:
+        The adapter's configuration; with modules to train, a copy that trains and saves them whole (PEFT lays no LoRA
+        on what it saves whole).
+
+    Raises:
+        ValueError: the model and the arguments contradict each other, or DeepSpeed brings an optimizer of its own.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapters = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    saved = {name for config in adapters for name in config.modules_to_save or ()}
+    for own in OWN_MODULES:
+        if set(own.names) <= saved and not own.on(base):
+            raise ValueError(
+                f"the adapter has {own.article} and its base model has none, so the {own.noun} is lost; load the base "
+                f"model with {own.switch}=True before the adapter."
+            )
+    _settle_aslr(base, args)
+    if args.mode not in RESIDUAL_MODES and RESIDUAL_GATE.on(base):
+        raise ValueError(
+            f"the model has a residual gate (thinking_residual_enabled) and mode={args.mode!r} does not train it; "
+            "set mode='hrpo' or 'h3po'."
+        )
+    wanted = wanted_modules(args)
+    if GATING.on(base):
+        _check_gating(base, args, GATING in wanted)
+    if not wanted:
+        return peft_config
+    why = {
+        RESIDUAL_GATE: f"mode={args.mode!r}",
+        ASLR: "aslr_enabled=True",
+        GATING: f"gating_type={args.gating_type!r}",
+    }
+    check_model_type(base, why[wanted[0]])
+    for own in (RESIDUAL_GATE, GATING):
+        if own in wanted:
+            _check_optimizer(args, why[own])
+    for own in wanted:
+        if adapters and not set(own.names) <= saved:
+            raise ValueError(
+                f"the adapter was trained without {own.article}, which {why[own]} needs; merge it into its base "
+                "model and start from that."
+            )
+        if not own.on(base):
+            _attach(own, base, args)
+    if RESIDUAL_GATE in wanted:
+        for name in GATE_START:
+            setattr(args, name, getattr(base.config, name))
+    return None if peft_config is None else _with_modules(peft_config, wanted)
+
+
+def _settle_aslr(base: Any, args: Any) -> None:
+    """Makes the arguments and the model's configuration say the same of ASLR; what is unset is taken from the model."""
+    given = {name: getattr(args, name) for name in ASLR_NUMBERS if getattr(args, name) is not None}
+    if args.aslr_enabled is None:
+        args.aslr_enabled = ASLR.on(base)
+    if not args.aslr_enabled:
+        if ASLR.on(base):
+            raise ValueError(
+                "aslr_enabled=False, and the model has ASLR (aslr_enabled in its config): leave the flag out, or start "
+                "from the model without it (make export-model ... ASLR=off, or from_pretrained(..., aslr_enabled="
+                "False))."
+            )
+        if given:
+            raise ValueError(f"{next(iter(given))} does nothing without ASLR: set aslr_enabled=True, or leave it out.")
+        return
+    check_model_type(base, "aslr_enabled=True")
+    if ASLR.on(base):
+        check_aslr_overrides(base, given)
+        for name, value in given.items():
+            setattr(base.config, name, value)
+    for name in ASLR_NUMBERS:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(base.config, name))
+
+
+def _check_gating(base: Any, args: Any, wanted: bool) -> None:
+    """Refuses a run that would leave the gate of its model alone, or that asks for another one."""
+    has = base.config.m3po_gating_type
+    structure = gate_class(has).structure(base.config.m3po_gating_config)
+    if not wanted or args.gating_type != has:
+        raise ValueError(
+            f"the model has the learnable gate {has!r} (m3po_gating_enabled), and mode={args.mode!r} with gating_type="
+            f"{args.gating_type!r} does not train it; set gating_type={has!r} in mode 'm3po' or 'h3po', or load the "
+            "model with m3po_gating_enabled=False."
+        )
+    for name, value in structure.items():
+        if args.gating_config[name] != value:
+            raise ValueError(
+                f"gating_config {name}={args.gating_config[name]!r}, and the gate of the model has {value!r}; set "
+                "that, or load the model with m3po_gating_enabled=False for a fresh gate."
+            )
+
+
+def _attach(own: OwnModules, model: Any, args: Any) -> None:
+    if own is RESIDUAL_GATE:
+        attach_residual_gate(model, args.thinking_residual_r_min, args.thinking_residual_r_max, args.seed)
+    elif own is GATING:
+        attach_gating(model, args.gating_type, args.gating_config, args.seed)
+    else:
+        attach_aslr(model, **{name: getattr(args, name) for name in ASLR_NUMBERS})
+
+
+def _check_optimizer(args: Any, why: str) -> None:
+    plugin = args.deepspeed_plugin
+    if plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise ValueError(
+            f"the DeepSpeed configuration has an optimizer, which knows nothing of the learning rates of {why}; leave "
+            "it out and set optim."
+        )
+
+
+def _with_modules(given: PeftConfig, wanted: list[OwnModules]) -> PeftConfig:
+    config = copy.deepcopy(given)
+    names = [name for own in wanted for name in own.names]
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
+    return config
+
+
+def settle_modules(model: Any, args: Any) -> None:
+    """Makes the modules of the policy what they must be when the optimizer is made, in place.
+
+    They are float32, whatever has cast the model since (TRL casts all that is trainable on quantised base weights); and
+    where the loop of ASLR is skipped, or no path listens (λ = 0), the modules are not among what DDP and the optimizer
+    take, since no gradient would reach them and DDP would wait for it.
+    """
+    for own in wanted_modules(args):
+        trains = own is RESIDUAL_GATE or (ASLRNumbers.of(args, {}).runs if own is ASLR else args.cross_path_lambda > 0)
+        named = dict(model.named_parameters())
+        for name in own.among(named):
+            named[name].data = named[name].data.float()
+            named[name].requires_grad_(named[name].requires_grad and trains)
+
+
+def prepare_reference(policy: Any, reference: Any, args: Any) -> None:
+    """Gives the reference model, loaded with such modules or without, those that the policy starts with, and no other.
+
+    TRL loads it by the policy's name, so it may have modules that the policy was loaded without.
+    """
+    for own in OWN_MODULES:
+        if own not in wanted_modules(args):
+            if own.on(reference):
+                setattr(reference.config, own.switch, False)
+            continue
+        if not own.on(reference):
+            _attach(own, reference, args)
+        copy_own_modules(own, policy, reference)
+    if ASLR in wanted_modules(args):
+        for name in ASLR_NUMBERS:
+            setattr(reference.config, name, getattr(args, name))

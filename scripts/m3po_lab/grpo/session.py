@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run from its parsed arguments to its report: problems, model, TRL's `GRPOTrainer`, evaluation.
+
+What differs from a plain use of the trainer: the order of the problems is fixed in the dataset (`data.training_rows`),
+checkpoints lie at the ends of generation cycles (`checkpoints`), and the training time survives a resume.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.m3po.aslr.settings import ASLRNumbers, has_aslr
+from transformers.trainer_callback import ExportableState
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from m3po_lab.core.files import check_writable, shown_path
+from m3po_lab.core.processes import check_engine
+from m3po_lab.core.saving import ObeyUmask, obey_umask, save_model
+from m3po_lab.evaluation.decoding import Thoughts
+from m3po_lab.evaluation.evaluate import Answered, answer_problems, cache_key, load_cached, store
+from m3po_lab.evaluation.settings import EvalSettings, KeepSettings
+from m3po_lab.grpo.checkpoints import check_same_run, check_save_steps, claim_run_folder
+from m3po_lab.grpo.config import Run, UserError, one_line
+from m3po_lab.grpo.identity import KeepRun, begin, of_run
+from m3po_lab.grpo.report import write_report
+from m3po_lab.models.loading import EMBEDDED_MODEL, load_model, lora_of, model_digest
+from m3po_lab.models.unsloth_model import load_with_unsloth
+from m3po_lab.problems.data import chat_prompt, load_problems, training_rows
+from m3po_lab.problems.data_sources import Problem
+from m3po_lab.problems.rewards import make_rewards
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Seconds spent in optimizer steps, over all parts of an interrupted run: they lie in `trainer_state.json`.
+
+    So do the engine and the number of processes, with which alone a checkpoint can be resumed
+    (`checkpoints.check_same_run`).
+    """
+
+    def __init__(self, engine: str = "trl") -> None:
+        self.engine = engine
+        self.seconds = 0.0
+        self._last = 0.0
+        self._processes = 1
+
+    def state(self) -> dict[str, Any]:
+        attributes = {"seconds": self.seconds, "processes": self._processes, "engine": self.engine}
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stored = state.stateful_callbacks.get(type(self).__name__, {})
+        self.seconds = float(stored.get("attributes", {}).get("seconds", 0.0))
+        self._processes = args.world_size
+        self._last = perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = perf_counter()
+        self.seconds += now - self._last
+        self._last = now
+
+
+class RewardBar(ProgressCallback):
+    """The Trainer's progress bar with the two numbers one watches, instead of a dictionary of thirty a step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "reward" in logs:
+            shown = {"reward": logs["reward"], "correct": logs["rewards/correct_reward/mean"]}
+            self.training_bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+
+
+def close_bar(trainer: GRPOTrainer) -> None:
+    """End the progress bar of a training that did not: what is said next begins on a line of its own."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RewardBar) and callback.training_bar is not None:
+            callback.training_bar.close()
+
+
+def rows_of_run(training: GRPOConfig, problems: int) -> int:
+    """Rows (prompts) that a run consumes: whole generation batches, from `max_steps` or from `num_train_epochs`.
+
+    Raises:
+        UserError: when there are fewer problems than one generation batch has prompts.
+    """
+    prompts = training.generation_batch_size // training.num_generations
+    if training.max_steps > 0:
+        micro_steps = training.max_steps * training.gradient_accumulation_steps
+        return math.ceil(micro_steps / (training.steps_per_generation * training.num_iterations)) * prompts
+    rows = int(problems * training.num_train_epochs)
+    if rows < prompts:
+        raise UserError(f"--num_train_problems: {rows} are fewer than the {prompts} prompts of a generation batch.")
+    return rows
+
+
+def run_session(run: Run, words: Sequence[str]) -> None:
+    """Train and report; `words` are those of the command line, for the report.
+
+    Raises:
+        UserError: for a wrong input, before anything is trained.
+    """
+    training = run.training
+    check_writable(run.folder)
+    check_save_steps(training)
+    flags = of_run(run)
+    resume = claim_run_folder(run, flags)
+    about = begin(run, flags, resume)
+    train_problems, held_out = load_problems(run.script)
+    rows = training_rows(train_problems, run.script, rows_of_run(training, len(train_problems)))
+    training.shuffle_dataset = False  # the order is in the rows
+    if training.max_steps <= 0:
+        training.num_train_epochs = 1
+    clock = TrainingClock(run.engine.name)
+    trainer = build_trainer(run, rows, clock)
+    if resume is not None:
+        check_same_run(resume, run, flags, settled=True)
+    if trainer.accelerator.is_main_process:
+        print(run.engine.describe())
+        print(start_line(run, trainer, len(train_problems), len(held_out), resume))
+    settings = EvalSettings.of_run(run, trainer.accelerator.mixed_precision)
+    trainer.add_callback(KeepSettings(settings))
+    trainer.add_callback(KeepRun(about))
+    before = evaluate_before(run, trainer, held_out, settings)
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finally:
+        close_bar(trainer)
+    save_model(trainer, run.folder / "final")
+    after = evaluate_now(trainer, settings, "held-out, after")
+    if trainer.accelerator.is_main_process:
+        settings.write(run.folder / "final")
+        write_report(run, words, trainer, held_out, before, after, clock.seconds, about)
+    trainer.accelerator.wait_for_everyone()
+
+
+def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
+    """TRL's trainer, or what Unsloth has put in its place, on the run's model, with our progress bar.
+
+    Raises:
+        UserError: when the trainer refuses its arguments.
+    """
+    try:
+        model, tokenizer = load_model(run.model) if run.engine.name == "trl" else load_with_unsloth(run)
+        peft_config = None if isinstance(model, PeftModel) else lora_of(run.model)
+        if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
+            settle_reference(run, model)
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=make_rewards(run.training.answer_start),
+            args=run.training,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[clock, ObeyUmask()],
+        )
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    check_engine(trainer.accelerator)
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(RewardBar())
+    return trainer
+
+
+def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume: Path | None) -> str:
+    """What runs, in one line: mode with its numbers and answer marker, model, data, steps, where from."""
+    settings = trainer.m3po.settings
+    numbers = f"answer marker {run.training.answer_start!r}" if settings is None else settings.describe()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    aslr = ""
+    if has_aslr(model):
+        aslr = f" with ASLR ({ASLRNumbers.of(model.config, {}).describe()}; on in training, off in the evaluations)"
+    return (
+        f"mode {run.training.mode} ({numbers}){aslr}; {run.model.model_name_or_path or EMBEDDED_MODEL}; "
+        f"{run.script.dataset}: {train} training and {held_out} held-out problems; "
+        f"{'from the start' if resume is None else f'from {resume.name}'} into {shown_path(run.folder)}"
+    )
+
+
+def settle_reference(run: Run, model: PreTrainedModel) -> None:
+    """Make TRL's reference model the start model: TRL loads it anew by the model's name, in fp32 unless told.
+
+    A model from a GGUF file is saved as a folder first, which then is its name.
+    """
+    name = run.model.model_name_or_path or EMBEDDED_MODEL
+    wanted = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": run.model.attn_implementation}
+    if name == EMBEDDED_MODEL or name.endswith(".gguf"):
+        folder = run.folder / "reference"
+        if run.training.process_index == 0:
+            model.save_pretrained(folder)
+            obey_umask(folder)
+        run.training.distributed_state.wait_for_everyone()
+        model.config.name_or_path = model.name_or_path = str(folder)
+    else:
+        wanted["revision"] = run.model.model_revision
+    run.training.model_init_kwargs = {**wanted, **(run.training.model_init_kwargs or {})}
+
+
+def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> list[Answered]:
+    """Greedy completions of the held-out problems by the trainer's model as it is now, judged; all processes take part.
+
+    A model split over the processes is put together as TRL does for its rollouts. Before the training it may still
+    lie in the memory of the machine: then it is on its device for as long as this takes.
+    """
+    accelerator = trainer.accelerator
+    with unwrap_model_for_generation(
+        trainer.model_wrapped, accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation
+    ) as model:
+        home = model.device
+        if home != accelerator.device:
+            model.to(accelerator.device)
+        answered = answer_problems(model, trainer.processing_class, settings, label, thoughts_of(trainer))
+        if home != accelerator.device:
+            model.to(home)
+    return answered
+
+
+def thoughts_of(trainer: GRPOTrainer) -> Thoughts | None:
+    """The thoughts that the run's model has when it is evaluated."""
+    return Thoughts.of_mode(trainer.m3po.settings, trainer.args.temperature)
+
+
+def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], settings: EvalSettings) -> list[Answered]:
+    """The evaluation of the start model, kept in the run folder so that a resumed run does not repeat it."""
+    file, key = run.folder / "baseline.json", ""
+    stored: list[list[Answered]] = [[]]
+    if trainer.accelerator.is_main_process:
+        prompts = [chat_prompt(problem, run.script) for problem in held_out]
+        how = [run.model.dtype, run.model.attn_implementation, asdict(settings)]
+        if (thoughts := thoughts_of(trainer)) is not None:  # a fresh residual gate is made of the run's own numbers
+            start = ("seed", "thinking_residual_r_min", "thinking_residual_r_max")
+            how += [asdict(thoughts), *(getattr(trainer.args, name) for name in start)]
+        key = cache_key(model_digest(run.model), prompts, held_out, how)
+        stored = [load_cached(file, key)]
+    broadcast_object_list(stored)
+    if stored[0]:
+        return stored[0]
+    answered = evaluate_now(trainer, settings, "held-out, before")
+    if trainer.accelerator.is_main_process:
+        store(file, key, answered)
+    return answered
