@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 SMALL = ["--modes", "none", "h3po", "--prompts", "2", "--paths", "2", "--length", "3", "--rounds", "1"]
 SMALL += ["--warmup", "1", "--steps", "2"]
 

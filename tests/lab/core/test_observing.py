@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab.embedding_adapters import WAYS, far_from_start, logits, with_tying
+from lab.models.embedding_adapters import WAYS, far_from_start, logits, with_tying
 from peft import LoraConfig, get_peft_model
 from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.m3po.hyper_connections.report import full_report, mean_matrices
@@ -26,7 +26,7 @@ from m3po_lab.models.loading import load_model
 from m3po_lab.pretraining import run as pretrain_run
 from m3po_lab.pretraining.data import byte_tokenizer
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "lm_eval"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "lm_eval"
 SETTINGS = EvalSettings(
     dataset="reasoning-gym:chain_sum",
     dataset_config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},

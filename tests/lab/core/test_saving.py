@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from m3po_lab.core.saving import obey_umask
 
-LAB = Path(__file__).resolve().parents[2] / "scripts/m3po_lab"
+LAB = Path(__file__).resolve().parents[3] / "scripts/m3po_lab"
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002, 0o077], ids=oct)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab.embedding_adapters import WAYS, far_from_start, logits, with_tying
+from lab.models.embedding_adapters import WAYS, far_from_start, logits, with_tying
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

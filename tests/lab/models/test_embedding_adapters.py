@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab.embedding_adapters import logits, with_tying
-from lab.test_observing import state_of
+from lab.core.test_observing import state_of
+from lab.models.embedding_adapters import logits, with_tying
 from safetensors.torch import load_file
 from trl import GRPOTrainer, ModelConfig
 

@@ -19,7 +19,7 @@ from m3po_lab.grpo.checkpoints import checkpoints, missing_part
 from m3po_lab.grpo.config import UserError
 from m3po_lab.train import main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "configs" / "accelerate").rglob("*.yaml"))
 CPU2 = "configs/accelerate/cpu2.yaml"
 

@@ -29,7 +29,7 @@ TINY = ["--depth", "2", "--model_dim", "32", "--num_heads", "2", "--max_seq_len"
 TINY += ["--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--warmup_steps", "1", "--report_to", "none"]
 TINY += ["--per_device_train_batch_size", "4"]
 # A few made-up rows in the formats of the four tasks and of a text.
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "lm_eval"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "lm_eval"
 
 
 @pytest.fixture(scope="session")

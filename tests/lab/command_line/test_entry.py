@@ -12,7 +12,7 @@ import pytest
 
 from m3po_lab.command_line.entry import unpatched
 
-LAB = Path(__file__).resolve().parents[2] / "scripts/m3po_lab"
+LAB = Path(__file__).resolve().parents[3] / "scripts/m3po_lab"
 MAIN = 'if __name__ == "__main__":\n'
 ENTRIES = [file.stem for file in sorted(LAB.glob("*.py")) if MAIN in file.read_text(encoding="utf-8")]
 
