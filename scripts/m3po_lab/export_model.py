@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m3po_lab.command_line.entry import start
-from m3po_lab.core.errors import OneLineFlags, exit_code
+from m3po_lab.command_line.plain_parser import OneLineFlags
+from m3po_lab.core.errors import exit_code
 
 # Whether stock vLLM can serve a mode, and why: it decodes token embeddings, one path, on the plain architecture.
 SERVABLE = {
@@ -64,10 +65,10 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
     from transformers.m3po.thinking.residual_gate import has_residual_gate
     from trl import ModelConfig
 
+    from m3po_lab.core.errors import UserError, one_line
     from m3po_lab.core.files import check_writable
     from m3po_lab.core.saving import obey_umask
     from m3po_lab.evaluation.settings import EvalSettings
-    from m3po_lab.grpo.config import UserError, one_line
     from m3po_lab.models.export_check import Comparison, merged
     from m3po_lab.models.loading import load_model
 

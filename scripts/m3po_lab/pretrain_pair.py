@@ -16,15 +16,9 @@ from pathlib import Path
 
 from m3po_lab.command_line.commands import flag_name, shown_command
 from m3po_lab.command_line.entry import start
-from m3po_lab.core.errors import (
-    OF_PRETRAINING,
-    PROJECT_ROOT,
-    OneLineFlags,
-    UserError,
-    exit_code,
-    find_config,
-    split_config,
-)
+from m3po_lab.command_line.plain_parser import OneLineFlags
+from m3po_lab.core.config_files import OF_PRETRAINING, find_config, split_config
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, exit_code
 
 VARIANTS = {"baseline": "false", "mhc": "true"}
 

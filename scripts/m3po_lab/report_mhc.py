@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
-    from m3po_lab.core.errors import OneLineFlags, exit_code
+    from m3po_lab.command_line.plain_parser import OneLineFlags
+    from m3po_lab.core.errors import exit_code
 
     flags = OneLineFlags(usage="bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")

@@ -42,7 +42,7 @@ def mode_words(mode: str) -> list[str]:
     """
     from transformers.m3po.settings import CROSS_PATH_MODES
 
-    from m3po_lab.grpo.config import UserError
+    from m3po_lab.core.errors import UserError
 
     whole, *extra = mode.split("+")
     name, colon, gate = whole.partition(":")
@@ -61,8 +61,8 @@ def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> lis
     """
     from transformers.m3po.gating import list_gating_functions
 
+    from m3po_lab.core.errors import UserError
     from m3po_lab.experiments.comparison import CONTROL
-    from m3po_lab.grpo.config import UserError
 
     if gates is None:
         return list(modes or DEFAULT_MODES)
@@ -77,8 +77,8 @@ def read_axis(text: str) -> tuple[str, list[str]]:
     Raises:
         UserError: it is not of that form, or a flag that the runs of a sweep cannot differ in.
     """
+    from m3po_lab.core.errors import UserError
     from m3po_lab.experiments.comparison import SAME_FLAGS
-    from m3po_lab.grpo.config import UserError
     from m3po_lab.grpo.identity import WITHOUT_EFFECT
 
     name, equals, given = text.removeprefix("--").partition("=")
@@ -106,7 +106,8 @@ def variants(config: Path, modes: Sequence[str], axes: Sequence[str], more: Sequ
         UserError: a command is wrong, no mode has the flag of an axis, a flag does nothing in any of the variants, or
             two of them are one and the same.
     """
-    from m3po_lab.grpo.config import UserError, parse_run
+    from m3po_lab.core.errors import UserError
+    from m3po_lab.grpo.config import parse_run
     from m3po_lab.grpo.idle_flags import given_flags, idle_flags, without
 
     read = dict(read_axis(text) for text in axes)
@@ -181,9 +182,10 @@ def check_done(place: Path, words: Sequence[str]) -> None:
     Raises:
         UserError: it names the first flag that differs, with both values.
     """
+    from m3po_lab.core.errors import UserError
     from m3po_lab.core.files import read_json, shown_path
     from m3po_lab.grpo.checkpoints import checkpoints
-    from m3po_lab.grpo.config import UserError, parse_run
+    from m3po_lab.grpo.config import parse_run
     from m3po_lab.grpo.engine import choose_engine
     from m3po_lab.grpo.identity import RUN_FILE, difference, of_run, recorded_flags
 
@@ -230,7 +232,9 @@ def sweep(config: Path, found: Mapping[str, Sequence[str]], seeds: Sequence[int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep as command-line words say (those of the process by default); returns the exit code."""
-    from m3po_lab.core.errors import PROJECT_ROOT, OneLineFlags, exit_code, find_config, split_config
+    from m3po_lab.command_line.plain_parser import OneLineFlags
+    from m3po_lab.core.config_files import find_config, split_config
+    from m3po_lab.core.errors import PROJECT_ROOT, exit_code
 
     flags = OneLineFlags(
         usage="bash scripts/sweep.sh [config.yaml] [--modes MODE ... | --gates [GATE ...]] [--axis FLAG=VALUE,...] "

@@ -11,8 +11,8 @@ from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
+from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.evaluation.decoding import LatentPaths, Paths, Thoughts
-from m3po_lab.grpo.config import UserError, one_line
 
 # How each mode decodes when it is evaluated (design, section 4).
 INFERENCE = {

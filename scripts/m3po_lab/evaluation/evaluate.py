@@ -30,13 +30,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.m3po import M3POGenerationState
 
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import read_json, write_json
 from m3po_lab.core.observe import unchanged, unchanged_random_state
 from m3po_lab.evaluation.decoding import LatentPaths, Paths, Thoughts
 from m3po_lab.evaluation.resume import FinishedBatches
 from m3po_lab.evaluation.router import router_of_batch, router_statistics
 from m3po_lab.evaluation.settings import AUTOCAST, EvalSettings
-from m3po_lab.grpo.config import PROJECT_ROOT, UserError, one_line
 from m3po_lab.problems.data import Message
 from m3po_lab.problems.data_sources import Problem
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from trl import ModelConfig
 
+from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo.config import PROJECT_ROOT, UserError
 from m3po_lab.grpo.identity import short_digest
 from m3po_lab.models.loading import model_digest
 

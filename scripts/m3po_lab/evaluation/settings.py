@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo.config import Run, RunArguments, UserError
+from m3po_lab.grpo.config import Run, RunArguments
 
 SETTINGS_FILE = "evaluation.json"
 AUTOCAST = {"no": None, "bf16": "bfloat16", "fp16": "float16"}

@@ -12,9 +12,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.core.user_files import read_json_lines
 from m3po_lab.evaluation.settings import EvalSettings
-from m3po_lab.grpo.config import RunArguments, UserError, one_line, parse_run
+from m3po_lab.grpo.config import RunArguments, parse_run
 from m3po_lab.problems.data import load_problems, user_turn
 from m3po_lab.problems.data_sources import (
     ARC,

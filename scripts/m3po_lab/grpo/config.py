@@ -19,16 +19,8 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 
 from m3po_lab.command_line.flag_rules import check_values
 from m3po_lab.command_line.training_checks import check_training
-from m3po_lab.core.errors import (
-    DEFAULT_CONFIG,
-    PROJECT_ROOT,
-    YAML_ENDINGS,
-    UserError,
-    find_config,
-    one_line,
-    short,
-    split_config,
-)
+from m3po_lab.core.config_files import DEFAULT_CONFIG, YAML_ENDINGS, find_config, split_config
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line, short
 from m3po_lab.core.processes import on_cpus
 from m3po_lab.grpo.engine import TRL, Engine, check_flags
 from m3po_lab.grpo.idle_flags import check_idle

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from m3po_lab.core.errors import DEFAULT_CONFIG, PROJECT_ROOT, UserError, find_config, one_line, split_config
+from m3po_lab.core.config_files import DEFAULT_CONFIG, find_config, split_config
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import read_json
 
 if TYPE_CHECKING:

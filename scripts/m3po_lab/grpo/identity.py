@@ -29,8 +29,9 @@ from trl import GRPOConfig, ModelConfig
 from trl.trainer.m3po.config import M3POArguments
 from trl.trainer.m3po.rollouts import checkpoint_info
 
+from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo.config import Run, RunArguments, UserError, one_line
+from m3po_lab.grpo.config import Run, RunArguments
 from m3po_lab.models.loading import EMBEDDED_MODEL, model_digest
 from m3po_lab.pretraining.data import PYTHON, documents
 

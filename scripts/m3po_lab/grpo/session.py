@@ -29,6 +29,7 @@ from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.core.files import check_writable, shown_path
 from m3po_lab.core.processes import check_engine
 from m3po_lab.core.saving import ObeyUmask, obey_umask, save_model
@@ -36,7 +37,7 @@ from m3po_lab.evaluation.decoding import Thoughts
 from m3po_lab.evaluation.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.evaluation.settings import EvalSettings, KeepSettings
 from m3po_lab.grpo.checkpoints import check_same_run, check_save_steps, claim_run_folder
-from m3po_lab.grpo.config import Run, UserError, one_line
+from m3po_lab.grpo.config import Run
 from m3po_lab.grpo.identity import KeepRun, begin, of_run
 from m3po_lab.grpo.report import write_report
 from m3po_lab.models.loading import EMBEDDED_MODEL, load_model, lora_of, model_digest

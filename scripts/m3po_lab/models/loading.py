@@ -32,8 +32,8 @@ from transformers.m3po.modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, 
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 from trl import ModelConfig, get_peft_config
 
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json
-from m3po_lab.grpo.config import UserError
 from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
 
 EMBEDDED_MODEL = "smollm2-135m"

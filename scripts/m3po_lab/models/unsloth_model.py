@@ -16,8 +16,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USU
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.m3po.modules import prepare_policy
 
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.saving import obey_umask
-from m3po_lab.grpo.config import Run, UserError
+from m3po_lab.grpo.config import Run
 from m3po_lab.models.loading import EMBEDDED_MODEL, is_local, load_model, lora_of, settle
 from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
 

@@ -22,7 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
 from m3po_lab.command_line.training_checks import check_training
-from m3po_lab.core.errors import OF_PRETRAINING, PROJECT_ROOT, UserError, find_config, one_line, split_config
+from m3po_lab.core.config_files import OF_PRETRAINING, find_config, split_config
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import check_writable, read_json, shown_path, write_json
 from m3po_lab.core.observe import unchanged
 from m3po_lab.core.provenance import git_state

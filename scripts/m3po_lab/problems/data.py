@@ -15,7 +15,8 @@ from typing import Any
 import reasoning_gym
 from datasets import Dataset
 
-from m3po_lab.grpo.config import RunArguments, UserError, one_line
+from m3po_lab.core.errors import UserError, one_line
+from m3po_lab.grpo.config import RunArguments
 from m3po_lab.problems.data_sources import HUB_PROBLEMS, Problem, check_references, read_jsonl
 
 GYM_PREFIX = "reasoning-gym:"

@@ -18,10 +18,10 @@ from transformers.m3po.hyper_connections.report import full_report, mean_matrice
 from trl import ModelConfig
 
 from m3po_lab import eval_mhc, report_mhc
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.observe import unchanged
 from m3po_lab.evaluation import evaluate
 from m3po_lab.evaluation.settings import EvalSettings
-from m3po_lab.grpo.config import UserError
 from m3po_lab.models.loading import load_model
 from m3po_lab.pretraining import run as pretrain_run
 from m3po_lab.pretraining.data import byte_tokenizer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from m3po_lab import eval_mhc
-from m3po_lab.core.errors import UserError, find_config
+from m3po_lab.core.config_files import find_config
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.user_files import read_json_lines, read_lines, read_text
 from m3po_lab.evaluation.agreement import agreement
 from m3po_lab.evaluation.resume import FinishedBatches

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
 from trl import ModelConfig
 
-from m3po_lab.grpo.config import UserError
+from m3po_lab.core.errors import UserError
 from m3po_lab.models import loading as models
 
 

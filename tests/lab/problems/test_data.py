@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from m3po_lab.grpo.config import RunArguments, UserError
+from m3po_lab.core.errors import UserError
+from m3po_lab.grpo.config import RunArguments
 from m3po_lab.problems import data
 from m3po_lab.problems.data_sources import Problem
 

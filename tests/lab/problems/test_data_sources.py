@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from m3po_lab.core.errors import UserError
 from m3po_lab.evaluation import scores as eval_scores
 from m3po_lab.evaluation import tasks as eval_tasks
-from m3po_lab.grpo.config import RunArguments, UserError
+from m3po_lab.grpo.config import RunArguments
 from m3po_lab.problems import data, data_sources
 from m3po_lab.problems.rewards import is_correct
 
