@@ -117,8 +117,8 @@ def load_tasks(files: dict[str, str], local: bool) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     from m3po_lab.core.errors import UserError, short
+    from m3po_lab.core.hub import HUB_ERRORS
     from m3po_lab.core.observe import unchanged_random_state
-    from m3po_lab.models.model_files import HUB_ERRORS
 
     manager, loaded = TaskManager(include_defaults=False), {}
     for name, file in files.items():
@@ -245,8 +245,8 @@ def run(given: argparse.Namespace) -> None:
     from transformers.m3po.hyper_connections.connections import set_mhc_gate
 
     from m3po_lab.core.errors import PROJECT_ROOT, UserError
+    from m3po_lab.core.identity import named_content
     from m3po_lab.evaluation.folder import claim_results, weights_of
-    from m3po_lab.grpo.identity import named_content
 
     if given.limit is not None and given.limit < 1:
         raise UserError(f"--limit {given.limit}: it must be at least 1.")

@@ -28,8 +28,8 @@ def run_pairs(config: Path, seeds: Sequence[int], folder: Path, more: Sequence[s
     from m3po_lab.command_line.quiet import silence_known_noise
 
     silence_known_noise()
+    from m3po_lab.command_line.idle_flags import MHC, without
     from m3po_lab.core.files import check_writable, read_json, shown_path
-    from m3po_lab.grpo.idle_flags import MHC, without
     from m3po_lab.pretraining.report import write_report
     from m3po_lab.pretraining.run import check_folder, parse
 

@@ -83,9 +83,9 @@ def run(given: argparse.Namespace) -> None:
 
     from m3po_lab.core.errors import PROJECT_ROOT, UserError
     from m3po_lab.core.files import check_writable, shown_path, write_text
+    from m3po_lab.core.identity import short_digest
     from m3po_lab.eval_mhc import load
     from m3po_lab.evaluation.folder import claim_results, weights_of
-    from m3po_lab.grpo.identity import short_digest
     from m3po_lab.pretraining.report import draw_routing
 
     check_writable(Path(given.output_dir) if given.output_dir else PROJECT_ROOT / "evals")

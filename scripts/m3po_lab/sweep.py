@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from m3po_lab.command_line.commands import flag_name, shown_command
 
 if TYPE_CHECKING:
-    from m3po_lab.grpo.config import Run
+    from m3po_lab.grpo.arguments import Run
 
 from m3po_lab.command_line.entry import start
 
@@ -78,8 +78,8 @@ def read_axis(text: str) -> tuple[str, list[str]]:
         UserError: it is not of that form, or a flag that the runs of a sweep cannot differ in.
     """
     from m3po_lab.core.errors import UserError
+    from m3po_lab.core.identity import WITHOUT_EFFECT
     from m3po_lab.experiments.comparison import SAME_FLAGS
-    from m3po_lab.grpo.identity import WITHOUT_EFFECT
 
     name, equals, given = text.removeprefix("--").partition("=")
     name, values = name.replace("-", "_"), re.split(r",(?![^\[{]*[\]}])", given)
@@ -106,9 +106,9 @@ def variants(config: Path, modes: Sequence[str], axes: Sequence[str], more: Sequ
         UserError: a command is wrong, no mode has the flag of an axis, a flag does nothing in any of the variants, or
             two of them are one and the same.
     """
+    from m3po_lab.command_line.idle_flags import given_flags, idle_flags, without
     from m3po_lab.core.errors import UserError
     from m3po_lab.grpo.config import parse_run
-    from m3po_lab.grpo.idle_flags import given_flags, idle_flags, without
 
     read = dict(read_axis(text) for text in axes)
     taken = [word for word in more if flag_name(word) in (*OF_THE_RUNS, *read)]
@@ -150,14 +150,15 @@ def parse_idle(words: list[str]) -> Run:
 
 def flags_of(run: Run) -> dict[str, Any]:
     """The flags of a run, as far as it has them."""
-    from m3po_lab.grpo.identity import flag_values, with_acting
+    from m3po_lab.core.identity import flag_values
+    from m3po_lab.grpo.identity import with_acting
 
     return with_acting(flag_values(run.script, run.training, run.model), run.training)
 
 
 def folder_of(told: str, seed: int) -> str:
     """The name of a run's folder, from that of its variant; other characters than a path likes are replaced."""
-    from m3po_lab.grpo.identity import short_digest
+    from m3po_lab.core.identity import short_digest
 
     plain = told.replace(":", "-").replace(" ", "-").replace("=", "-")
     safe = re.sub(r"[^\w.+-]", "_", plain, flags=re.ASCII)
@@ -184,10 +185,11 @@ def check_done(place: Path, words: Sequence[str]) -> None:
     """
     from m3po_lab.core.errors import UserError
     from m3po_lab.core.files import read_json, shown_path
+    from m3po_lab.core.identity import RUN_FILE, difference
     from m3po_lab.grpo.checkpoints import checkpoints
     from m3po_lab.grpo.config import parse_run
     from m3po_lab.grpo.engine import choose_engine
-    from m3po_lab.grpo.identity import RUN_FILE, difference, of_run, recorded_flags
+    from m3po_lab.grpo.identity import of_run, recorded_flags
 
     summary, told = read_json(place / "summary.json"), read_json(place / RUN_FILE)
     if summary is None and not checkpoints(place):

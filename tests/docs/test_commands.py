@@ -12,7 +12,8 @@ from accelerate.commands.launch import launch_command_parser
 from m3po_lab.core.config_files import find_config
 from m3po_lab.eval_gsm8k import parser
 from m3po_lab.evaluation.session import choose
-from m3po_lab.grpo.config import Run, parse_run
+from m3po_lab.grpo.arguments import Run
+from m3po_lab.grpo.config import parse_run
 from m3po_lab.problems.data import load_problems
 from m3po_lab.sweep import main as sweep
 

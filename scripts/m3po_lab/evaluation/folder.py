@@ -10,8 +10,8 @@ from trl import ModelConfig
 
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo.identity import short_digest
-from m3po_lab.models.loading import model_digest
+from m3po_lab.core.identity import short_digest
+from m3po_lab.models.digest import model_digest
 
 ABOUT_FILE = "evaluation_of.json"
 RESULTS = ("results.json", "report.md")  # what an evaluation leaves at its end

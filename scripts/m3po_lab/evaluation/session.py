@@ -18,6 +18,8 @@ from trl import ModelConfig
 
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line, short
 from m3po_lab.core.files import check_writable
+from m3po_lab.core.hub import HUB_ERRORS
+from m3po_lab.core.identity import named_content
 from m3po_lab.evaluation.agreement import agreement
 from m3po_lab.evaluation.checkpoint import (
     aslr_line,
@@ -32,11 +34,9 @@ from m3po_lab.evaluation.evaluate import load_task, problems_task, run_tasks
 from m3po_lab.evaluation.folder import claim_results, weights_of
 from m3po_lab.evaluation.report import write_report
 from m3po_lab.evaluation.resume import FinishedBatches
-from m3po_lab.evaluation.settings import SETTINGS_FILE, EvalSettings
-from m3po_lab.evaluation.tasks import MARKER, demo_settings
-from m3po_lab.grpo.identity import named_content
+from m3po_lab.evaluation.settings import SETTINGS_FILE, EvalSettings, demo_settings
+from m3po_lab.evaluation.tasks import MARKER
 from m3po_lab.models.loading import load_model
-from m3po_lab.models.model_files import HUB_ERRORS
 from m3po_lab.problems.data_sources import GSM8K
 
 DATASETS = {GSM8K: "gsm8k", "gsm8k": "gsm8k"} | {

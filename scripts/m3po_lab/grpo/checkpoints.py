@@ -30,8 +30,9 @@ from trl.trainer.m3po.rollouts import checkpoint_info
 
 from m3po_lab.core.errors import ERROR_LOG, UserError
 from m3po_lab.core.files import read_json
-from m3po_lab.grpo.config import Run
-from m3po_lab.grpo.identity import MAY_CHANGE, RUN_FILE, difference, read_run
+from m3po_lab.core.identity import RUN_FILE, difference, read_run
+from m3po_lab.grpo.arguments import Run
+from m3po_lab.grpo.identity import MAY_CHANGE
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("m3po.json", "trainer_state.json")

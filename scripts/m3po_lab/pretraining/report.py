@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_text
-from m3po_lab.grpo.identity import difference
+from m3po_lab.core.identity import difference
 from m3po_lab.pretraining.run import summary
 
 COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}

@@ -21,17 +21,18 @@ from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
+from m3po_lab.command_line.idle_flags import check_idle
+from m3po_lab.command_line.parser import UNSET_OUTPUT_DIR, OneLineParser, check_unknown, one_line_errors, read_keys
 from m3po_lab.command_line.training_checks import check_training
 from m3po_lab.core.config_files import OF_PRETRAINING, find_config, split_config
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import check_writable, read_json, shown_path, write_json
+from m3po_lab.core.identity import RUN_FILE, SaveRunFile, difference, flag_values
 from m3po_lab.core.observe import unchanged
 from m3po_lab.core.provenance import git_state
 from m3po_lab.core.saving import ObeyUmask, save_model
-from m3po_lab.grpo.config import UNSET_OUTPUT_DIR, OneLineParser, check_unknown, one_line_errors, read_keys
-from m3po_lab.grpo.identity import RUN_FILE, KeepRun, difference, flag_values, named_model, named_text
-from m3po_lab.grpo.idle_flags import check_idle
-from m3po_lab.pretraining.data import UNSCORED, load_text, load_tokenizer
+from m3po_lab.models.digest import named_model
+from m3po_lab.pretraining.data import UNSCORED, load_text, load_tokenizer, named_text
 
 DEFAULT_MHC_CONFIG = "configs/mhc_small.yaml"
 KEY = "eval_bits_per_byte"  # in Trainer's log
@@ -309,7 +310,7 @@ def run_pretraining(run: Pretraining) -> None:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=nats_of_rows,
         compute_metrics=lambda found: {"bits_per_byte": float(found.predictions.sum()) / bits},
-        callbacks=[watch, KeepRun({"flags": flags}), ObeyUmask()],
+        callbacks=[watch, SaveRunFile({"flags": flags}), ObeyUmask()],
     )
     watch.trainer = trainer
     first = matrices_of(model, watch.inputs)

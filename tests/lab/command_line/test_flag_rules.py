@@ -13,7 +13,8 @@ from trl import GRPOConfig, ModelConfig
 from m3po_lab.command_line.flag_rules import CHOICES, RULE_OF
 from m3po_lab.command_line.training_checks import MAPPINGS
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
-from m3po_lab.grpo.config import RunArguments, parse_run
+from m3po_lab.grpo.arguments import RunArguments
+from m3po_lab.grpo.config import parse_run
 from m3po_lab.pretraining import run as pretrain_run
 from m3po_lab.sweep import main as sweep
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from m3po_lab import sweep
+from m3po_lab.command_line.idle_flags import SWITCHES, without
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.grpo.config import parse_run
-from m3po_lab.grpo.idle_flags import SWITCHES, without
 from m3po_lab.pretrain_pair import main as train_mhc
 from m3po_lab.pretraining import run as pretrain_run
 

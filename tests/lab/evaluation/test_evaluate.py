@@ -18,8 +18,7 @@ from trl import ModelConfig
 
 from m3po_lab.core.errors import UserError
 from m3po_lab.evaluation import decoding, evaluate
-from m3po_lab.evaluation.settings import EvalSettings
-from m3po_lab.evaluation.tasks import demo_settings
+from m3po_lab.evaluation.settings import EvalSettings, demo_settings
 from m3po_lab.models.loading import load_model
 from m3po_lab.problems.data import chat_prompt, load_problems
 

@@ -9,8 +9,8 @@ from transformers.m3po.gating import list_gating_functions
 
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
+from m3po_lab.core.identity import RUN_FILE
 from m3po_lab.experiments.comparison import comparison
-from m3po_lab.grpo.identity import RUN_FILE
 from m3po_lab.grpo.report import ATTENTION
 from m3po_lab.sweep import folder_of, main, mode_words, run_words, variants
 

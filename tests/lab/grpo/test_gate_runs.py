@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from m3po_lab import eval_gsm8k, export_model
+from m3po_lab.command_line import idle_flags
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo import idle_flags
 from m3po_lab.grpo.checkpoints import missing_module
 from m3po_lab.models.loading import load_model
 from m3po_lab.train import main
