@@ -49,7 +49,7 @@ def test_the_commands_are_found() -> None:
 
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
 def test_a_shown_sweep_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: 0)
+    monkeypatch.setattr("m3po_lab.experiments.sweep.run_sweep", lambda *given: 0)
     assert sweep(words) == 0
 
 

@@ -34,7 +34,7 @@ from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import read_json, write_json
 from m3po_lab.core.observe import unchanged, unchanged_random_state
 from m3po_lab.evaluation.decoding import LatentPaths, Paths, Thoughts
-from m3po_lab.evaluation.resume import FinishedBatches
+from m3po_lab.evaluation.resume import FinishedParts
 from m3po_lab.evaluation.router import router_of_batch, router_statistics
 from m3po_lab.evaluation.settings import AUTOCAST, EvalSettings
 from m3po_lab.problems.data import Message
@@ -80,7 +80,7 @@ class EvaluatedModel(HFLM):
         thoughts: Thoughts | None = None,
         paths: Paths | None = None,
         aslr: LatentPaths | None = None,
-        finished: FinishedBatches | None = None,
+        finished: FinishedParts | None = None,
     ) -> None:
         if paths is not None:
             batch_size = max(1, batch_size // paths.number) * paths.number
@@ -226,7 +226,7 @@ def run_tasks(
     paths: Paths | None = None,
     aslr: LatentPaths | None = None,
     limit: int | None = None,
-    finished: FinishedBatches | None = None,
+    finished: FinishedParts | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results of the tasks, with samples and, under `router`, what ASLR did.
 

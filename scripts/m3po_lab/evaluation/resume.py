@@ -1,45 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stopped evaluation leaves for the next try: `partial.jsonl`, the completions of its finished batches."""
+"""What a stopped evaluation leaves for the next try: `partial.jsonl`, the results of its finished parts."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from m3po_lab.core.files import write_text
 
 
-class FinishedBatches:
-    """The finished batches of an evaluation, a line each, behind a line with the key of all that they depend on.
+class FinishedParts:
+    """The finished parts of an evaluation (batches, or tasks), a line each, behind the key of all that they depend on.
 
     Args:
         file: where they lie; under another key it starts anew.
-        about: the model and how it decodes, as JSON values.
+        depends_on: the model and how it decodes, as JSON values.
     """
 
-    def __init__(self, file: Path, about: Any) -> None:
+    def __init__(self, file: Path, depends_on: Any) -> None:
         self.file = file
-        self._about = about
+        self._depends_on = depends_on
 
-    def read(self, requests: Sequence[Any], batches: Sequence[Sequence[int]]) -> list[Any]:
-        """What `add` was given of the first batches, as far as they are done; nothing for a first try.
+    def read(self, *more: Any) -> list[Any]:
+        """What `add` was given in earlier tries, in its order; nothing in a first try.
 
         Args:
-            requests: prompt and decoding options of every completion.
-            batches: the requests of each batch, by position.
+            more: whatever else the parts depend on, as JSON values.
         """
-        content = json.dumps([self._about, requests, batches], sort_keys=True, default=str)
+        content = json.dumps([self._depends_on, *more], sort_keys=True, default=str)
         key = hashlib.sha256(content.encode()).hexdigest()
-        found = _whole_lines(self.file)
-        done = found[1:] if found[:1] == [key] else []
-        write_text(self.file, "".join(json.dumps(line) + "\n" for line in [key, *done]))
-        return done
+        lines = _whole_lines(self.file)
+        parts = lines[1:] if lines[:1] == [key] else []
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in [key, *parts]))
+        return parts
 
-    def add(self, batch: Any) -> None:
-        """Keep the next batch: its completions, and what else is known of it, as JSON values."""
+    def add(self, part: Any) -> None:
+        """Save the next part, as a JSON value."""
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(batch) + "\n")
+            file.write(json.dumps(part) + "\n")
 
     def remove(self) -> None:
         """Delete the file: the evaluation has its report."""

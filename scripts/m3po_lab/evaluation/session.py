@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from lm_eval.api.task import Task
 from peft import PeftModel
@@ -33,10 +32,10 @@ from m3po_lab.evaluation.checkpoint import (
 from m3po_lab.evaluation.evaluate import load_task, problems_task, run_tasks
 from m3po_lab.evaluation.folder import claim_results, weights_of
 from m3po_lab.evaluation.report import write_report
-from m3po_lab.evaluation.resume import FinishedBatches
+from m3po_lab.evaluation.resume import FinishedParts
 from m3po_lab.evaluation.settings import SETTINGS_FILE, EvalSettings, demo_settings
 from m3po_lab.evaluation.tasks import MARKER
-from m3po_lab.models.loading import load_model
+from m3po_lab.models.loading import device, load_model, without_flag
 from m3po_lab.problems.data_sources import GSM8K
 
 DATASETS = {GSM8K: "gsm8k", "gsm8k": "gsm8k"} | {
@@ -92,7 +91,7 @@ def run_evaluation(given: argparse.Namespace, numbers_given: dict[str, Any], com
     for name, aslr in ways.items():
         decodes = [asdict(how) if how else None for how in (paths, thoughts, aslr)]
         part = "partial.jsonl" if len(ways) == 1 else f"partial-{name}.jsonl"
-        kept.append(FinishedBatches(folder / part, [depends, *decodes]))
+        kept.append(FinishedParts(folder / part, [depends, *decodes]))
         try:
             found[name] = run_tasks(
                 model,
@@ -181,11 +180,9 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel | PeftModel, PreTrained
     """The model on the GPU if there is one, and its tokenizer."""
     if (Path(name) / "final").is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is the folder of a run: give one of its checkpoints, e.g. {Path(name) / 'final'}.")
-    try:
+    with without_flag():
         model, tokenizer = load_model(ModelConfig(model_name_or_path=name, dtype=dtype))
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--model_name_or_path ")) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device()), tokenizer
 
 
 def folder_name(given: argparse.Namespace) -> str:

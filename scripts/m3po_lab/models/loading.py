@@ -4,6 +4,8 @@
 Weights come as safetensors or GGUF only, and code that comes with a model is never run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +49,34 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTra
         model, tokenizer = _load_pretrained(name, config)
     settle(model, tokenizer, name)
     return model, tokenizer
+
+
+def load_base_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model without chat template in the dtype of its files, on the GPU if there is one, and its tokenizer.
+
+    Raises:
+        UserError: the folder has no model, or one that cannot be read.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: give the folder final of a run.")
+    check_model_files(Path(folder))
+    with without_flag():
+        model, tokenizer = _load_pretrained(folder, ModelConfig(dtype="auto"))
+    return model.eval().to(device()), tokenizer
+
+
+@contextmanager
+def without_flag() -> Iterator[None]:
+    """Errors of a command whose model is no flag but its first word do not name the flag."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--model_name_or_path ")) from error
+
+
+def device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

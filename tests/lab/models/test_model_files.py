@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc
 from m3po_lab.core.errors import UserError, failures_said
 from m3po_lab.models import embedded
 from m3po_lab.models import loading as models
@@ -57,7 +56,7 @@ def load(place: Path) -> None:
 
 LOADERS = {
     "a training or eval_gsm8k": load,
-    "eval_mhc and report_mhc": lambda place: eval_mhc.load(str(place)),
+    "eval_mhc and report_mhc": lambda place: models.load_base_model(str(place)),
     "a tokenizer": lambda place: load_tokenizer(str(place)),
 }
 
