@@ -7,12 +7,8 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.m3po.aslr.modules import attach_aslr
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
-from transformers.m3po.gating.module import attach_gating
-from transformers.m3po.modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules
-from transformers.m3po.thinking.residual_gate import attach_residual_gate
+from transformers.m3po.modules import OWN_MODULES, OwnModules
 from trl import ModelConfig, get_peft_config
 
 from m3po_lab.core.errors import UserError
@@ -59,40 +55,26 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """An adapter on the base model that it names, trainable; the base model gets the modules that the adapter brings.
 
     Raises:
-        ValueError: the files of the adapter contradict each other.
+        ValueError: the files of the adapter contradict each other, or do not say what one of its modules is.
     """
-    numbers = read_json(folder / CHECKPOINT_FILE) or {}
-    for own in _brought_modules(folder, numbers):
-        _attach(own, base, numbers)
+    hyperparameters = read_json(folder / CHECKPOINT_FILE) or {}
+    for modules in _brought_modules(folder, hyperparameters):
+        missing = [name for name in modules.stored if name not in hyperparameters]
+        if missing:
+            raise ValueError(
+                f"its adapter brings {modules.article}, and its {CHECKPOINT_FILE} does not say {missing[0]}; take the "
+                "folder as its run saved it"
+            )
+        modules.attach(base, hyperparameters)
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
 
 
-def _attach(own: OwnModules, base: PreTrainedModel, numbers: dict[str, Any]) -> None:
-    """Give the base model the modules that an adapter will fill, with the numbers of its `m3po.json`.
+def _brought_modules(folder: Path, hyperparameters: dict[str, Any]) -> list[OwnModules]:
+    """The modules that an adapter trains whole.
 
-    Raises:
-        ValueError: the file does not say the numbers of ASLR or the gate, or they are none.
-    """
-    if own is RESIDUAL_GATE:  # the bounds only say what the gate began with
-        start = {"r_min": 0.99, "r_max": 0.999}
-        told = {name: numbers.get(f"thinking_residual_{name}", value) for name, value in start.items()}
-        attach_residual_gate(base, **told, seed=0)
-        return
-    needed = ("gating_type", "gating_config") if own is GATING else (ASLR.switch, *ASLR_NUMBERS)
-    missing = [name for name in needed if name not in numbers]
-    if missing:
-        raise ValueError(
-            f"its adapter brings {own.article}, and its {CHECKPOINT_FILE} does not say {missing[0]}; take the folder "
-            "as its run saved it"
-        )
-    if own is GATING:
-        attach_gating(base, numbers["gating_type"], numbers["gating_config"])
-        return
-    attach_aslr(base, **{name: numbers[name] for name in ASLR_NUMBERS})
-
-
-def _brought_modules(folder: Path, numbers: dict[str, Any]) -> list[OwnModules]:
-    """The modules that an adapter trains whole; `numbers` are those of its `m3po.json`.
+    Args:
+        folder: of the adapter.
+        hyperparameters: what its `m3po.json` says.
 
     Raises:
         ValueError: it says so and does not bring all of one, which PEFT would leave as it is, or it brings one that it
@@ -102,19 +84,20 @@ def _brought_modules(folder: Path, numbers: dict[str, Any]) -> list[OwnModules]:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
         keys = list(weights.keys())
     brought = []
-    for own in OWN_MODULES:
-        named, found = saved & set(own.names), own.among(keys)
-        if named:
-            missing = [name for name in own.parameters(numbers) if not any(key.endswith(name) for key in found)]
+    for modules in OWN_MODULES:
+        present = modules.among(keys)
+        if saved & set(modules.names):
+            parameters = modules.parameters(hyperparameters)
+            missing = [name for name in parameters if not any(key.endswith(name) for key in present)]
             if missing:
                 raise ValueError(
-                    f"its adapter_config.json names {own.article}, and its weights lack {missing[0]}; take the folder "
-                    "as its run saved it"
+                    f"its adapter_config.json names {modules.article}, and its weights lack {missing[0]}; take the "
+                    "folder as its run saved it"
                 )
-            brought.append(own)
-        elif found:
+            brought.append(modules)
+        elif present:
             raise ValueError(
-                f"its weights have {found[0]}, and its adapter_config.json does not name {own.article}; take the "
+                f"its weights have {present[0]}, and its adapter_config.json does not name {modules.article}; take the "
                 "folder as its run saved it"
             )
     return brought
