@@ -11,7 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from m3po_lab.core.config_files import find_config
 from m3po_lab.eval_gsm8k import parser
-from m3po_lab.evaluation.session import choose
+from m3po_lab.evaluation.datasets import choose
 from m3po_lab.grpo.arguments import Run
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.problems.data import load_problems
@@ -55,7 +55,7 @@ def test_a_shown_sweep_is_accepted(words: list[str], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)
 def test_a_shown_evaluation_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3po_lab.evaluation.session.hub_error", lambda: None)
+    monkeypatch.setattr("m3po_lab.evaluation.datasets.hub_error", lambda: None)
     given = parser().parse_args(words)
     assert choose(given.dataset, given.num_fewshot)[0]
 

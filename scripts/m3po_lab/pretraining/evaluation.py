@@ -19,8 +19,7 @@ from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import check_writable, shown_path, write_json, write_text
 from m3po_lab.core.identity import named_content
 from m3po_lab.core.observe import unchanged
-from m3po_lab.evaluation.folder import claim_results, weights_of
-from m3po_lab.evaluation.resume import FinishedParts
+from m3po_lab.evaluation.folder import FinishedParts, claim_results, weights_of
 from m3po_lab.models.loading import load_base_model
 from m3po_lab.pretraining.context import prompts_read, rows
 from m3po_lab.pretraining.routing_gates import gates_of, read_gates

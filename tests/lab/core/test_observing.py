@@ -20,7 +20,7 @@ from trl import ModelConfig
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.observe import unchanged
 from m3po_lab.evaluation import evaluate
-from m3po_lab.evaluation.resume import FinishedParts
+from m3po_lab.evaluation.folder import FinishedParts
 from m3po_lab.evaluation.settings import EvalSettings
 from m3po_lab.models.loading import load_model
 from m3po_lab.pretraining import run as pretrain_run

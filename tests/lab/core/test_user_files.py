@@ -11,7 +11,7 @@ from m3po_lab.core.config_files import find_config
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.user_files import read_json_lines, read_lines, read_text
 from m3po_lab.evaluation.agreement import agreement
-from m3po_lab.evaluation.resume import FinishedParts
+from m3po_lab.evaluation.folder import FinishedParts
 from m3po_lab.pretraining import data as pretrain_data
 from m3po_lab.pretraining import tasks
 from m3po_lab.problems import data_sources

@@ -9,8 +9,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from m3po_lab.eval_gsm8k import main
-from m3po_lab.evaluation.folder import ABOUT_FILE
-from m3po_lab.evaluation.resume import FinishedParts
+from m3po_lab.evaluation.folder import ABOUT_FILE, FinishedParts
 
 REQUESTS = [("a", {"until": []}), ("b", {"until": []}), ("c", {"until": []})]
 BATCHES = [[0, 1], [2]]

@@ -295,7 +295,7 @@ def test_a_group_whose_gate_was_left_out_is_refused(
     given = [str(tmp_path / "plain"), *SHORT, "--num_paths", "4", "--output_dir", str(tmp_path / "out")]
     assert eval_gsm8k.main(given) == 2
     error = capsys.readouterr().err
-    assert "has not the gate that its group interacts through (luong)" in error and error.count("\n") == 1
+    assert "has not the gating function that its group interacts through (luong)" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["adapter"], indirect=True)

@@ -9,7 +9,7 @@ from huggingface_hub import close_session
 from trl import ModelConfig
 
 from m3po_lab.core.errors import UserError
-from m3po_lab.evaluation import session as eval_session
+from m3po_lab.evaluation import datasets
 from m3po_lab.models.loading import load_model
 from m3po_lab.pretraining import tasks
 from m3po_lab.pretraining.data import documents, load_tokenizer
@@ -29,7 +29,7 @@ def unreadable_proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("unreadable_proxy")
 def test_an_evaluation_falls_back_to_generated_problems() -> None:
-    names, why = eval_session.choose([], 0)
+    names, why = datasets.choose([], 0)
     assert names == ["gsm_symbolic", "problems"] and "the Hub cannot be reached (" in why
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from m3po_lab.core.errors import UserError
 from m3po_lab.evaluation import scores as eval_scores
 from m3po_lab.evaluation import tasks as eval_tasks
+from m3po_lab.evaluation.settings import demo_settings
 from m3po_lab.problems import data, data_sources
 from m3po_lab.problems.arguments import ProblemArguments
 from m3po_lab.problems.rewards import is_correct
@@ -125,14 +126,14 @@ def test_problem_of_math_without_an_answer_is_none(solution: str) -> None:
 @pytest.mark.parametrize(("dataset", "kind"), [("openai/gsm8k", "number"), ("mmlu_arc", "letter")])
 def test_rows_of_a_training_and_of_its_report_carry_the_kind_of_answer(dataset: str, kind: str, hub: list[Any]) -> None:
     settings = replace(
-        eval_tasks.demo_settings(),
+        demo_settings(),
         dataset=dataset,
         dataset_config=None,
         num_eval_problems=2,
         prompt_template="{question}",
     )
-    train, _ = data.load_problems(settings.script)
-    assert set(data.training_rows(train, settings.script, 3)["kind"]) == {kind}
+    train, _ = data.load_problems(settings.problems)
+    assert set(data.training_rows(train, settings.problems, 3)["kind"]) == {kind}
     reported = eval_tasks.problems(asdict(settings))["test"]
     assert reported["kind"] == [kind] * 2
     right = [eval_scores.scores(row, [[f"#### {row['reference']}"]])["strict_match"] for row in reported]
