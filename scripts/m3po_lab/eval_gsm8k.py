@@ -100,11 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.evaluation.session import run_evaluation
 
     def evaluate() -> None:
-        given = parser().parse_args(words)
-        numbers = {name: getattr(given, name) for name in NUMBERS}
-        if given.aslr != "off":
+        options = parser().parse_args(words)
+        numbers = {name: getattr(options, name) for name in NUMBERS}
+        if options.aslr != "off":
             del numbers[ROUNDS]  # not a number of the checkpoint that is checked, but one that is set
-        run_evaluation(given, numbers, shlex.join(["bash", EVAL, *words]))
+        run_evaluation(options, numbers, shlex.join(["bash", EVAL, *words]))
 
     return exit_code(evaluate, "Stopped. The same command goes on behind the batches that are done.")
 

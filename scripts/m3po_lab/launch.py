@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.core.processes import VARIABLE, launch_arguments, launch_config
 
     try:
-        found = launch_config()
-        if found is None:
+        launched = launch_config()
+        if launched is None:
             raise UserError(f"set {VARIABLE} to a config file of accelerate, e.g. configs/accelerate/cpu2.yaml.")
-        file, config = found
+        file, config = launched
         if config.use_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # torchrun is not told, and would take a GPU where there is one
         logging.disable(logging.ERROR)  # of this process, which would say in ten lines what is said below in one

@@ -21,10 +21,10 @@ def shown_command(script: str, words: Sequence[str], changes: Mapping[str, str |
         changes: flags whose value is another one than in `words`; None leaves the flag out.
     """
     changes = changes or {}
-    left = without_flags(words, changes)
-    left += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
+    remaining = without_flags(words, changes)
+    remaining += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
     start = ["bash"] if script.endswith(".sh") else []
-    return shlex.join([*start, shown_path(PROJECT_ROOT / script), *left])
+    return shlex.join([*start, shown_path(PROJECT_ROOT / script), *remaining])
 
 
 def train_command(words: Sequence[str], changes: Mapping[str, str | None] | None = None) -> str:
@@ -38,15 +38,15 @@ def train_command(words: Sequence[str], changes: Mapping[str, str | None] | None
 
 def without_flags(words: Sequence[str], names: Iterable[str]) -> list[str]:
     """Command-line words without these flags and their values, however they are written."""
-    names, left, at = set(names), [], 0
+    names, remaining, at = set(names), [], 0
     while at < len(words):
         word = words[at]
         at += 1
         if flag_name(word) not in names:
-            left.append(word)
+            remaining.append(word)
         elif "=" not in word and at < len(words) and not words[at].startswith("--"):
             at += 1
-    return left
+    return remaining
 
 
 def flag_name(word: str) -> str | None:

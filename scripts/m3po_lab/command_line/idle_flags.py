@@ -127,19 +127,19 @@ def check_idle(groups: Sequence[Any], words: Iterable[str], in_yaml: Iterable[st
     Raises:
         UserError: names the flag and says when it does nothing.
     """
-    typed, kept = given_flags(words), set(in_yaml)
-    for name, switch in idle_flags(groups, typed | kept).items():
-        if name in typed or (switch.given_by and not (typed | kept) & set(switch.given_by)):
+    on_command_line, keys = given_flags(words), set(in_yaml)
+    for name, switch in idle_flags(groups, on_command_line | keys).items():
+        if name in on_command_line or (switch.given_by and not (on_command_line | keys) & set(switch.given_by)):
             raise UserError(f"--{name} does nothing {switch.idle}: change that, or leave --{name} out.")
 
 
 def without(words: Sequence[str], names: Iterable[str]) -> list[str]:
     """Command-line words without the flags `names` and their values."""
-    left: list[str] = []
+    remaining: list[str] = []
     dropping = False
     for word in words:
         if word.startswith("--"):
             dropping = bool(given_flags([word]) & set(names))
         if not dropping:
-            left.append(word)
-    return left
+            remaining.append(word)
+    return remaining

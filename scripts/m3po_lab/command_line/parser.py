@@ -36,9 +36,9 @@ class OneLineParser(TrlParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """That of argparse; the values are checked before `TrlParser` makes dataclasses of them."""
-        found = super().parse_known_args(args, namespace)
-        check_values(vars(found[0]), self.dataclass_types)
-        return found
+        parsed = super().parse_known_args(args, namespace)
+        check_values(vars(parsed[0]), self.dataclass_types)
+        return parsed
 
     def flags(self) -> list[str]:
         """Every long flag, e.g. for a suggestion."""

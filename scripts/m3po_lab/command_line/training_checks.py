@@ -57,9 +57,9 @@ def _check_optimizer(training: TrainingArguments) -> None:
             kind([weight], **options)
     except REFUSALS as error:
         if "need to pass a" not in str(error):  # GaLore, APOLLO and LOMO look at the model, after all else
-            told = f"--optim {training.optim.value}"
-            told += f" --optim_args {training.optim_args}" if training.optim_args else ""
-            raise UserError(f"{told} cannot be used here: {short(error)} (the default is adamw_torch)") from error
+            flags = f"--optim {training.optim.value}"
+            flags += f" --optim_args {training.optim_args}" if training.optim_args else ""
+            raise UserError(f"{flags} cannot be used here: {short(error)} (the default is adamw_torch)") from error
     steps = max(1, training.max_steps)
     try:
         get_scheduler(

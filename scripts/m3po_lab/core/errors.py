@@ -80,8 +80,8 @@ def failure(error: BaseException, batch_flag: str | None = None) -> str | None:
         text = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror or text
     elif "safetensors._safetensors_rust.SafetensorError" not in kinds:
         return None
-    found = re.search(r"\(os error (\d+)\)", text)  # of a library written in Rust
-    number = getattr(error, "errno", None) or (int(found[1]) if found else 0)
+    match = re.search(r"\(os error (\d+)\)", text)  # of a library written in Rust
+    number = getattr(error, "errno", None) or (int(match[1]) if match else 0)
     mend = f"; {MENDS[number]}" if number in MENDS else ""
     return f"{short(text).rstrip('.')}{mend}."
 
@@ -109,10 +109,10 @@ def failures_said(
     try:
         yield
     except Exception as error:  # a UserError, and all that `failure` does not know, go on
-        said = failure(error, batch_flag)
-        if said is None:
+        line = failure(error, batch_flag)
+        if line is None:
             raise
-        raise UserError(" ".join(filter(None, [said, way_on(), keep_traceback(error, folder)]))) from error
+        raise UserError(" ".join(filter(None, [line, way_on(), keep_traceback(error, folder)]))) from error
 
 
 def keep_traceback(error: BaseException, folder: Path | None) -> str:

@@ -54,12 +54,12 @@ SHORT = {
 def differing_flags(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The flags whose values differ among the runs that have them, the seed aside; `runs` are flags by name."""
     names = {name: None for flags in runs for name in flags if name != "seed"}
-    found = []
+    differing = []
     for name in names:
         values = {json.dumps(flags[name], sort_keys=True) for flags in runs if name in flags}
         if len(values) > 1:
-            found.append(name)
-    return found
+            differing.append(name)
+    return differing
 
 
 def variant(flags: Mapping[str, Any], differing: Sequence[str]) -> str:
@@ -71,8 +71,8 @@ def variant(flags: Mapping[str, Any], differing: Sequence[str]) -> str:
     """
     gate = flags.get("gating_type", DEFAULT_GATE)
     name = f"{flags['mode']}{'' if gate == DEFAULT_GATE else f':{gate}'}{'+aslr' if flags['aslr_enabled'] else ''}"
-    told = [flag for flag in differing if flag in flags and flag not in NAMED]
-    return " ".join([name, *(f"{SHORT.get(flag, flag)}={value_text(flag, flags)}" for flag in told)])
+    shown = [flag for flag in differing if flag in flags and flag not in NAMED]
+    return " ".join([name, *(f"{SHORT.get(flag, flag)}={value_text(flag, flags)}" for flag in shown)])
 
 
 def value_text(name: str, flags: Mapping[str, Any]) -> str:
@@ -130,9 +130,11 @@ def check_alike(runs: Sequence[dict[str, Any]]) -> None:
             raise UserError(f"the runs differ in {key} ({', '.join(sorted(values))}): only like runs can be compared.")
     for run in runs[1:]:
         alike = {name: value for name, value in run["flags"].items() if name in SAME_FLAGS}
-        found = difference(runs[0]["flags"], alike)
-        if found is not None:
-            raise UserError(f"the runs differ in {found[0]} ({found[1]}, {found[2]}): only like runs can be compared.")
+        differing = difference(runs[0]["flags"], alike)
+        if differing is not None:
+            raise UserError(
+                f"the runs differ in {differing[0]} ({differing[1]}, {differing[2]}): only like runs can be compared."
+            )
 
 
 def check_start(runs: Sequence[dict[str, Any]]) -> None:
@@ -147,8 +149,8 @@ def check_start(runs: Sequence[dict[str, Any]]) -> None:
     for first in plain:
         values = {str(run["accuracy_before"]) for run in plain if run["shared"] == first["shared"]}
         if len(values) > 1:
-            told = ", ".join(sorted(values))
-            raise UserError(f"the runs differ in accuracy_before ({told}): only like runs can be compared.")
+            accuracies = ", ".join(sorted(values))
+            raise UserError(f"the runs differ in accuracy_before ({accuracies}): only like runs can be compared.")
 
 
 def run_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -220,8 +222,8 @@ def diversity_table(runs: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, own in by_variant(runs).items():
-        told = [run.get("diversity") or {} for run in own]
-        cells = [mean_cell([one.get(key) for one in told], ".3f") for key in DIVERSITY]
+        diversities = [run.get("diversity") or {} for run in own]
+        cells = [mean_cell([one.get(key) for one in diversities], ".3f") for key in DIVERSITY]
         lines.append(f"| {' | '.join([f'`{name}`', str(len(own)), *cells])} |")
     lines += ["", "Means over the runs, and over the log lines of the first and of the last quarter of the training."]
     return "\n".join(lines)
@@ -233,14 +235,14 @@ def differences_to_controls(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, s
     A variant without a control here is against `none` over no seed.
     """
     after = {name: {run["seed"]: run["accuracy_after"] for run in own} for name, own in by_variant(runs).items()}
-    found = {}
+    differences = {}
     for name, own in sorted(by_variant(runs).items()):
         if not is_control(own[0]):
             like = [run["variant"] for run in runs if is_control(run) and run["shared"] == own[0]["shared"]]
             control = like[0] if like else CONTROL
             seeds = sorted(set(after[name]) & set(after[control])) if like else []
-            found[name, control] = np.array([after[name][seed] - after[control][seed] for seed in seeds])
-    return found
+            differences[name, control] = np.array([after[name][seed] - after[control][seed] for seed in seeds])
+    return differences
 
 
 def against_control(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -78,8 +78,8 @@ def check_save_steps(training: GRPOConfig) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders in a run folder by step, whole or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -162,10 +162,10 @@ def checkpoint_to_resume(run: Run, flags: Mapping[str, Any]) -> Path | None:
         UserError: when there is none, when the named one is not whole or of another run, or when later ones of the
             same run are in the way.
     """
-    folder, asked = run.folder, run.training.resume_from_checkpoint
-    if asked is None or str(asked).lower() in ("false", "no"):
+    folder, flag = run.folder, run.training.resume_from_checkpoint
+    if flag is None or str(flag).lower() in ("false", "no"):
         return None
-    if str(asked).lower() in ("true", "yes", "last"):
+    if str(flag).lower() in ("true", "yes", "last"):
         whole = [path for path in checkpoints(folder) if missing_part(path) is None]
         if not whole:
             raise UserError(
@@ -173,15 +173,15 @@ def checkpoint_to_resume(run: Run, flags: Mapping[str, Any]) -> Path | None:
             )
         chosen = whole[-1]
     else:
-        chosen = Path(str(asked))
+        chosen = Path(str(flag))
         part = missing_part(chosen) if chosen.is_dir() else "the folder"
         if part is not None:
-            raise UserError(f"--resume_from_checkpoint {asked} cannot be resumed: {part} is missing or cut short.")
+            raise UserError(f"--resume_from_checkpoint {flag} cannot be resumed: {part} is missing or cut short.")
     later = [path for path in checkpoints(folder) if step_of(path) > step_of(chosen)]
     in_the_way = [path.name for path in later if missing_part(path) is None]
     if in_the_way:
         raise UserError(
-            f"--resume_from_checkpoint {asked}: {folder} already has {in_the_way[-1]}, which is later; resume that one "
+            f"--resume_from_checkpoint {flag}: {folder} already has {in_the_way[-1]}, which is later; resume that one "
             "('true'), or give another --output_dir for the new branch."
         )
     check_same_run(chosen, run, flags)
@@ -215,8 +215,8 @@ def check_same_run(checkpoint: Path, run: Run, flags: Mapping[str, Any], settled
         raise UserError(
             f"--max_steps {training.max_steps}: {checkpoint.name} is beyond it; set {step_of(checkpoint)} or more."
         )
-    told = read_run(checkpoint)
-    differing = difference(told["flags"], flags, (*MAY_CHANGE, *OF_MODEL)) if told else None
+    recorded = read_run(checkpoint)
+    differing = difference(recorded["flags"], flags, (*MAY_CHANGE, *OF_MODEL)) if recorded else None
     if differing is not None:
         name, stored, now = differing
         raise UserError(f"--{name} {now}: {checkpoint.name} was trained with {stored}; set that, or {anew}")
@@ -243,10 +243,10 @@ def claim_run_folder(run: Run, flags: Mapping[str, Any]) -> Path | None:
     """
     folder, training, overwrite = run.folder, run.training, run.script.overwrite
     chosen = checkpoint_to_resume(run, flags)
-    found = checkpoints(folder)
-    if chosen is None and found and not overwrite:
+    existing = checkpoints(folder)
+    if chosen is None and existing and not overwrite:
         raise UserError(
-            f"{folder} already has {found[-1].name}: continue it with --resume_from_checkpoint true, or start anew "
+            f"{folder} already has {existing[-1].name}: continue it with --resume_from_checkpoint true, or start anew "
             "with another --output_dir (or --overwrite true, which deletes it)."
         )
     begins = chosen is None or chosen.parent.resolve() != folder.resolve()  # here, from wherever
@@ -257,7 +257,7 @@ def claim_run_folder(run: Run, flags: Mapping[str, Any]) -> Path | None:
         )
     training.distributed_state.wait_for_everyone()
     if training.process_index == 0:
-        for path in found:
+        for path in existing:
             if chosen is None or step_of(path) > step_of(chosen):
                 shutil.rmtree(path)
         for name in OWN_FILES if chosen is None and overwrite else ():

@@ -49,8 +49,8 @@ def of_run(run: Run) -> dict[str, Any]:
 
 def with_acting(flags: Mapping[str, Any], training: Any) -> dict[str, Any]:
     """The flags; those that this overlay adds with the values in force, where the mode, the gate or ASLR has them."""
-    told = checkpoint_info(training)
-    learns, residual = "gating_training" in told, training.mode in RESIDUAL_MODES
+    in_force = checkpoint_info(training)
+    learns, residual = "gating_training" in in_force, training.mode in RESIDUAL_MODES
     acts = {
         "gating_learning_rate": learns,
         "gating_warmup_steps": learns,
@@ -58,8 +58,8 @@ def with_acting(flags: Mapping[str, Any], training: Any) -> dict[str, Any]:
         "thinking_residual_lambda_learning_rate": residual,
         **{name: training.aslr_enabled is not False for name in ASLR_NUMBERS},
     }
-    names = [entry.name for entry in fields(M3POArguments) if entry.name in told or acts.get(entry.name)]
-    values = {name: as_json(told.get(name, getattr(training, name))) for name in names}
+    names = [entry.name for entry in fields(M3POArguments) if entry.name in in_force or acts.get(entry.name)]
+    values = {name: as_json(in_force.get(name, getattr(training, name))) for name in names}
     if "gating_type" in values:  # what its gate has by default is no difference of its own
         gate, options = gate_class(values["gating_type"]), values["gating_config"]
         usual = gate.structure({}) | {name: options.get(name) for name in ("temperature", "debug")}
@@ -75,14 +75,14 @@ def recorded_flags(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The flags in a run's `summary.json`; of one that has them not yet, its changed values over the defaults."""
     if "flags" in summary:
         return dict(summary["flags"])
-    given = {}
+    values = {}
     for entry in (entry for kind in (RunArguments, GRPOConfig, ModelConfig) for entry in fields(kind)):
-        made = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        given[entry.name] = summary.get("config", {}).get(entry.name, as_json(made))
-    told = ("mode", "seed", "aslr_enabled", "gating_type", "dataset", "num_eval_problems")
-    given |= {name: summary[name] for name in told if summary.get(name) is not None}
-    given["model_name_or_path"] = given["model_name_or_path"] or EMBEDDED_MODEL
-    flags = with_acting(defining(given), SimpleNamespace(**given))
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        values[entry.name] = summary.get("config", {}).get(entry.name, as_json(default))
+    names = ("mode", "seed", "aslr_enabled", "gating_type", "dataset", "num_eval_problems")
+    values |= {name: summary[name] for name in names if summary.get(name) is not None}
+    values["model_name_or_path"] = values["model_name_or_path"] or EMBEDDED_MODEL
+    flags = with_acting(defining(values), SimpleNamespace(**values))
     for name in ("accelerator_config", "parallelism_config"):  # objects, of which such a summary says nothing
         del flags[name]
     engine = summary["engine"] if "engine_version" in summary else "trl"

@@ -222,7 +222,7 @@ def settle_reference(run: Run, model: PreTrainedModel) -> None:
     A model from a GGUF file is saved as a folder first, which then is its name.
     """
     name = run.model.model_name_or_path or EMBEDDED_MODEL
-    wanted = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": run.model.attn_implementation}
+    options = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": run.model.attn_implementation}
     if name == EMBEDDED_MODEL or name.endswith(".gguf"):
         folder = run.folder / "reference"
         if run.training.process_index == 0:
@@ -231,8 +231,8 @@ def settle_reference(run: Run, model: PreTrainedModel) -> None:
         run.training.distributed_state.wait_for_everyone()
         model.config.name_or_path = model.name_or_path = str(folder)
     else:
-        wanted["revision"] = run.model.model_revision
-    run.training.model_init_kwargs = {**wanted, **(run.training.model_init_kwargs or {})}
+        options["revision"] = run.model.model_revision
+    run.training.model_init_kwargs = {**options, **(run.training.model_init_kwargs or {})}
 
 
 def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> list[Answered]:

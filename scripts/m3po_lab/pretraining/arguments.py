@@ -83,8 +83,8 @@ def parse(argv: list[str]) -> Pretraining:
     Raises:
         UserError: for anything that cannot be read or is unknown.
     """
-    given, rest = split_config(argv)
-    file = find_config(given or DEFAULT_MHC_CONFIG, begins=OF_PRETRAINING)
+    config_name, rest = split_config(argv)
+    file = find_config(config_name or DEFAULT_MHC_CONFIG, begins=OF_PRETRAINING)
     parser = OneLineParser(PretrainArguments, TrainingArguments)
     with one_line_errors(file):
         script, training, in_yaml, unknown = parser.parse_args_and_config(
@@ -130,15 +130,15 @@ def check_folder(run: Pretraining) -> None:
     result = read_json(run.folder / "result.json")
     if result is None and (not run.folder.is_dir() or get_last_checkpoint(run.folder) is None):
         return
-    told = read_json(run.folder / RUN_FILE)
-    stored = told["flags"] if told else {**result["script"], "max_steps": result["max_steps"]} if result else {}
+    recorded = read_json(run.folder / RUN_FILE)
+    stored = recorded["flags"] if recorded else {**result["script"], "max_steps": result["max_steps"]} if result else {}
     differing = difference(stored, of_pretraining(run))
     if differing is not None:
         name, before, now = differing
         raise UserError(
             f"--{name} {now}: {shown_path(run.folder)} has a run with {before}; set that, or give another --output_dir."
         )
-    if told is None and run.training.process_index == 0:
+    if recorded is None and run.training.process_index == 0:
         print(
             f"{shown_path(run.folder)} has no {RUN_FILE}: whether "
             f"{'all' if result is None else 'the other'} flags are those of this run could not be compared"

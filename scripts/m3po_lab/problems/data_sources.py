@@ -174,8 +174,8 @@ def _hub_gsm8k() -> list[Problem]:
 
 def _hub_math() -> list[Problem]:
     """MATH's train split, all subjects; a row whose solution has no closed box at its end is left out."""
-    found = [math_problem(row) for subject in MATH_SUBJECTS for row in hub_rows(MATH, subject, "train")]
-    return [problem for problem in found if problem is not None]
+    problems = [math_problem(row) for subject in MATH_SUBJECTS for row in hub_rows(MATH, subject, "train")]
+    return [problem for problem in problems if problem is not None]
 
 
 def _hub_mmlu_arc() -> list[Problem]:
