@@ -18,7 +18,7 @@ def shown_command(script: str, words: Sequence[str], changes: Mapping[str, str |
     Args:
         script: its path in the project, e.g. `scripts/train_grpo.sh`; one of `.sh` is started by bash.
         words: of its command line.
-        changes: flags whose value is another one than in `words`; None leaves the flag out.
+        changes: flags that get another value than in `words`; None leaves the flag out.
     """
     changes = changes or {}
     remaining = without_flags(words, changes)
@@ -28,7 +28,7 @@ def shown_command(script: str, words: Sequence[str], changes: Mapping[str, str |
 
 
 def train_command(words: Sequence[str], changes: Mapping[str, str | None] | None = None) -> str:
-    """That of a training, in as many processes as this one."""
+    """The shell command that starts a training, in as many processes as this one; see `shown_command`."""
     from m3po_lab.core.processes import VARIABLE
 
     processes = os.environ.get(VARIABLE)

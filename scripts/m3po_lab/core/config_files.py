@@ -13,10 +13,10 @@ YAML_ENDINGS = (".yaml", ".yml")
 
 
 def find_config(path: str, folder: str = "configs", begins: str = "") -> Path:
-    """The YAML file `given`, seen from the current folder or else from the project's root.
+    """The YAML file at a path, seen from the current folder or else from the project's root.
 
     Args:
-        given: its path.
+        path: relative or absolute.
         folder: has the known ones, which an error names.
         begins: how their names begin; empty leaves out those of pretraining.
 

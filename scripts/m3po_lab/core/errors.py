@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
-ERROR_LOG = "error.log"  # in the run folder: the traceback of a failure that was said in one line
+ERROR_LOG = "error.log"  # in the run folder: the traceback of a failure that was printed in one line
 OWN_PACKAGES = ("m3po_lab", "patchset")
 
 # What to do about an error of the operating system.
@@ -90,7 +90,7 @@ def _missing_package(error: ImportError) -> str | None:
     """The line for a package that is not installed; None where a module of ours or a name in a module is missing."""
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in OWN_PACKAGES:
         return f"the package {error.name} is not installed: run 'make env', or .venv/bin/pip install it."
-    if error.name is None:  # said by a library that looked for one
+    if error.name is None:  # from a library that looked for one
         return f"{short(error).rstrip('.')}."
     return None
 

@@ -22,7 +22,7 @@ def agreement(model: str, problems_of: str | None, samples: Sequence[dict[str, A
 
     Args:
         model: what was evaluated: `final/` of a run, or the model that the run of `problems_of` started from.
-        problems_of: the checkpoint whose problems were asked, None for those of the model.
+        problems_of: the checkpoint that the problems came from; None if it is the model.
     """
     report = _report_of(model, problems_of)
     if report is None:

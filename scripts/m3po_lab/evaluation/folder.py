@@ -32,9 +32,9 @@ def claim_results(output_dir: str | None, name: str, depends_on: Mapping[str, An
     """The folder of the results, made those of this evaluation by a file that says what they are of.
 
     Args:
-        given: `--output_dir`; None takes `evals/<name>-<digest of about>`.
+        output_dir: `--output_dir`; None takes `evals/<name>-<digest of depends_on>`.
         name: readable, of the model and the options.
-        about: all that the results hang on, as JSON values.
+        depends_on: all that the results depend on, as JSON values.
 
     Raises:
         UserError: the folder has another evaluation, stopped or finished, or results that do not say of what.
@@ -67,7 +67,7 @@ class FinishedParts:
         self._depends_on = depends_on
 
     def read(self, *more: Any) -> list[Any]:
-        """What `add` was given in earlier tries, in its order; nothing in a first try.
+        """The parts that `add` has saved in earlier tries, in order; none in a first try.
 
         Args:
             more: whatever else the parts depend on, as JSON values.

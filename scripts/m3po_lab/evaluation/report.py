@@ -31,7 +31,7 @@ def results_table(evaluations: dict[str, dict[str, Any]], num_paths: int) -> str
     """Markdown: a row a task, each score in % with its standard error; of several evaluations a row each a task.
 
     Args:
-        found: lm-eval's results, by how ASLR ran.
+        evaluations: lm-eval's results, by how ASLR ran.
     """
     several = len(evaluations) > 1
     shown = [name for name in COLUMNS if num_paths > 1 or name not in ("majority_vote", "pass_at_n")]
@@ -102,8 +102,8 @@ def write_report(evaluations: dict[str, dict[str, Any]], header: dict[str, Any],
     """Write the files into `folder` and print the table.
 
     Args:
-        found: lm-eval's results, by how ASLR ran; one where it ran in one way.
-        about: what was evaluated and how.
+        evaluations: lm-eval's results, by how ASLR ran.
+        header: what was evaluated and how.
         folder: for the files.
     """
     several = len(evaluations) > 1

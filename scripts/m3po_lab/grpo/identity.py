@@ -93,7 +93,7 @@ def parts_of(stored: Mapping[str, Any] | None, flags: Mapping[str, Any], step: i
     """Which values of `MAY_CHANGE` held from which step on, for a run that goes on at `step` (0: that starts).
 
     Args:
-        stored: what `read_run` found of it; None of a new run, or of one whose past is not known.
+        stored: the content of its `run.json`; None for a new run, and for one without the file.
     """
     part = {"from_step": step, **{name: flags[name] for name in MAY_CHANGE if name in flags}}
     before = [past for past in stored["parts"] if past["from_step"] < step] if stored else []

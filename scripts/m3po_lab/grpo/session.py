@@ -36,7 +36,7 @@ from m3po_lab.core.processes import check_engine
 from m3po_lab.core.saving import ObeyUmask, obey_umask, save_model
 from m3po_lab.evaluation.decoding import Thoughts
 from m3po_lab.evaluation.evaluate import Answered, answer_problems, cache_key, load_cached, store
-from m3po_lab.evaluation.settings import EvalSettings, KeepSettings
+from m3po_lab.evaluation.settings import EvalSettings, SaveSettings
 from m3po_lab.grpo.arguments import Run
 from m3po_lab.grpo.checkpoints import check_same_run, check_save_steps, claim_run_folder
 from m3po_lab.grpo.identity import begin, of_run
@@ -108,7 +108,7 @@ class RewardBar(ProgressCallback):
 
 
 def close_bar(trainer: GRPOTrainer) -> None:
-    """End the progress bar of a training that did not: what is said next begins on a line of its own."""
+    """End the progress bar of a training that was stopped, so that the next message begins on a line of its own."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RewardBar) and callback.training_bar is not None:
             callback.training_bar.close()
@@ -155,7 +155,7 @@ def run_session(run: Run, words: Sequence[str]) -> None:
         print(run.engine.describe())
         print(start_line(run, trainer, len(train_problems), len(held_out), resume))
     settings = EvalSettings.of_run(run.script, training, trainer.accelerator.mixed_precision)
-    trainer.add_callback(KeepSettings(settings))
+    trainer.add_callback(SaveSettings(settings))
     trainer.add_callback(SaveRunFile(about))
     before = evaluate_before(run, trainer, held_out, settings)
     try:
@@ -217,7 +217,7 @@ def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume
 
 
 def settle_reference(run: Run, model: PreTrainedModel) -> None:
-    """Make TRL's reference model the start model: TRL loads it anew by the model's name, in fp32 unless told.
+    """Make TRL's reference model the start model: TRL loads it anew by the model's name.
 
     A model from a GGUF file is saved as a folder first, which then is its name.
     """
@@ -260,7 +260,7 @@ def thoughts_of(trainer: GRPOTrainer) -> Thoughts | None:
 
 
 def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], settings: EvalSettings) -> list[Answered]:
-    """The evaluation of the start model, kept in the run folder so that a resumed run does not repeat it."""
+    """The evaluation of the start model, saved in the run folder so that a resumed run does not repeat it."""
     file, key = run.folder / "baseline.json", ""
     stored: list[list[Answered]] = [[]]
     if trainer.accelerator.is_main_process:

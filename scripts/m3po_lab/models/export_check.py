@@ -67,7 +67,7 @@ class Comparison:
 
     Args:
         prompts: the token ids (1, L) of each.
-        aslr: whether ASLR is kept; without it the checkpoint is compared with its loop off.
+        aslr: whether ASLR is exported too; without it the checkpoint is compared with its loop off.
         logits: (tokens, V) float32, of the checkpoint.
     """
 

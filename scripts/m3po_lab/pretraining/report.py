@@ -59,7 +59,7 @@ def load_results(folders: Sequence[Path]) -> dict[str, dict[int, dict[str, Any]]
 
 
 def flags_of(result: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a finished run; of one whose result has them not all, those that it says."""
+    """The flags of a finished run, as far as its result has them."""
     flags = result.get("flags") or {**result["script"], "max_steps": result["max_steps"]}
     return {**flags, "tokens_per_step": result["tokens_per_step"]}
 
@@ -132,7 +132,7 @@ def text_of(results: dict[str, dict[int, dict[str, Any]]]) -> str:
 def draw_curves(results: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
     """Bits per byte in validation and the training loss over the steps, a line for each run in each.
 
-    Runs whose results have no training losses yet leave the second one out.
+    The second one is left out where a result has no training losses.
     """
     runs = [run for by_seed in results.values() for run in by_seed.values()]
     shown = {name: label for name, label in CURVES.items() if all(run.get(name) for run in runs)}

@@ -106,7 +106,7 @@ def run_pretraining(run: Pretraining) -> None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         preprocess_logits_for_metrics=nats_of_rows,
-        compute_metrics=lambda found: {"bits_per_byte": float(found.predictions.sum()) / bits},
+        compute_metrics=lambda output: {"bits_per_byte": float(output.predictions.sum()) / bits},
         callbacks=[watch, SaveRunFile({"flags": flags}), ObeyUmask()],
     )
     watch.trainer = trainer

@@ -95,7 +95,7 @@ def check_references(source: str, splits: dict[str, list[Problem]]) -> None:
 
 
 def refuse_references(source: str, wrong: dict[str, Problem]) -> None:
-    """Raise an error that names the first of some problems, given by where they are, if there are any."""
+    """Raise an error that names the first of some problems, by where they are, if there are any."""
     if not wrong:
         return
     shown = ", ".join(f"{place} ({problem.answer[:SHOWN]!r})" for place, problem in list(wrong.items())[:NAMED])
