@@ -49,7 +49,7 @@ def check_training(training: TrainingArguments) -> None:
 
 
 def _check_optimizer(training: TrainingArguments) -> None:
-    """Refuse an optimizer or a schedule that cannot be made; the same error."""
+    """Refuse an optimizer or a schedule that cannot be made; the error of `check_training`."""
     weight = torch.nn.Parameter(torch.zeros(1))
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training)

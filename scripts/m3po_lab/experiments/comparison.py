@@ -5,9 +5,9 @@ One row a run; then one row a variant on its diversity and, where paths interact
 against the control (mode `none`) over the seeds that both have: the mean difference of the accuracy after training, its
 95 % interval and p by the paired t-test, with Holm's correction where several variants are compared.
 
-A variant is the whole set of flags in which the runs differ, besides the seed: `m3po`, `m3po:raw_dot` with that gate,
-`m3po+aslr`, `m3po λ=0.3`, `m3po phase=all`. Its control has its values of the flags that a control has, `none lr=1e-05`
-for `m3po λ=0.3 lr=1e-05`. Runs are compared only if their problems, model and number of steps are the same, and in the
+A variant is the whole set of flags in which the runs differ, besides the random seed: `m3po`, `m3po:raw_dot` with that
+gating function, `m3po+aslr`, `m3po λ=0.3`, `m3po phase=all`. Its control has its values of the flags that a control
+has, `none lr=1e-05` for `m3po λ=0.3 lr=1e-05`. Runs are compared only if their problems, model and number of steps are the same, and in the
 modes that decode plainly also the accuracy before. The prompts of a seed are the same in both, the samples are not.
 """
 
@@ -63,14 +63,15 @@ def differing_flags(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def variant(flags: Mapping[str, Any], differing: Sequence[str]) -> str:
-    """What a run is compared as: its mode, its gate if not the default, `+aslr`, and what else differs among the runs.
+    """What a run is compared as: its mode, a gating function that is not the default, `+aslr`, and other differences.
 
     Args:
         flags: of the run.
         differing: the flags that differ among the runs.
     """
-    gate = flags.get("gating_type", DEFAULT_GATE)
-    name = f"{flags['mode']}{'' if gate == DEFAULT_GATE else f':{gate}'}{'+aslr' if flags['aslr_enabled'] else ''}"
+    gating_type = flags.get("gating_type", DEFAULT_GATE)
+    gating = "" if gating_type == DEFAULT_GATE else f":{gating_type}"
+    name = f"{flags['mode']}{gating}{'+aslr' if flags['aslr_enabled'] else ''}"
     shown = [flag for flag in differing if flag in flags and flag not in NAMED]
     return " ".join([name, *(f"{SHORT.get(flag, flag)}={value_text(flag, flags)}" for flag in shown)])
 

@@ -28,18 +28,22 @@ OF_THE_RUNS = ("mode", "seed", "aslr_enabled", "overwrite", "resume_from_checkpo
 
 
 def mode_words(mode: str) -> list[str]:
-    """The flags of a mode as it is named here: with the gate behind a colon, and with ASLR if it ends in `+aslr`.
+    """The flags of a mode as it is named here: a gating function stands behind a colon, `+aslr` at the end.
 
     Raises:
-        UserError: it is not of that form, or the mode has no gate.
+        UserError: it is not of that form, or the mode has no gating function.
     """
     whole, *extra = mode.split("+")
-    name, colon, gate = whole.partition(":")
-    if extra not in ([], ["aslr"]) or (colon and not gate):
-        raise UserError(f"--modes {mode} is unknown: give a mode, or with gate and ASLR m3po:raw_dot, m3po+aslr.")
-    if gate and name not in CROSS_PATH_MODES:
-        raise UserError(f"--modes {mode}: only {' and '.join(CROSS_PATH_MODES)} have a gate; leave out :{gate}.")
-    return ["--mode", name, *(["--gating_type", gate] if gate else []), "--aslr_enabled", "true" if extra else "false"]
+    name, colon, gating_type = whole.partition(":")
+    if extra not in ([], ["aslr"]) or (colon and not gating_type):
+        raise UserError(
+            f"--modes {mode} is unknown: give a mode, or with gating function and ASLR m3po:raw_dot, m3po+aslr."
+        )
+    if gating_type and name not in CROSS_PATH_MODES:
+        modes = " and ".join(CROSS_PATH_MODES)
+        raise UserError(f"--modes {mode}: only {modes} have a gating function; leave out :{gating_type}.")
+    gating = ["--gating_type", gating_type] if gating_type else []
+    return ["--mode", name, *gating, "--aslr_enabled", "true" if extra else "false"]
 
 
 def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> list[str]:
@@ -51,7 +55,9 @@ def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> lis
     if gates is None:
         return list(modes or DEFAULT_MODES)
     if modes is not None:
-        raise UserError("--gates and --modes exclude each other: give one, gates as --modes none m3po:raw_dot.")
+        raise UserError(
+            "--gates and --modes exclude each other: give one, gating functions as --modes none m3po:raw_dot."
+        )
     return [CONTROL, *(f"m3po:{gate}" for gate in gates or list_gating_functions())]
 
 

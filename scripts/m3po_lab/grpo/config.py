@@ -31,7 +31,7 @@ def parse_run(argv: list[str], engine: Engine = TRL, idle: bool = False) -> Run:
     """Read ``[X.yaml] [--flag value ...]``; without a YAML, `configs/demo.yaml`.
 
     The command line wins over the YAML. An output_dir that neither gives becomes
-    ``runs/<config>-<mode>[-<gate>][-aslr]-seed<seed>`` in the project's root; the gate if it is not the baseline.
+    ``runs/<config>-<mode>[-<gating function>][-aslr]-seed<seed>`` in the project's root, without the baseline's name.
     `engine` is the one that was chosen (`engine.choose_engine`) and, if it is Unsloth, imported. With `idle`, flags
     that do nothing in this run are let pass (`idle_flags`).
 

@@ -48,7 +48,7 @@ def of_run(run: Run) -> dict[str, Any]:
 
 
 def with_acting(flags: Mapping[str, Any], training: Any) -> dict[str, Any]:
-    """The flags; those that this overlay adds with the values in force, where the mode, the gate or ASLR has them."""
+    """The flags; of those that this overlay adds, the ones that act in the run, with the values in force."""
     in_force = checkpoint_info(training)
     learns, residual = "gating_training" in in_force, training.mode in RESIDUAL_MODES
     acts = {
@@ -60,7 +60,7 @@ def with_acting(flags: Mapping[str, Any], training: Any) -> dict[str, Any]:
     }
     names = [entry.name for entry in fields(M3POArguments) if entry.name in in_force or acts.get(entry.name)]
     values = {name: as_json(in_force.get(name, getattr(training, name))) for name in names}
-    if "gating_type" in values:  # what its gate has by default is no difference of its own
+    if "gating_type" in values:  # the defaults of a gating function are no difference
         gate, options = gate_class(values["gating_type"]), values["gating_config"]
         usual = gate.structure({}) | {name: options.get(name) for name in ("temperature", "debug")}
         values["gating_config"] = {name: value for name, value in options.items() if value != usual.get(name)}

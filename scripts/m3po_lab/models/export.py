@@ -34,8 +34,8 @@ NOT_SERVABLE = {
 MODULES_NOT_SERVABLE = {
     ASLR: "it has the modules of ASLR, which vLLM does not know; with ASLR=off they are left out, as they are when the "
     "checkpoint is evaluated",
-    GATING: "it has a learnable gate, which vLLM does not know and a single path does not use; with GATING=off it is "
-    "left out, and with it the way to decode its groups",
+    GATING: "it has a learnable gating function, which vLLM does not know and a single path does not use; with "
+    "GATING=off it is left out, and with it the way to decode its groups",
     HYPER_CONNECTIONS: "it has hyper-connections, which vLLM does not know; use model.generate of this overlay",
 }
 

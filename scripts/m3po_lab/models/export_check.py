@@ -105,7 +105,7 @@ class Comparison:
         if not all(map(torch.equal, prompts, self.prompts)):
             raise UserError("not exported: the tokenizer that was written splits a prompt otherwise.")
         weights, read = plain.state_dict(), again.state_dict()
-        for own in OWN_MODULES:  # a single path does not use a learnable gate, so its logits say nothing of it
+        for own in OWN_MODULES:  # one path does not use a learnable gating function, so its logits say nothing of it
             for name in own.among(weights):
                 if name not in read or not torch.equal(weights[name], read[name]):
                     raise UserError(f"not exported: {name} of what was written is not the checkpoint's.")

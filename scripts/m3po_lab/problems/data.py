@@ -65,7 +65,7 @@ def chat_prompt(problem: Problem, script: ProblemArguments) -> list[Message]:
 
 
 def user_turn(problem: Problem, script: ProblemArguments) -> str:
-    """The template of the run filled in with a problem; the same error."""
+    """The template of the run filled in with a problem; the error of `chat_prompt`."""
     fields = {**problem.fields, "question": problem.question}
     try:
         check_template(script.prompt_template, fields)

@@ -62,7 +62,7 @@ def read_jsonl(path: Path) -> list[Problem]:
 
 
 def jsonl_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of such a file, each checked; the same errors."""
+    """The rows of such a file, each checked; the errors of `read_jsonl`."""
     if not path.is_file():
         raise UserError(f"--dataset {path} does not exist: give the path of a .jsonl file in GSM8K's format.")
     rows, wrong = [], {}
