@@ -7,8 +7,9 @@ against the control (mode `none`) over the seeds that both have: the mean differ
 
 A variant is the whole set of flags in which the runs differ, besides the random seed: `m3po`, `m3po:raw_dot` with that
 gating function, `m3po+aslr`, `m3po λ=0.3`, `m3po phase=all`. Its control has its values of the flags that a control
-has, `none lr=1e-05` for `m3po λ=0.3 lr=1e-05`. Runs are compared only if their problems, model and number of steps are the same, and in the
-modes that decode plainly also the accuracy before. The prompts of a seed are the same in both, the samples are not.
+has, `none lr=1e-05` for `m3po λ=0.3 lr=1e-05`. Runs are compared only if their problems, model and number of steps are
+the same, and in the modes that decode plainly also the accuracy before. The prompts of a seed are the same in both, the
+samples are not.
 """
 
 import json
