@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from m3po_lab.models.loading import embedded_gguf, repair_embedded
+from m3po_lab.models.embedded import embedded_gguf, repair_embedded
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = [

@@ -7,10 +7,59 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, add_aslr
-from .gating.module import GATING_MODULE, add_gating, gating_parameters
+from .aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, add_aslr, attach_aslr
+from .aslr.settings import ASLR_NUMBERS
+from .gating.factory import gate_class, list_gating_functions
+from .gating.module import GATING_MODULE, add_gating, attach_gating, gating_parameters
 from .hyper_connections.connections import MHC_MODULES, add_streams
-from .thinking.residual_gate import GATE_MODULES, GATE_PARAMETERS, add_residual_gate
+from .settings import CROSS_PATH_MODES, DEFAULT_GATE, RESIDUAL_MODES
+from .thinking.residual_gate import GATE_MODULES, GATE_PARAMETERS, add_residual_gate, attach_residual_gate
+
+Hyperparameters = Mapping[str, Any]  # what `m3po.json` says
+Difference = tuple[str, Any, Any]
+
+
+def _cannot_attach(model: Any, hyperparameters: Hyperparameters) -> None:
+    raise NotImplementedError("such modules are made with the model, not given to a plain one")
+
+
+def _attach_residual_gate(model: Any, hyperparameters: Hyperparameters) -> None:
+    start = {"r_min": 0.99, "r_max": 0.999}  # the bounds only say what the residual gate began with
+    bounds = {name: hyperparameters.get(f"thinking_residual_{name}", value) for name, value in start.items()}
+    attach_residual_gate(model, **bounds, seed=0)
+
+
+def _residual_gate_difference(model: Any, hyperparameters: Hyperparameters) -> Difference | None:
+    belongs, has = RESIDUAL_GATE.belongs(hyperparameters), RESIDUAL_GATE.on(model)
+    return None if belongs == has else (RESIDUAL_GATE.switch, belongs, has)
+
+
+def _aslr_difference(model: Any, hyperparameters: Hyperparameters) -> Difference | None:
+    found = {ASLR.switch: ASLR.on(model), **{name: getattr(model.config, name, None) for name in ASLR_NUMBERS}}
+    for name, value in found.items():
+        if name in hyperparameters and hyperparameters[name] != value:
+            return name, hyperparameters[name], value
+    return None
+
+
+def _learns(hyperparameters: Hyperparameters) -> bool:
+    """Whether `m3po.json` names a mode whose paths interact, and a learnable gating function that is known here."""
+    gating_type = hyperparameters.get("gating_type", DEFAULT_GATE)
+    known = gating_type in list_gating_functions()  # another version may know other ones
+    return hyperparameters.get("mode") in CROSS_PATH_MODES and known and gate_class(gating_type).learnable
+
+
+def _gating_difference(model: Any, hyperparameters: Hyperparameters) -> Difference | None:
+    gating_type = hyperparameters.get("gating_type", DEFAULT_GATE)
+    if not GATING.on(model):
+        return ("gating_type", gating_type, None) if GATING.belongs(hyperparameters) else None
+    config = model.config
+    stored = {"gating_type": gating_type, **gate_class(gating_type).structure(hyperparameters.get("gating_config"))}
+    found = {
+        "gating_type": config.m3po_gating_type,
+        **gate_class(config.m3po_gating_type).structure(config.m3po_gating_config),
+    }
+    return next(((name, stored.get(name), value) for name, value in found.items() if stored.get(name) != value), None)
 
 
 @dataclass(frozen=True)
@@ -24,6 +73,12 @@ class OwnModules:
         parameters: from what `m3po.json` says, the parameters of a checkpoint that has them, by their names on the base
             model.
         add: makes them on a base model if its configuration has them.
+        belongs: from what `m3po.json` says, whether a checkpoint has them.
+        stored: the names under which `m3po.json` says what `attach` needs.
+        attach: gives a plain model fresh ones (in place), of the shape that `m3po.json` says; a ValueError where that
+            breaks a rule.
+        difference: the first thing in which those of a model are not what `m3po.json` says: its name, the value
+            stored, and that of the model; None where they are the same. What the file does not say is not compared.
     """
 
     switch: str
@@ -32,6 +87,10 @@ class OwnModules:
     names: tuple[str, ...]
     parameters: Callable[[Mapping[str, Any]], tuple[str, ...]]
     add: Callable[[Any], None]
+    belongs: Callable[[Hyperparameters], bool] = lambda hyperparameters: False
+    stored: tuple[str, ...] = ()
+    attach: Callable[[Any, Hyperparameters], None] = _cannot_attach
+    difference: Callable[[Any, Hyperparameters], Difference | None] = lambda model, hyperparameters: None
 
     def on(self, model: Any) -> bool:
         """Whether the configuration of a model says that it has these modules."""
@@ -49,6 +108,9 @@ RESIDUAL_GATE = OwnModules(
     names=GATE_MODULES,
     parameters=lambda numbers: GATE_PARAMETERS,
     add=add_residual_gate,
+    belongs=lambda hyperparameters: hyperparameters.get("mode") in RESIDUAL_MODES,
+    attach=_attach_residual_gate,
+    difference=_residual_gate_difference,
 )
 ASLR = OwnModules(
     switch="aslr_enabled",
@@ -57,6 +119,10 @@ ASLR = OwnModules(
     names=ASLR_MODULES,
     parameters=lambda numbers: ASLR_PARAMETERS,
     add=add_aslr,
+    belongs=lambda hyperparameters: bool(hyperparameters.get("aslr_enabled")),
+    stored=("aslr_enabled", *ASLR_NUMBERS),
+    attach=lambda model, hyperparameters: attach_aslr(model, **{name: hyperparameters[name] for name in ASLR_NUMBERS}),
+    difference=_aslr_difference,
 )
 GATING = OwnModules(
     switch="m3po_gating_enabled",
@@ -65,6 +131,12 @@ GATING = OwnModules(
     names=(GATING_MODULE,),
     parameters=gating_parameters,
     add=add_gating,
+    belongs=_learns,
+    stored=("gating_type", "gating_config"),
+    attach=lambda model, hyperparameters: attach_gating(
+        model, hyperparameters["gating_type"], hyperparameters["gating_config"]
+    ),
+    difference=_gating_difference,
 )
 OWN_MODULES = (RESIDUAL_GATE, ASLR, GATING)
 # Not among those: most of them sit on the decoder layers, which make them, and no trainer adds them to a plain model.
