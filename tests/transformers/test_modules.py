@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from transformers.m3po.aslr.settings import ASLR_DEFAULTS
-from transformers.m3po.modules import ASLR, GATING, HYPER_CONNECTIONS, OWN_MODULES, RESIDUAL_GATE
+from transformers.m3po.modules import ADDED_MODULES, ASLR, GATING, HYPER_CONNECTIONS, RESIDUAL_GATE
 
 STORED: dict[str, dict[str, Any]] = {
     "plain": {"mode": "none"},
@@ -22,16 +22,18 @@ MODULES = {"residual gate": RESIDUAL_GATE, "ASLR": ASLR, "learnable gating funct
 @pytest.mark.parametrize("kind", STORED)
 def test_attached_modules_are_those_that_the_file_says(kind: str, tiny_llama: Callable[..., Any]) -> None:
     model, stored = tiny_llama(), STORED[kind]
-    assert [own for own in OWN_MODULES if own.belongs(stored)] == [own for name, own in MODULES.items() if name == kind]
+    assert [modules for modules in ADDED_MODULES if modules.belongs(stored)] == [
+        modules for name, modules in MODULES.items() if name == kind
+    ]
     if kind not in MODULES:
-        assert all(own.difference(model, stored) is None for own in OWN_MODULES)
+        assert all(modules.difference(model, stored) is None for modules in ADDED_MODULES)
         return
-    own = MODULES[kind]
-    assert not own.on(model) and own.difference(model, stored) is not None
-    own.attach(model, stored)
-    assert own.on(model) and own.difference(model, stored) is None
-    names = {name.removeprefix("model.") for name in own.among(model.state_dict())}
-    assert set(own.parameters(stored)) <= names
+    modules = MODULES[kind]
+    assert not modules.on(model) and modules.difference(model, stored) is not None
+    modules.attach(model, stored)
+    assert modules.on(model) and modules.difference(model, stored) is None
+    names = {name.removeprefix("model.") for name in modules.among(model.state_dict())}
+    assert set(modules.parameters(stored)) <= names
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_the_difference_jumps_when_the_bags_are_withheld_from_the_policy_pass(
     run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": mode})
     loss = run._compute_loss
     run._compute_loss = lambda model, inputs: loss(
-        model, {name: value for name, value in inputs.items() if not name.startswith("thinking_bag")}
+        model, {name: value for name, value in inputs.items() if not name.startswith("rollout_bag")}
     )
     run.train()
     assert min(tiny.logged(run, "m3po/rollout_logp_diff_max")) > 100 * BOUND
@@ -267,7 +267,7 @@ def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path, mode: str):
     loss, differences = run._compute_loss, []
 
     def compare(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        difference = inputs["old_per_token_logps"] - inputs["rollout_per_token_logps"]
+        difference = inputs["old_per_token_logps"] - inputs["rollout_logps"]
         differences.append((difference * inputs["completion_mask"]).abs().max().item())
         return loss(model, inputs)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
-from transformers.m3po.aslr.settings import ASLRNumbers, check_aslr_numbers, has_aslr
+from transformers.m3po.aslr.settings import ASLRNumbers, check_aslr_numbers
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
+from transformers.m3po.flags import has_aslr
 from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.m3po.modules import OWN_MODULES
+from transformers.m3po.modules import ADDED_MODULES
 from trl import GRPOConfig
 
 from m3po_lab.core.errors import UserError
@@ -105,7 +105,7 @@ def missing_part(checkpoint: Path) -> str | None:
 def missing_module(checkpoint: Path, keys: list[str]) -> str | None:
     """The first parameter of a module that `m3po.json` speaks of and that is not among the weights."""
     hyperparameters = read_json(checkpoint / "m3po.json") or {}
-    for modules in OWN_MODULES:
+    for modules in ADDED_MODULES:
         for name in modules.parameters(hyperparameters) if modules.belongs(hyperparameters) else ():
             if not any(key.endswith(f".{name}") for key in keys):
                 return name

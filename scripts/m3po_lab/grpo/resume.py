@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from trl.trainer.m3po.config import GATE_START
-from trl.trainer.m3po.rollouts import checkpoint_info
+from trl.trainer.m3po.config import GATE_START, checkpoint_info
 
 from m3po_lab.core.errors import ERROR_LOG, UserError
 from m3po_lab.core.identity import RUN_FILE, difference, read_run

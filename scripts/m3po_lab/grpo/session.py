@@ -14,7 +14,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
-from transformers.m3po.aslr.settings import ASLRNumbers, has_aslr
+from transformers.m3po.aslr.settings import ASLRNumbers
+from transformers.m3po.flags import has_aslr
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 

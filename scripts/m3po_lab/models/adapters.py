@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
-from transformers.m3po.modules import OWN_MODULES, OwnModules
+from transformers.m3po.modules import ADDED_MODULES, AddedModules
 from trl import ModelConfig, get_peft_config
 
 from m3po_lab.core.errors import UserError
@@ -59,7 +59,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     hyperparameters = read_json(folder / CHECKPOINT_FILE) or {}
     for modules in _brought_modules(folder, hyperparameters):
-        missing = [name for name in modules.stored if name not in hyperparameters]
+        missing = [name for name in modules.needs if name not in hyperparameters]
         if missing:
             raise ValueError(
                 f"its adapter brings {modules.article}, and its {CHECKPOINT_FILE} does not say {missing[0]}; take the "
@@ -69,7 +69,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
 
 
-def _brought_modules(folder: Path, hyperparameters: dict[str, Any]) -> list[OwnModules]:
+def _brought_modules(folder: Path, hyperparameters: dict[str, Any]) -> list[AddedModules]:
     """The modules that an adapter trains whole.
 
     Args:
@@ -84,7 +84,7 @@ def _brought_modules(folder: Path, hyperparameters: dict[str, Any]) -> list[OwnM
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
         keys = list(weights.keys())
     brought = []
-    for modules in OWN_MODULES:
+    for modules in ADDED_MODULES:
         present = modules.among(keys)
         if saved & set(modules.names):
             parameters = modules.parameters(hyperparameters)

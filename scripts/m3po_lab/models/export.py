@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from transformers.m3po import read_checkpoint_info, write_checkpoint_info
-from transformers.m3po.aslr.settings import ASLR_NUMBERS, has_aslr
-from transformers.m3po.modules import ASLR, GATING, HYPER_CONNECTIONS, OWN_MODULES
-from transformers.m3po.thinking.residual_gate import has_residual_gate
+from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.flags import has_aslr, has_residual_gate
+from transformers.m3po.modules import ADDED_MODULES, ASLR, GATING, HYPER_CONNECTIONS
 from trl import ModelConfig
 
 from m3po_lab.core.errors import UserError, one_line
@@ -100,7 +100,7 @@ def export(
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         for name, weight in plain.named_parameters():
-            if not any(modules.among([name]) for modules in OWN_MODULES):  # those are float32 in any model
+            if not any(modules.among([name]) for modules in ADDED_MODULES):  # those are float32 in any model
                 weight.data = weight.data.to(getattr(torch, dtype))
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.m3po.aslr.settings import has_aslr
-from transformers.m3po.modules import OWN_MODULES
-from transformers.m3po.thinking.residual_gate import has_residual_gate
+from transformers.m3po.flags import has_aslr, has_residual_gate
+from transformers.m3po.modules import ADDED_MODULES
 from trl import ModelConfig
 
 from m3po_lab.core.errors import UserError, short
@@ -105,8 +104,8 @@ class Comparison:
         if not all(map(torch.equal, prompts, self.prompts)):
             raise UserError("not exported: the tokenizer that was written splits a prompt otherwise.")
         weights, read = plain.state_dict(), again.state_dict()
-        for own in OWN_MODULES:  # one path does not use a learnable gating function, so its logits say nothing of it
-            for name in own.among(weights):
+        for modules in ADDED_MODULES:  # one path does not use a learnable gating function: its logits say nothing of it
+            for name in modules.among(weights):
                 if name not in read or not torch.equal(weights[name], read[name]):
                     raise UserError(f"not exported: {name} of what was written is not the checkpoint's.")
         logits = logits_of(again, prompts, self.aslr)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from transformers import NanoChatForCausalLM
+from transformers.m3po.flags import has_hyper_connections
 from transformers.m3po.hyper_connections.report import mean_matrices
-from transformers.m3po.hyper_connections.settings import has_hyper_connections
 
 from m3po_lab.pretraining.data import UNSCORED
 

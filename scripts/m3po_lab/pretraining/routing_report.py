@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.m3po.flags import has_hyper_connections
 from transformers.m3po.hyper_connections.report import full_report, gate_effect, gradient_norms, mean_matrices
-from transformers.m3po.hyper_connections.settings import has_hyper_connections
 
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import check_writable, shown_path, write_text

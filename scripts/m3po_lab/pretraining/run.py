@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.m3po.flags import has_hyper_connections
 from transformers.m3po.hyper_connections.report import full_report
-from transformers.m3po.hyper_connections.settings import has_hyper_connections
 from transformers.trainer_utils import get_last_checkpoint
 
 from m3po_lab.core.errors import PROJECT_ROOT

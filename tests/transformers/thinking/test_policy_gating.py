@@ -15,7 +15,8 @@ from transformers.m3po.generation.rollout import ThinkingRollout
 from transformers.m3po.thinking import policy_gating
 from transformers.m3po.thinking.bags import cross_path_bags, heard_peers
 from transformers.m3po.thinking.interaction import path_attention
-from transformers.m3po.thinking.policy_gating import GatingRecord, regated_weights
+from transformers.m3po.thinking.policy_gating import regated_weights
+from transformers.m3po.thinking.record import GatingRecord, RolloutRecord
 from transformers.m3po.thinking.thoughts import blend_thoughts, blended_weights, likeliest
 
 VOCAB, HIDDEN, STEPS, TOP_K, LAMBDA = 24, 6, 9, 4, 0.4
@@ -335,7 +336,7 @@ def test_a_shorter_part_of_the_rollout_can_be_scored(mode: str) -> None:
         None,
         rolled.bag_ids[:, at],
         rolled.bag_weights[:, at],
-        rolled.record.at(at),
+        rolled.record.positions(at),
         rolled.active[:, at],
         rolled.thoughts,
         GROUPS,
@@ -352,7 +353,7 @@ def test_no_position_at_all_has_no_weights(mode: str) -> None:
         None,
         rolled.bag_ids[:, nothing],
         rolled.bag_weights[:, nothing],
-        rolled.record.at(nothing),
+        rolled.record.positions(nothing),
         rolled.active[:, nothing],
         rolled.thoughts,
         GROUPS,
@@ -362,10 +363,9 @@ def test_no_position_at_all_has_no_weights(mode: str) -> None:
 
 def test_the_record_goes_through_a_batch_and_back() -> None:
     record = roll_out(*made("luong"), "m3po").record
-    batch = record.tensors()
-    assert sorted(batch) == ["gating_ids", "gating_norm", "gating_probs", "gating_slots", "gating_temperature"]
-    again = GatingRecord.of({**batch, "other": torch.zeros(1)})
-    assert all(torch.equal(value, getattr(again, key)) for key, value in vars(record).items())
+    batch = RolloutRecord(torch.zeros(record.norm.shape), gating=record).to_batch()
+    again = RolloutRecord.from_batch({**batch, "other": torch.zeros(1)})
+    assert all(torch.equal(value, getattr(again.gating, key)) for key, value in vars(record).items())
     assert (record.ids.dtype, record.slots.dtype, record.probs.dtype) == (torch.int32, torch.int16, torch.float32)
 
 
@@ -393,15 +393,16 @@ def test_the_record_of_a_rollout_gives_its_weights_back(
         tokens = torch.cat([tokens, probs.multinomial(1)], dim=1)
         after = going & (torch.arange(len(GROUPS)) != step - 1)
         with torch.no_grad():
-            rollout.record(step, probs, tokens, going, after)
+            rollout.write(step, probs, tokens, going, after)
         going = after
     rollout.end(STEPS - 1)
-    assert rollout.gating is not None and rollout.gating.ids.shape == (len(GROUPS), STEPS - 1, TOP_K)
+    record = rollout.record
+    assert record.gating is not None and record.gating.ids.shape == (len(GROUPS), STEPS - 1, TOP_K)
     mine = regated_weights(
-        gate, table, rollout.bag_ids, rollout.bag_weights, rollout.gating, GROUPS, LAMBDA, mode == "h3po"
+        gate, table, record.bag_ids, record.bag_weights, record.gating, GROUPS, LAMBDA, mode == "h3po"
     )
-    assert (rollout.bag_weights > 0).any(-1).sum() > 10
-    torch.testing.assert_close(mine, rollout.bag_weights, atol=1e-6, rtol=0)
+    assert (record.bag_weights > 0).any(-1).sum() > 10
+    torch.testing.assert_close(mine, record.bag_weights, atol=1e-6, rtol=0)
     assert mine.requires_grad
 
 
