@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 1-4, for every gate that is registered, at its own temperature and matched: λ = 0, groups, lonely
+"""What must hold with every gate that is registered, at its own temperature and matched: λ = 0, groups, lonely
 paths, padding, agreement with the scoring pass, statistics; and where a model keeps a gate that learns."""
 
 from __future__ import annotations

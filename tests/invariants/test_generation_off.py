@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 1 and 2: everything off is upstream, and λ = 0 is the mode without cross-path, bit for bit."""
+"""Everything off is upstream, and λ = 0 is the mode without cross-path, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 2-5 and 7, for generation in every mode: agreement with the scoring pass, groups, lonely paths,
+"""What must hold for generation in every mode: agreement with the scoring pass, groups, lonely paths,
 gradients, decoding cost."""
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def test_the_record_is_allocated_once_and_no_history_of_distributions_is_kept(ti
 
 
 def test_what_is_alive_beyond_the_record_does_not_grow_with_the_steps(tiny_llama, mode):
-    """Design 5.7, exactly: the peak of all tensors, less that of plain generation, less the preallocated record."""
+    """The peak of all tensors, less that of plain generation, less the preallocated record."""
 
     def added(steps):
         lengths = {"max_new_tokens": steps, "min_new_tokens": steps, "eos_token_id": 2}

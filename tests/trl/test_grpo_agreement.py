@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollout and policy pass agree (design 5.3), and every scoring pass gets the bags of its own rows (E5).
+"""Rollout and policy pass agree, and every scoring pass gets the bags of its own rows.
 
 One battery for all modes. The residual gate starts here with a decay of 0.3 to 0.6: half of a thinking input is the
 thought, where HRPO's own start leaves it a fourteenth.
@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from transformers.m3po.gating import list_gating_functions
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 
-# The largest difference of log-probs, in fp32, that rounding explains (design 5.3).
+# The largest difference of log-probs, in fp32, that rounding explains.
 BOUND = 1e-4
 MARKER = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
 CROSSING, THINKING = ("m3po", "h3po"), ("hrpo", "h3po")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learnable gates in training: gradient, whole groups, learning rate, warm-up, numbers, saving, resuming (E17, E18)."""
+"""Learnable gates in training: gradient, whole groups, learning rate, warm-up, numbers, saving, resuming."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets gradient, and how much: all that acts on the thinking inputs (design 4 and 5.5), under LoRA as well.
+"""Who gets gradient, and how much: all that acts on the thinking inputs, under LoRA as well.
 
 The residual gate starts with a decay of 0.3 to 0.6: near 1, where HRPO starts it, sqrt(1 - a²) loses in float32 the
 digits that the comparison with float64 is about.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that stops at a checkpoint and resumes is the uninterrupted run, bit for bit: h3po, and ASLR (design 5.6)."""
+"""A run that stops at a checkpoint and resumes is the uninterrupted run, bit for bit: h3po, and ASLR."""
 
 from __future__ import annotations
 

@@ -521,7 +521,7 @@ def test_continuous_batching_of_a_model_with_aslr_is_refused(make, no_manager):
 
 
 def test_the_position_ids_of_a_scoring_pass_are_those_of_the_rollout(make):
-    """Without them the noise of a padded row would be another (erratum E9): what the agreement above rests on."""
+    """Without them the noise of a padded row would be another: what the agreement above rests on."""
     model = with_aslr(make())
     output = rollout(model)
     mask = torch.cat([left_padded(LENGTHS)["attention_mask"], torch.ones_like(completions_of(output))], dim=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of seed 2's `m3po_modules.bin` (E13): files as `torch.save` writes them, of modules as seed 2 has them."""
+"""The reader of the prototype's `m3po_modules.bin`: files as `torch.save` writes them, of the prototype's modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(num_paths: int = P, **more: Any) -> LlamaForCausalLM:
 
 
 def seed_weights() -> dict[str, dict[str, torch.Tensor]]:
-    """The state dicts of seed 2's three modules, random."""
+    """The state dicts of the prototype's three modules, random."""
     torch.manual_seed(1)
     attention = nn.MultiheadAttention(H, 8, batch_first=True)
     return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter-free gates against their formulas in float64, and what all gates have in common (E16, E19)."""
+"""The parameter-free gates against their formulas in float64, and what all gates have in common."""
 
 from __future__ import annotations
 

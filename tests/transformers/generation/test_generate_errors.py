@@ -102,7 +102,7 @@ def test_a_decoding_loop_of_somebody_else_is_refused(tiny_llama):
 
 
 def test_a_callable_of_the_caller_still_gets_its_own_processing_class(tiny_llama):
-    """An argument that upstream hands to the callable must not be taken for seed 1's name of `tokenizer`."""
+    """An argument that upstream hands to the callable must not be taken for another name of `tokenizer`."""
 
     def loop(model, input_ids, processing_class=None, **kwargs):
         return processing_class

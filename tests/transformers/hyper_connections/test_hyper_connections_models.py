@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from reference.hyper_start import put_in_the_seeds_start
+from reference.hyper_start import put_in_the_start_that_cannot_learn
 from reference.tiny import LIVELY, left_padded, small_tokenizer, teacher_forced_logps
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
@@ -152,10 +152,10 @@ def test_h_res_gets_its_gradient_at_the_second_step(family):
 
 
 def test_with_the_seeds_start_h_res_gets_no_gradient_and_the_report_says_so(family):
-    """The test above, on what seed 5 starts from: its criterion fails, and the diagnostic flags the run (E22)."""
+    """The test above, from a start that cannot learn: the criterion fails, and the diagnostic flags the run."""
     model = make(family, **ON, mhc_sinkhorn_tau=0.05).train()
     for mixer in mixers(model).values():
-        put_in_the_seeds_start(mixer)
+        put_in_the_start_that_cannot_learn(mixer)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(4):
         gradients(model)
@@ -421,7 +421,7 @@ def test_a_checkpoint_that_lost_a_module_is_refused(tmp_path):
 
 
 def test_made_on_the_meta_device_the_start_is_still_set(family):
-    """E26: a start that only `__init__` sets would be lost."""
+    """A start that only `__init__` sets would be lost."""
     with torch.device("meta"):
         model = type(make(family))(type(make(family).config)(**SIZES, **ON, mhc_residual="birkhoff"))
     model = model.to_empty(device="cpu")

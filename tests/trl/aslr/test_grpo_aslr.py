@@ -84,22 +84,22 @@ def test_the_open_part_gets_gradient_at_once_the_rest_from_the_second_step_and_a
         assert (blind_key(name, value - start[name]).abs() > 1e-4).float().mean() > 0.95, name
 
 
-def test_refining_the_last_position_alone_as_the_seed_did_leaves_the_modules_without_gradient(
+def test_refining_the_last_position_alone_leaves_the_modules_without_gradient(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The logit of that position is dropped in a policy pass (E8): the loss does not see the modules at all."""
+    """The logit of that position is dropped in a policy pass: the loss does not see the modules at all."""
     loop = aslr._inner_loop
 
     def last_alone(*args: Any) -> torch.Tensor:
         return torch.cat([args[-1][:, :-1], loop(*args)[:, -1:]], 1)
 
     steps = {}
-    for name in ("ours", "the seed's"):
+    for name in ("every position", "the last position alone"):
         run = tiny.trainer(tmp_path, flags={**ON, "max_grad_norm": 0.0}, model=tiny.with_aslr())
         steps[name] = tiny.aslr_gradients(run)
         monkeypatch.setattr(aslr, "_inner_loop", last_alone)
-    assert not any(value.any() for gradients in steps["the seed's"] for value in gradients.values())
-    assert all(value.any() for gradients in steps["ours"] for value in gradients.values())
+    assert not any(value.any() for gradients in steps["the last position alone"] for value in gradients.values())
+    assert all(value.any() for gradients in steps["every position"] for value in gradients.values())
 
 
 # The start

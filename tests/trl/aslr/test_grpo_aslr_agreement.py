@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With ASLR on, rollout and policy pass agree, and every pass gets the seeds of its own rows (design 5.3, E8, E9).
+"""With ASLR on, rollout and policy pass agree, and every pass gets the seeds of its own rows.
 
 The modules begin far from their start (`with_aslr`), so that what they add moves the log-probs by much more than the
 bound; two of the cases begin with fresh modules, which then train.
@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from transformers.m3po.aslr import modules as aslr
 from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
 
-BOUND = 1e-4  # the largest difference of log-probs, in fp32, that rounding explains (design 5.3)
+BOUND = 1e-4  # the largest difference of log-probs, in fp32, that rounding explains
 MARKER = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
 ON = {**MARKER, "aslr_enabled": True}
 MODES = ("none", "m3po", "hrpo", "h3po")
@@ -284,13 +284,13 @@ def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path):
     assert 0 < difference.abs().max() < BOUND
 
 
-# The seed's version
+# Refining the last position alone
 
 
-def test_refining_the_last_position_alone_as_the_seed_did_is_another_policy_in_the_scoring_pass(
+def test_refining_the_last_position_alone_is_another_policy_in_the_scoring_pass(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A decode step has one position, which is refined; in the policy pass that one is dropped (E8)."""
+    """A decode step has one position, which is refined; in the policy pass that one is dropped."""
     loop = aslr._inner_loop
 
     def last_alone(*args: Any) -> torch.Tensor:
