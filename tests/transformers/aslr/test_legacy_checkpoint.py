@@ -76,7 +76,7 @@ def test_the_copy_that_peft_keeps_of_the_start_is_left_out(tmp_path: Path) -> No
     assert torch.equal(net.model.m3po_router.gate.weight, seed_weights()["m3po_router"]["gate.weight"])
 
 
-def test_collaborator_computes_what_the_seeds_attention_does(tmp_path: Path) -> None:
+def test_collaborator_computes_what_the_prototypes_attention_does(tmp_path: Path) -> None:
     """At temperature 1, where ours is `nn.MultiheadAttention`."""
     torch.save(seed_weights(), tmp_path / "m3po_modules.bin")
     net = model()

@@ -261,7 +261,7 @@ def test_the_default_start_learns_to_permute_the_streams(kind):
     assert 1.5 < before < 2.5 and after < before / 2
 
 
-def test_the_seeds_start_learns_nothing():
+def test_a_start_at_the_edge_of_saturation_learns_nothing():
     mixer = put_in_the_start_that_cannot_learn(DynamicMHC(16, 4, sinkhorn_tau=BAD_TAU))
     before, after = learns_a_permutation(mixer)
     assert after > 0.95 * before

@@ -151,7 +151,7 @@ def test_h_res_gets_its_gradient_at_the_second_step(family):
     assert quiet < 2e-9 and routes.grad[8:].abs().max() > 5e-9
 
 
-def test_with_the_seeds_start_h_res_gets_no_gradient_and_the_report_says_so(family):
+def test_with_a_start_that_cannot_learn_h_res_gets_no_gradient_and_the_report_says_so(family):
     """The test above, from a start that cannot learn: the criterion fails, and the diagnostic flags the run."""
     model = make(family, **ON, mhc_sinkhorn_tau=0.05).train()
     for mixer in mixers(model).values():

@@ -272,7 +272,7 @@ def test_a_plain_model_stays_plain_unless_asked(tiny: Any, tmp_path: Path, said:
         assert "aslr" not in (tmp_path / file).read_text(encoding="utf-8")
 
 
-def test_what_is_left_open_on_a_plain_model_is_the_seeds(tiny: Any, tmp_path: Path):
+def test_what_is_left_open_on_a_plain_model_gets_the_defaults(tiny: Any, tmp_path: Path):
     run = tiny.trainer(tmp_path, flags=ON)
     assert {name: getattr(run.args, name) for name in ASLR_NUMBERS} == ASLR_DEFAULTS
     assert {name: getattr(run.model.config, name) for name in ASLR_NUMBERS} == ASLR_DEFAULTS
