@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`generate` with cross-path interaction: how it is called, what it returns, and the batches and caches it works with."""
+"""`generate` with cross-path interaction: its call, what it returns, and the batches and caches it works with."""
 
 from __future__ import annotations
 
