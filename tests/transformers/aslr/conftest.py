@@ -7,11 +7,6 @@ import pytest
 from reference.gated import STRONG
 
 
-@pytest.fixture(params=["llama", "qwen2"])
-def family(request, tiny_llama, tiny_qwen2):
-    return {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param]
-
-
 @pytest.fixture
 def make(family):
     """Makes tiny plain models of 64 tokens; `make(**ON)` makes one with the modules at their start."""

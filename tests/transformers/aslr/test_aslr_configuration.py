@@ -68,6 +68,7 @@ def test_numbers_of_paths_and_rounds_are_whole(tiny_llama, config, name, value):
         attach_aslr(tiny_llama(), **{name: value})
 
 
+@pytest.mark.both_families
 def test_eight_heads_must_divide_the_hidden_size(make):
     odd = {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 1}
     assert make(**odd).config.aslr_enabled is False
@@ -87,6 +88,7 @@ def test_a_refused_attachment_leaves_the_model_as_it_was(make):
     assert not any("m3po" in name for name in model.state_dict())
 
 
+@pytest.mark.both_families
 def test_on_is_saved_loaded_and_can_be_overridden(make, tmp_path):
     numbers = {"aslr_num_paths": 3, "aslr_threshold": 0.25, "aslr_gumbel_temp": 2.0, "aslr_cross_path_lambda": 1}
     model = make(**ON, **numbers)
@@ -100,6 +102,7 @@ def test_on_is_saved_loaded_and_can_be_overridden(make, tmp_path):
     assert (other.config.aslr_threshold, other.config.aslr_max_iterations, other.config.aslr_num_paths) == (0.75, 0, 3)
 
 
+@pytest.mark.both_families
 def test_off_leaves_no_trace_in_the_configuration_and_the_weights(make, tmp_path):
     model = make(aslr_threshold=0.3)
     assert not any("aslr" in key for key in (*model.config.to_dict(), *model.config.to_diff_dict()))

@@ -15,6 +15,7 @@ from reference.latent import (
     token_indices,
     with_aslr,
 )
+from transformers.m3po import hooks
 from transformers.m3po.aslr import modules as product
 from transformers.m3po.aslr.modules import ASLR_PARAMETERS, refine_states
 from transformers.m3po.aslr.noise import latent_noise
@@ -46,6 +47,7 @@ def alive(found):
 PROJECTION = {"m3po_path_aggregator.weight_proj.weight", "m3po_path_aggregator.weight_proj.bias"}
 
 
+@pytest.mark.both_families
 def test_at_the_start_the_projection_gets_gradient_and_from_then_on_every_module(make):
     model = with_aslr(make(), random=False)
     optimizer = torch.optim.AdamW(aslr_parameters(model), lr=1e-2)
@@ -71,7 +73,7 @@ def last_position_only(model, states, position_ids, inputs):
 def test_refining_the_last_position_alone_gets_no_gradient_from_a_policy_pass(make, monkeypatch):
     """The logit of that position is dropped there: what the test above guards against, put in on purpose."""
     model = with_aslr(make())
-    monkeypatch.setattr(product, "refine_states", last_position_only)
+    monkeypatch.setattr(hooks, "refine_states", last_position_only)
     assert alive(gradients(model, policy_loss(model))) == set()
 
 
