@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter-free gates against their formulas in float64, and what all gates have in common (E16, E19)."""
+"""The parameter-free gates against their formulas in float64, and what all gates have in common."""
 
 from __future__ import annotations
 
@@ -239,7 +239,10 @@ def test_a_gate_from_outside_is_known_everywhere(overlap: str) -> None:
         (lambda: create_gating_function("cosine"), "gating_type='cosine' is unknown; set one of bahdanau, baseline, "),
         (lambda: create_gating_function("raw_dot", {"exact": True}), "no option 'exact' for RawDotProductGating"),
         (lambda: create_gating_function("raw_dot", {"temperature": 0}), "temperature=0.0 is not above 0"),
-        (lambda: ThinkingSettings(gating_type="raw_dot", gating_config={"exact": True}), "'exact' for gating function 'raw_dot'"),
+        (
+            lambda: ThinkingSettings(gating_type="raw_dot", gating_config={"exact": True}),
+            "'exact' for gating function 'raw_dot'",
+        ),
     ],
 )
 def test_wrong_names_and_options_are_refused_in_one_line(call: Any, said: str) -> None:
@@ -259,7 +262,7 @@ def test_a_gate_without_a_temperature_cannot_be_registered() -> None:
         register_gating_function("function", lambda probs: probs)  # type: ignore[arg-type]
 
 
-def test_the_seeds_import_path_leads_here() -> None:
+def test_the_prototypes_import_path_leads_here() -> None:
     from transformers.m3po import gating
     from transformers.models.qwen2 import m3po_gating
     from transformers.models.qwen2.m3po_gating.base import BaseM3POGating as base
