@@ -15,7 +15,7 @@ import torch
 from ..utils import logging
 
 if TYPE_CHECKING:
-    from .thinking.interaction import Attention
+    from .gating.base import Attention
 
 logger = logging.get_logger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -88,6 +88,23 @@ class BaseM3POGating(nn.Module, ABC):
     def statistics(self) -> dict[str, torch.Tensor]:
         """Statistics of its own, beyond those that all gating functions share; 0-dim tensors by name."""
         return {}
+
+
+class Attention(NamedTuple):
+    """Who listens to whom in each group.
+
+    Attributes:
+        weights: (..., N, N), A of eq. 5: zero on the diagonal, at paths that do not take part and at padding; every row
+            of an active path with an active peer sums to 1, every other row is zero. Finite forward and backward.
+        similarity: (..., N, N), S of eq. 3, before any mask.
+        pairs: (..., N, N) bool, the pairs that may exchange.
+        temperature: T, one number or, matched, (..., 1, 1).
+    """
+
+    weights: torch.Tensor
+    similarity: torch.Tensor
+    pairs: torch.Tensor
+    temperature: float | torch.Tensor
 
 
 def attention_weights(
