@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import read_checkpoint_info
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from trl.trainer.m3po.config import GATE_START, checkpoint_info
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
+from trl.trainer.m3po.config import RESIDUAL_GATE_START, checkpoint_info
 
 from m3po_lab.core.errors import ERROR_LOG, UserError
 from m3po_lab.core.identity import RUN_FILE, difference, read_run
@@ -18,8 +18,8 @@ from m3po_lab.grpo.checkpoints import checkpoints, engine_of, missing_part, step
 from m3po_lab.grpo.identity import MAY_CHANGE
 
 DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
-OF_ASLR = ("aslr_enabled", *ASLR_NUMBERS)  # left out of m3po.json without ASLR
-OF_MODEL = (*GATE_START, *OF_ASLR)  # a model that has them says them
+OF_ASLR = ("aslr_enabled", *ASLR_HYPERPARAMETERS)  # left out of m3po.json without ASLR
+OF_MODEL = (*RESIDUAL_GATE_START, *OF_ASLR)  # a model that has them says them
 OWN_FILES = ("baseline.json", RUN_FILE, "summary.json", "reward.png", "completions.jsonl", ERROR_LOG)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers.m3po import read_checkpoint_info, write_checkpoint_info
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
 from transformers.m3po.flags import has_aslr, has_residual_gate
 from transformers.m3po.modules import ADDED_MODULES, ASLR, GATING, HYPER_CONNECTIONS
 from trl import ModelConfig
@@ -95,7 +95,7 @@ def export(
                 delattr(plain.base_model, name)
             setattr(plain.config, modules.switch, False)
     if not has_aslr(plain):
-        left_out = (ASLR.switch, *ASLR_NUMBERS)
+        left_out = (ASLR.switch, *ASLR_HYPERPARAMETERS)
         hyperparameters = {name: value for name, value in hyperparameters.items() if name not in left_out}
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
