@@ -36,7 +36,7 @@ class Checkpoint:
         name: folder, file or Hub id of the model.
         mode: a key of `INFERENCE`.
         settings: how the mode thinks; None in mode `none`.
-        sampling_temperature: that its completions were sampled at; 1 where it is not said.
+        sampling_temperature: the temperature that the completions of the training were sampled at; 1 by default.
         answer_start: the answer marker.
         stored: the content of `m3po.json`, or the mode and the flags.
     """
@@ -108,17 +108,17 @@ class Checkpoint:
                     "run, or leave the flag out."
                 )
         elif gating is not None:
-            name, stored, found = gating
+            name, stored, value = gating
             raise UserError(
-                f"{self.name}: its {CHECKPOINT_FILE} says {name} {stored} and its model has {found}; take the folder "
+                f"{self.name}: its {CHECKPOINT_FILE} says {name} {stored} and its model has {value}; take the folder "
                 "as its run saved it."
             )
         without = {ASLR.switch: False} if (Path(self.name) / CHECKPOINT_FILE).is_file() else {}
         aslr = ASLR.difference(model, without | dict(self.stored))
         if aslr is not None:
-            name, stored, found = aslr
+            name, stored, value = aslr
             raise UserError(
-                f"{name}: {self.name} was trained with {stored}, and the configuration of the model says {found}; "
+                f"{name}: {self.name} was trained with {stored}, and the configuration of the model says {value}; "
                 "evaluate the folder that its run saved, as it is."
             )
 

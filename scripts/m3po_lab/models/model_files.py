@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model files that are not what their names say: found before a library stumbles over them, and said in one line."""
+"""Model files that are not what their names say: refused in one line before a library stumbles over them."""
 
 import json
 import struct
