@@ -6,7 +6,8 @@ are not installed: one file, `m3po_vendor.pth`, puts their folders on the path. 
 finds the distributions' metadata beside the packages, counts them as installed and resolves what they depend on.
 
 The extra `unsloth` (`make env EXTRA=unsloth`, or an NVIDIA GPU in the machine) installs what Unsloth depends on and
-puts its two checkouts on the path too. An environment that has it keeps it.
+puts its two checkouts on the path too. The extra `docs` (`make docs`) installs what builds the site of the pages. An
+environment that has an extra keeps it.
 
 A stamp in `.venv`, written last, says for which inputs it was built. No stamp: an earlier call was interrupted, and
 everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done. The same
@@ -50,7 +51,10 @@ VENDORED = {"transformers": "vendor/transformers/src", "trl": "vendor/trl"}
 
 # Extra -> what it adds to VENDORED. What it installs is in pyproject.toml under the same name. Without the extra these
 # checkouts stay off the path: to import Unsloth is to patch the other libraries for the whole process.
-EXTRAS = {"unsloth": {"unsloth": "vendor/unsloth", "unsloth_zoo": "vendor/unsloth_zoo"}}
+EXTRAS: dict[str, dict[str, str]] = {
+    "docs": {},
+    "unsloth": {"unsloth": "vendor/unsloth", "unsloth_zoo": "vendor/unsloth_zoo"},
+}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 # Installed with --no-deps.
