@@ -197,7 +197,7 @@ def scored(engine: str, settings: dict[str, Any], mode: str, place: Path) -> dic
             batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
             found = log_probs(trainer, batch, half)
             torch.save({"batch": batch, "logps": found}, place)
-            return difference(found, batch["rollout_per_token_logps"], batch, "rollout")
+            return difference(found, batch["rollout_logps"], batch, "rollout")
         kept = torch.load(place, weights_only=True, map_location=device)
         batch = kept["batch"]
         found = log_probs(trainer, batch, half)

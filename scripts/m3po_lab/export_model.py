@@ -59,9 +59,9 @@ def export(checkpoint: Path, out: Path, dtype: str, aslr: bool, gating: bool) ->
     """
     import torch
     from transformers.m3po import read_checkpoint_info, write_checkpoint_info
-    from transformers.m3po.aslr.settings import ASLR_NUMBERS, has_aslr
+    from transformers.m3po.aslr.settings import ASLR_NUMBERS
+    from transformers.m3po.flags import has_aslr, has_residual_gate
     from transformers.m3po.modules import ASLR, GATING, HYPER_CONNECTIONS, OWN_MODULES
-    from transformers.m3po.thinking.residual_gate import has_residual_gate
     from trl import ModelConfig
 
     from m3po_lab.core.files import check_writable

@@ -78,8 +78,8 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint cannot be read or has no hyper-connections, or there is no text.
     """
+    from transformers.m3po.flags import has_hyper_connections
     from transformers.m3po.hyper_connections.report import gate_effect, mean_matrices
-    from transformers.m3po.hyper_connections.settings import has_hyper_connections
 
     from m3po_lab.core.errors import PROJECT_ROOT, UserError
     from m3po_lab.core.files import check_writable, shown_path, write_text

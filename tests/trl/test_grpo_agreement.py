@@ -267,7 +267,7 @@ def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path, mode: str):
     loss, differences = run._compute_loss, []
 
     def compare(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        difference = inputs["old_per_token_logps"] - inputs["rollout_per_token_logps"]
+        difference = inputs["old_per_token_logps"] - inputs["rollout_logps"]
         differences.append((difference * inputs["completion_mask"]).abs().max().item())
         return loss(model, inputs)
 

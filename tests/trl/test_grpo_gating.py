@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.m3po.gating import list_gating_functions
 from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.gating.module import attach_gating
+from trl.trainer.m3po.checks import check_trainer
 from trl.trainer.m3po.gating import as_groups, as_rows
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
@@ -122,7 +123,7 @@ def test_the_gradient_of_the_gate_is_that_of_the_loss(tiny: Any, tmp_path: Path)
             # On policy the loss does not depend on the old log-probs' value, so they are pinned to the present ones.
             with torch.no_grad():
                 kwargs = run.m3po.policy_inputs(inputs)
-            assert "gating_ids" not in kwargs  # without gradient the stored weights are read
+            assert kwargs.gating is None  # without gradient the stored weights are read
             step = found["slope"] / found["slope"].norm()
             old = per_token(run, inputs)
             sides = []
@@ -376,4 +377,4 @@ def test_engines_that_split_the_gate_are_refused(tiny: Any, tmp_path: Path, monk
     run = tiny.trainer(tmp_path, flags=flags_of("luong"))
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="gating_type='luong' cannot be trained with FSDP.*Take DDP"):
-        run.m3po._check_gating()
+        check_trainer(run, run.m3po.settings, [])

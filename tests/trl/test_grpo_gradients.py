@@ -85,8 +85,8 @@ def dense_gradients(
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     start = batch["prompt_ids"].size(1)
-    embed, weights = head.model.embed_tokens, batch["thinking_bag_weights"].double()
-    thoughts = torch.einsum("btk,btkh->bth", weights, embed(batch["thinking_bag_ids"].long()))
+    embed, weights = head.model.embed_tokens, batch["rollout_bag_weights"].double()
+    thoughts = torch.einsum("btk,btkh->bth", weights, embed(batch["rollout_bag_ids"].long()))
     if not keep_bag_graph:
         thoughts = thoughts.detach()
     inputs = embed(ids)
@@ -159,4 +159,4 @@ def test_under_lora_only_the_adapters_and_the_gate_get_gradient_and_move(
 @pytest.mark.parametrize("mode", ["m3po", "h3po"])
 def test_the_bags_of_a_batch_carry_no_gradient(tiny: Any, tmp_path: Path, mode: str):
     _, _, batch, _ = first_step(tiny, tmp_path, "llama", mode)
-    assert not batch["thinking_bag_weights"].requires_grad and not batch["rollout_per_token_logps"].requires_grad
+    assert not batch["rollout_bag_weights"].requires_grad and not batch["rollout_logps"].requires_grad

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
+from trl.trainer.m3po.metrics import distinct_answers
 
 COMMON = {"rollout_logp_diff", "rollout_logp_diff_max", "distinct_answers"}
 THOUGHT = {"thinking_fraction", "thinking_length"}
@@ -72,9 +73,9 @@ def test_the_gates_numbers_are_those_of_the_inputs_that_the_rollout_read(tiny: A
     run._compute_loss = lambda model, inputs: (batches.append(inputs), loss(model, inputs))[1]
     run.train()
     (batch,) = batches
-    weights, tokens = batch["thinking_bag_weights"].double(), batch["completion_ids"]
+    weights, tokens = batch["rollout_bag_weights"].double(), batch["completion_ids"]
     with torch.no_grad():
-        thoughts = (weights.unsqueeze(-1) * base.embed_tokens(batch["thinking_bag_ids"].long())).sum(-2)
+        thoughts = (weights.unsqueeze(-1) * base.embed_tokens(batch["rollout_bag_ids"].long())).sum(-2)
         own = base.embed_tokens(tokens)
         decay = -8.0 * F.softplus(-base.thinking_residual_Lambda.Lambda)
         a = (decay * base.thinking_residual_gate_r(own).sigmoid()).exp()
@@ -112,7 +113,7 @@ def test_the_largest_difference_between_two_log_lines_is_the_one_logged(tiny: An
 
     def off_by(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         shift = 0.5 if len(largest) == 1 else 0.0  # the second of four micro-batches
-        inputs["rollout_per_token_logps"] = inputs["rollout_per_token_logps"] + shift
+        inputs["rollout_logps"] = inputs["rollout_logps"] + shift
         largest.append(shift)
         return loss(model, inputs)
 
@@ -148,13 +149,16 @@ def test_distinct_answers_counts_the_texts_behind_the_first_marker_group_by_grou
         ["1+1", "##2", "###3", ""],  # no marker: none
         ["1####2####3", "####2", "####", "4####3"],  # `2####3`, `2`, the empty text and `3`: four
     ]
+    flat = [text for group in texts for text in group]
+    assert distinct_answers(flat, "####", [0] * 4 + [1] * 4 + [2] * 4) == (2 + 0 + 4) / 3
     tokenizer = tiny.tokenizer()
-    rows = [torch.tensor([*tokenizer(text)["input_ids"], 1]).long() for group in texts for text in group]
+    rows = [torch.tensor([*tokenizer(text)["input_ids"], 1]).long() for text in flat]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=3)  # what is masked is never read
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     run = tiny.trainer(tmp_path, flags={"mode": "none"})
     run.m3po.generate_kwargs(len(ids), 4)
-    assert run.m3po._distinct_answers(ids, mask).item() == pytest.approx((2 + 0 + 4) / 3)
+    run.m3po._log_answers(ids, mask)
+    assert run._metrics["train"]["m3po/distinct_answers"] == [pytest.approx((2 + 0 + 4) / 3)]
 
 
 GIVEN = {

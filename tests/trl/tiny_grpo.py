@@ -245,7 +245,7 @@ def record(build: Callable[..., GRPOTrainer]) -> dict[str, Any]:
         "weights": weights,
         "rng": torch.get_rng_state(),
         "log": run.state.log_history,
-        "seeds": [seed for batch in batches for seed in batch.get("aslr_row_seeds", torch.tensor([])).tolist()],
+        "seeds": [seed for batch in batches for seed in batch.get("rollout_row_seeds", torch.tensor([])).tolist()],
         "shared": all(hasattr(value, "full_tensor") for value in run.model.parameters()),
     }
 
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ:  # else no pristine TRL is compared with
         use_plain_scoring()
     results: dict[str, Any] = {
-        "patched": importlib.util.find_spec("trl.trainer.m3po.rollouts") is not None,
+        "patched": importlib.util.find_spec("trl.trainer.m3po") is not None,
         "defaults": {
             field.name: "a factory" if field.default is dataclasses.MISSING else repr(field.default)
             for field in dataclasses.fields(GRPOConfig)

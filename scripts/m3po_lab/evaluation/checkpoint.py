@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
-from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_numbers, has_aslr
+from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_numbers
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
+from transformers.m3po.flags import has_aslr
 from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 

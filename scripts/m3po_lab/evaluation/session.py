@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from lm_eval.api.task import Task
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.m3po.flags import has_residual_gate
 from transformers.m3po.settings import RESIDUAL_MODES
-from transformers.m3po.thinking.residual_gate import has_residual_gate
 from trl import ModelConfig
 
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line, short

@@ -25,8 +25,7 @@ from transformers.m3po.gating.factory import gate_class, list_gating_functions
 from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from trl import GRPOConfig
-from trl.trainer.m3po.config import GATE_START
-from trl.trainer.m3po.rollouts import checkpoint_info
+from trl.trainer.m3po.config import GATE_START, checkpoint_info
 
 from m3po_lab.core.errors import ERROR_LOG, UserError
 from m3po_lab.core.files import read_json

@@ -26,8 +26,7 @@ from transformers.m3po.aslr.settings import ASLR_NUMBERS
 from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl import GRPOConfig, ModelConfig
-from trl.trainer.m3po.config import M3POArguments
-from trl.trainer.m3po.rollouts import checkpoint_info
+from trl.trainer.m3po.config import M3POArguments, checkpoint_info
 
 from m3po_lab.core.files import read_json, write_json
 from m3po_lab.grpo.config import Run, RunArguments, UserError, one_line

@@ -24,7 +24,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.m3po.aslr.settings import ASLRNumbers, has_aslr
+from transformers.m3po.aslr.settings import ASLRNumbers
+from transformers.m3po.flags import has_aslr
 from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation

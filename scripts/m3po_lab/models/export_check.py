@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.m3po.aslr.settings import has_aslr
+from transformers.m3po.flags import has_aslr, has_residual_gate
 from transformers.m3po.modules import OWN_MODULES
-from transformers.m3po.thinking.residual_gate import has_residual_gate
 from trl import ModelConfig
 
 from m3po_lab.core.errors import UserError, short

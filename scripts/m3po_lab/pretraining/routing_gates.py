@@ -37,7 +37,7 @@ def gates_of(model: Any, text: str, place: str) -> float | list[list[list[float]
     Raises:
         UserError: as `read_gates`; the model has no hyper-connections, or another number of layers.
     """
-    from transformers.m3po.hyper_connections.settings import has_hyper_connections
+    from transformers.m3po.flags import has_hyper_connections
 
     gates = read_gates(text)
     if not has_hyper_connections(model):

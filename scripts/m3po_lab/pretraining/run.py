@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from transformers import NanoChatConfig, NanoChatForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.m3po.flags import has_hyper_connections
 from transformers.m3po.hyper_connections.report import full_report, mean_matrices
-from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_numbers, has_hyper_connections
+from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_numbers
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from trl import GRPOConfig, ModelConfig
-from trl.trainer.m3po.rollouts import checkpoint_info
+from trl.trainer.m3po.config import checkpoint_info
 
 from m3po_lab.grpo import checkpoints
 from m3po_lab.grpo.config import Run, RunArguments, UserError

@@ -9,7 +9,8 @@ import pytest
 import torch
 from reference import cross_path
 from transformers.m3po import PathGroups, apply_cross_path_interaction, bag_vectors
-from transformers.m3po.thinking.bags import cross_path_bags, heard_peers, mix_bags, mix_thinking_inputs
+from transformers.m3po.thinking.bags import cross_path_bags, heard_peers
+from transformers.m3po.thinking.inputs import mix_bags, mix_thinking_inputs
 from transformers.m3po.thinking.interaction import path_attention
 
 VOCAB, HIDDEN = 60, 8

@@ -15,7 +15,8 @@ from transformers.m3po.generation.rollout import ThinkingRollout
 from transformers.m3po.thinking import policy_gating
 from transformers.m3po.thinking.bags import cross_path_bags, heard_peers
 from transformers.m3po.thinking.interaction import path_attention
-from transformers.m3po.thinking.policy_gating import GatingRecord, regated_weights
+from transformers.m3po.thinking.policy_gating import regated_weights
+from transformers.m3po.thinking.record import GatingRecord, RolloutRecord
 from transformers.m3po.thinking.thoughts import blend_thoughts, blended_weights, likeliest
 
 VOCAB, HIDDEN, STEPS, TOP_K, LAMBDA = 24, 6, 9, 4, 0.4
@@ -352,7 +353,7 @@ def test_no_position_at_all_has_no_weights(mode: str) -> None:
         None,
         rolled.bag_ids[:, nothing],
         rolled.bag_weights[:, nothing],
-        rolled.record.at(nothing),
+        rolled.record.positions(nothing),
         rolled.active[:, nothing],
         rolled.thoughts,
         GROUPS,
@@ -362,10 +363,9 @@ def test_no_position_at_all_has_no_weights(mode: str) -> None:
 
 def test_the_record_goes_through_a_batch_and_back() -> None:
     record = roll_out(*made("luong"), "m3po").record
-    batch = record.tensors()
-    assert sorted(batch) == ["gating_ids", "gating_norm", "gating_probs", "gating_slots", "gating_temperature"]
-    again = GatingRecord.of({**batch, "other": torch.zeros(1)})
-    assert all(torch.equal(value, getattr(again, key)) for key, value in vars(record).items())
+    batch = RolloutRecord(torch.zeros(record.norm.shape), gating=record).to_batch()
+    again = RolloutRecord.from_batch({**batch, "other": torch.zeros(1)})
+    assert all(torch.equal(value, getattr(again.gating, key)) for key, value in vars(record).items())
     assert (record.ids.dtype, record.slots.dtype, record.probs.dtype) == (torch.int32, torch.int16, torch.float32)
 
 

@@ -118,7 +118,7 @@ def test_fresh_modules_leave_the_log_probs_of_the_first_rollout_those_of_the_pla
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     with torch.no_grad():
         plain = control._get_per_token_logps_and_entropies(control.model, ids, mask, batch["completion_ids"].size(1))[0]
-    for found in ("old_per_token_logps", "rollout_per_token_logps"):
+    for found in ("old_per_token_logps", "rollout_logps"):
         difference = (batch[found] - plain) * batch["completion_mask"]
         assert difference.abs().max() < 2e-6, found  # of log-probs up to 7, whose rounding is 5e-7
 

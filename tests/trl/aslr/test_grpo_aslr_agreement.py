@@ -184,8 +184,8 @@ def take_seeds(run: Any, how: str) -> None:
 
     def other_seeds(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         inputs = dict(inputs)
-        seeds = inputs.pop("aslr_row_seeds")
-        return loss(model, inputs if how == "withheld" else inputs | {"aslr_row_seeds": seeds.roll(1)})
+        seeds = inputs.pop("rollout_row_seeds")
+        return loss(model, inputs if how == "withheld" else inputs | {"rollout_row_seeds": seeds.roll(1)})
 
     run._compute_loss = other_seeds
 
@@ -271,7 +271,7 @@ def test_every_rollout_draws_new_seeds_and_the_run_repeats_them(tiny: Any, tmp_p
         run = tiny.trainer(tmp_path, flags={**ON, "max_steps": 3})
         batches = tiny.keep_batches(run)
         run.train()
-        drawn.append([seed for batch in batches for seed in batch["aslr_row_seeds"].tolist()])
+        drawn.append([seed for batch in batches for seed in batch["rollout_row_seeds"].tolist()])
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 24
 
 
@@ -280,7 +280,7 @@ def test_old_log_probs_are_the_rollouts(tiny: Any, tmp_path: Path):
     batches = tiny.keep_batches(run)
     run.train()
     (batch,) = batches
-    difference = (batch["old_per_token_logps"] - batch["rollout_per_token_logps"]) * batch["completion_mask"]
+    difference = (batch["old_per_token_logps"] - batch["rollout_logps"]) * batch["completion_mask"]
     assert 0 < difference.abs().max() < BOUND
 
 

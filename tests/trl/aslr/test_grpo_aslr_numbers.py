@@ -68,7 +68,7 @@ def written_out(net: Any, batch: dict[str, Any], numbers: dict[str, Any]) -> tup
     g = torch.sigmoid(F.linear(s, router.gate.weight, router.gate.bias)).squeeze(-1)
 
     def noise(k: int) -> list[torch.Tensor]:
-        drawn = latent_noise(batch["aslr_row_seeds"], positions[:, cut], count, k, size).to(s.dtype)
+        drawn = latent_noise(batch["rollout_row_seeds"], positions[:, cut], count, k, size).to(s.dtype)
         return list((0.1 * numbers["aslr_gumbel_temp"] * drawn).unbind(-2))
 
     paths = begin = [s / scale + n for n in noise(0)]

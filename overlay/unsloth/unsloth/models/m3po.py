@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers.m3po.aslr.modules import pop_aslr_inputs
 from transformers.m3po.aslr.modules import refine_states as _refine_states
-from transformers.m3po.aslr.settings import has_aslr
-from transformers.m3po.hyper_connections.settings import has_hyper_connections
+from transformers.m3po.flags import has_aslr, has_hyper_connections
 from transformers.m3po.modules import OWN_MODULES
-from transformers.m3po.thinking.bags import mix_thinking_inputs as _mix_thinking_inputs
+from transformers.m3po.thinking.inputs import mix_thinking_inputs as _mix_thinking_inputs
+from transformers.m3po.thinking.record import BAG_ARGUMENTS, RolloutRecord
 from transformers.utils import logging
 
 from . import _decode_graphs
@@ -44,11 +44,10 @@ logger = logging.get_logger(__name__)
 _OWN = tuple(name for own in OWN_MODULES for name in own.names)
 # What 4-bit and 8-bit loading leaves alone, as patterns that upstream matches from the start of a module's full name.
 UNQUANTIZED = [rf".*\b{name}\b" for name in _OWN]
-_BAGS = ("thinking_bag_ids", "thinking_bag_weights")
 
 
 def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs: dict[str, Any]) -> torch.Tensor:
-    """Hook at the top of both forwards, see `transformers.m3po.thinking.bags.mix_thinking_inputs`.
+    """Hook at the top of both forwards, see `transformers.m3po.thinking.inputs.mix_thinking_inputs`.
 
     Raises:
         ValueError: the model has hyper-connections, which Unsloth's fast paths would leave out.
@@ -106,7 +105,7 @@ def begin_step(causal_lm: Any, input_ids: torch.Tensor, forward_kwargs: dict[str
     refuse_hyper_connections(model)
     if has_aslr(model):
         return True
-    if not _decode_graphs.enabled() or not (rows in buffers or any(name in forward_kwargs for name in _BAGS)):
+    if not _decode_graphs.enabled() or not (rows in buffers or any(name in forward_kwargs for name in BAG_ARGUMENTS)):
         return False
     inputs = mix_thinking_inputs(model, model.embed_tokens(input_ids), forward_kwargs)
     if rows not in buffers or buffers[rows].dtype != inputs.dtype or buffers[rows].device != inputs.device:
@@ -154,11 +153,11 @@ class ScoredRows:
         trainer: the trainer, patched or not.
         input_ids: (B, L), prompts padded on the left and completions on the right, before upstream packs them.
         logits_to_keep: C.
-        inputs: what TRL's hooks recorded (`m3po_inputs`), or nothing.
-        batch: the micro-batch of the loss, whose `rollout_per_token_logps` are compared; None in the other passes.
+        record: of these rows, or None where the pass is plain.
+        batch: the micro-batch of the loss, whose record is compared with the policy pass; None in the other passes.
 
     Raises:
-        ValueError: a mini-batch of the loss would split the groups that a learnable gate needs.
+        ValueError: a mini-batch of the loss would split the groups that a learnable gating function needs.
     """
 
     def __init__(
@@ -166,12 +165,12 @@ class ScoredRows:
         trainer: Any,
         input_ids: torch.Tensor,
         logits_to_keep: int,
-        inputs: dict[str, torch.Tensor] | None,
+        record: RolloutRecord | None,
         batch: dict[str, Any] | None = None,
     ):
-        self._trainer, self._inputs, self._batch = trainer, inputs or {}, batch
+        self._trainer, self._record, self._batch = trainer, record, batch
         self._length = input_ids.shape[1]
-        if self._inputs or batch is not None:
+        if record is not None or batch is not None:
             # Upstream packs a row by a stable sort that puts all padding last; the inverse says where a token went.
             order = (input_ids == trainer.processing_class.pad_token_id).long().argsort(dim=1, stable=True)
             self._columns = order.argsort(dim=1)[:, self._length - logits_to_keep :]
@@ -186,31 +185,32 @@ class ScoredRows:
         cls, trainer: Any, input_ids: torch.Tensor, logits_to_keep: int, batch: dict[str, Any] | None
     ) -> ScoredRows:
         """Those of the loss over a micro-batch; None comes from a trainer without hooks."""
-        return cls(trainer, input_ids, logits_to_keep, trainer.m3po.policy_inputs(batch) if batch else None, batch)
+        record = trainer.m3po.policy_inputs(batch) if batch else None
+        return cls(trainer, input_ids, logits_to_keep, record, batch)
 
     @property
     def may_pack(self) -> bool:
         """Whether rows may be joined to one, or share a prompt: not when a row brings inputs of its own."""
-        return not self._inputs
+        return self._record is None
 
     def add_to(self, chunks: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
         """The forward's extra arguments of each mini-batch of `batch_size` rows, with ours."""
-        if not self._inputs:
+        if self._record is None:
             return chunks
-        group_ids = self._inputs.get("gating_group_ids")
-        given = []
+        group_ids = self._record.group_ids
+        extended = []
         for index, chunk in enumerate(chunks):
             rows = slice(index * batch_size, (index + 1) * batch_size)
-            ours = self._trainer.m3po.model_inputs(rows, self._packed_mask[rows], self._inputs)
+            ours = self._trainer.m3po.model_inputs(rows, self._packed_mask[rows], self._record)
             if group_ids is not None and torch.isin(group_ids[rows], group_ids[rows.stop :]).any():
                 raise ValueError(
-                    f"a learnable gate needs whole groups, and a mini-batch of {batch_size} rows splits one; set "
-                    "unsloth_grpo_mini_batch=1."
+                    f"a learnable gating function needs whole groups, and a mini-batch of {batch_size} rows splits "
+                    "one; set unsloth_grpo_mini_batch=1."
                 )
-            if "thinking_bag_ids" in ours:
+            if self._record.has_bags:
                 ours["thinking_columns"] = self._columns[rows]
-            given.append({**chunk, **ours})
-        return given
+            extended.append({**chunk, **ours})
+        return extended
 
     def log_rollout_diff(self, logps: torch.Tensor) -> None:
         """Logs how far the policy pass is from the rollout: logps (B, W), for the last W columns of the packed rows."""

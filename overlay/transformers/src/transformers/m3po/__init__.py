@@ -20,7 +20,7 @@ from typing import Any
 
 _HOMES = {
     "CHECKPOINT_FILE": "checkpoint",
-    "M3POGenerateOutput": "generation.state",
+    "M3POGenerateOutput": "generation.output",
     "M3POGenerationState": "generation.state",
     "M3POPathAggregator": "aslr.modules",
     "M3POPathCollaborator": "aslr.modules",

@@ -28,7 +28,7 @@ def debugging() -> bool:
 
 
 def log_attention(
-    where: str, attention: Attention, active: torch.Tensor, lambda_blend: float | None, gate: str
+    where: str, attention: Attention, active: torch.Tensor, cross_path_lambda: float | None, gate: str
 ) -> None:
     """Logs who listened to whom: numbers of the interaction, means over the paths that listened, small matrices.
 
@@ -36,7 +36,7 @@ def log_attention(
         where: what the line begins with, e.g. the step.
         attention: of one step.
         active: (..., N) bool, the paths that took part.
-        lambda_blend: λ; None where only the weights are asked for.
+        cross_path_lambda: λ; None where only the weights are asked for.
         gate: the gating function and its options.
     """
     weights, pairs = attention.weights, attention.pairs
@@ -46,7 +46,7 @@ def log_attention(
     temperature = torch.as_tensor(attention.temperature).flatten().tolist()
     line = (
         f"M3PO {where}: {int(active.sum())} active paths in {active[..., 0].numel()} groups, "
-        f"lambda={lambda_blend}, temperature={', '.join(f'{value:.4g}' for value in temperature)}, gate={gate}"
+        f"lambda={cross_path_lambda}, temperature={', '.join(f'{value:.4g}' for value in temperature)}, gate={gate}"
     )
     if len(heard) == 0:
         logger.warning(f"{line}; no path has an active peer")

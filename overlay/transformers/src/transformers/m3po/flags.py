@@ -7,12 +7,15 @@ which upstream generates a good dozen other configurations, which have no such m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .aslr.settings import ASLR_DEFAULTS, check_aslr_numbers
-from .gating.module import check_gating_fields
 from .hyper_connections.settings import MHC_DEFAULTS, MHC_FIELDS, check_mhc_numbers
+
+# Model types whose forward calls `mix_thinking_inputs`.
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
 
 FIELDS: dict[str, tuple[type | Any, Any]] = {
     "thinking_residual_enabled": (bool, False),
@@ -57,6 +60,8 @@ def with_m3po_fields(cls: type) -> type:
 
     def validate_m3po_gating(self: Any) -> None:
         if self.m3po_gating_enabled:
+            from .gating.factory import check_gating_fields  # it needs torch, as the model will
+
             check_gating_fields(self.m3po_gating_type, self.m3po_gating_config)
 
     cls.validate_thinking_residual = validate_thinking_residual  # type: ignore[attr-defined]
@@ -121,4 +126,51 @@ def check_bounds(r_min: float, r_max: float) -> None:
         raise ValueError(
             f"thinking_residual_r_min={r_min} and thinking_residual_r_max={r_max} must be 0 < r_min <= r_max < 1; HRPO "
             "uses 0.99 and 0.999."
+        )
+
+
+def has_residual_gate(model: Any) -> bool:
+    """Whether the configuration of a model says that it has the residual gate."""
+    return bool(getattr(model.config, "thinking_residual_enabled", False))
+
+
+def has_aslr(model: Any) -> bool:
+    """Whether the configuration of a model says that it has the modules of ASLR."""
+    return bool(getattr(model.config, "aslr_enabled", False))
+
+
+def has_gating(model: Any) -> bool:
+    """Whether the configuration of a model says that it has a learnable gate."""
+    return bool(getattr(model.config, "m3po_gating_enabled", False))
+
+
+def has_hyper_connections(model: Any) -> bool:
+    """Whether the configuration of a model, or a configuration, says that it has hyper-connections."""
+    return bool(getattr(getattr(model, "config", model), "mhc_enabled", False))
+
+
+def check_aslr_overrides(model: Any, overrides: Mapping[str, Any]) -> None:
+    """Refuses what a call cannot change.
+
+    Args:
+        model: the model that is called.
+        overrides: flag: value, of `generate` or of a forward.
+
+    Raises:
+        ValueError: a number breaks its rule, the model has no ASLR, or `aslr_num_paths` is another than its path
+            aggregator was built for (erratum E14).
+    """
+    if not overrides:
+        return
+    if not has_aslr(model):
+        raise ValueError(
+            f"{next(iter(overrides))} does nothing on a model without ASLR: load it with aslr_enabled=True, or leave "
+            "it out."
+        )
+    check_aslr_numbers(overrides)
+    built = model.config.aslr_num_paths
+    if overrides.get("aslr_num_paths", built) != built:
+        raise ValueError(
+            f"aslr_num_paths={overrides['aslr_num_paths']}: the path aggregator of this model was built for {built}. "
+            "To do without the loop set aslr_max_iterations=0 or is_m3po_inference=True."
         )

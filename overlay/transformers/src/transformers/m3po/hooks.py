@@ -20,11 +20,11 @@ _HOMES = {
     "check_loaded_modules": "modules",
     # `generate`, before it decodes.
     "pop_state": "generation.state",
-    "check_generation_mode": "generation.state",
+    "check_generation_mode": "generation.checks",
     # `_sample`, before its loop; what it calls in the loop are the methods of the state that this returns.
     "begin_rollout": "generation.state",
     # The forward of the base model, from the token embeddings to the last norm.
-    "mix_thinking_inputs": "thinking.bags",
+    "mix_thinking_inputs": "thinking.inputs",
     "thinking_residual": "thinking.residual_gate",
     "pop_aslr_inputs": "aslr.modules",
     "expand_streams": "hyper_connections.connections",

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .debugging import debugging
+from .flags import has_gating, has_residual_gate
 from .gating.factory import gate_class
 from .gating.matched_temperature import MATCH
-from .gating.module import has_gating
 from .thinking.interaction import Temperature, check_temperature
-from .thinking.residual_gate import has_residual_gate
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig

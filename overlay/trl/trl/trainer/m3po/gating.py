@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers.m3po.gating.module import GATING_MODULE
 from transformers.m3po.modules import GATING
+from transformers.m3po.settings import ThinkingSettings
 from transformers.m3po.thinking.logits import apply_m3po_to_logits
+from transformers.m3po.thinking.record import RolloutRecord
 
 Batch = dict[str, Any]
 
@@ -46,7 +48,13 @@ def as_rows(batch: Batch) -> Batch:
 
 
 def blended_scores(
-    model: Any, base_model: Any, model_inputs: Batch, labels: torch.Tensor, blend: Batch, settings: Any, divisor: float
+    model: Any,
+    base_model: Any,
+    model_inputs: Batch,
+    labels: torch.Tensor,
+    record: RolloutRecord,
+    settings: ThinkingSettings,
+    temperature: float,
 ) -> SimpleNamespace:
     """What TRL's fused head returns, from output distributions that the group has blended (`gating_training: logits`).
 
@@ -55,18 +63,20 @@ def blended_scores(
         base_model: the base model in it, for its gate and its embeddings.
         model_inputs: of the forward, without bags.
         labels: (B, L) long, -100 where nothing is scored.
-        blend: `thinking_mask` (B, C) bool and `group_ids` (B,) of the rows, C being the completion's length.
-        settings: the numbers of the mode.
-        divisor: the sampling temperature.
+        record: of the rows, C positions; its thinking mask and groups are read.
+        settings: of the mode.
+        temperature: the sampling temperature.
 
     Returns:
         log_probs and entropy, (B, C) float32, 0 where nothing is scored.
     """
-    length = blend["thinking_mask"].shape[1]
-    logits = model(**model_inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float() / divisor
-    gate = partial(getattr(base_model, GATING_MODULE), embed_tokens=base_model.embed_tokens)
-    given = blend["group_ids"], blend["thinking_mask"], gate, settings.cross_path_lambda, settings.temperature
-    log_probs = apply_m3po_to_logits(logits, *given)
+    if record.thinking_mask is None or record.group_ids is None:
+        raise ValueError("the rollout recorded no thinking mask or no groups, which gating_training='logits' reads.")
+    length = record.thinking_mask.shape[1]
+    logits = model(**model_inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float() / temperature
+    gating_function = partial(getattr(base_model, GATING_MODULE), embed_tokens=base_model.embed_tokens)
+    blend = record.thinking_mask, gating_function, settings.cross_path_lambda, settings.temperature
+    log_probs = apply_m3po_to_logits(logits, record.group_ids, *blend)
     targets = labels[:, -length:]
     scored = targets != -100
     chosen = log_probs.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)

@@ -10,7 +10,7 @@ from typing import Any
 _HOMES = {
     # `GRPOConfig`: the flags, and their check when all others are settled.
     "M3POArguments": ".config",
-    "check_m3po_arguments": ".config",
+    "check_m3po_arguments": ".checks",
     # `GRPOTrainer`, when it is made: before the adapter is laid on, at its end, and when it makes the optimizer.
     "prepare_policy": ".modules",
     "GRPORollouts": ".rollouts",  # rollout, scoring passes, loss and saves call the methods of this one

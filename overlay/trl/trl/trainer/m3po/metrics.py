@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers under `m3po/` in a run's log: what each of them is."""
+"""The numbers under `m3po/` in a run's log: what each of them is, and the one place from which they are logged."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from transformers.m3po.thinking.record import RolloutRecord
 
 
 class Metric(NamedTuple):
@@ -126,3 +129,79 @@ METRICS: dict[str, Metric] = {
     "path_collaborator_grad_norm": Metric(_ASLR, "-", f"{_GRADIENT}; 0 in the first step. Not logged under ZeRO-3"),
     "path_aggregator_grad_norm": Metric(_ASLR, "-", f"{_GRADIENT}. Not logged under ZeRO-3"),
 }
+
+
+class MetricsLog:
+    """Writes into the trainer's metrics, over all processes.
+
+    Args:
+        trainer: the `GRPOTrainer`.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    @property
+    def _values(self) -> dict[str, list[float]]:
+        return self._trainer._metrics["train" if self._trainer.model.training else "eval"]
+
+    def log(self, name: str, value: torch.Tensor) -> None:
+        """Mean over the processes that have the number; nothing is logged where none has it.
+
+        Raises:
+            KeyError: `METRICS` does not say what the number is.
+        """
+        METRICS[name]
+        mean = self._trainer.accelerator.gather(value.float().reshape(1)).nanmean().item()
+        if mean == mean:
+            self._values[f"m3po/{name}"].append(mean)
+
+    def log_rollout_diff(self, recorded: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor) -> None:
+        """Logs how far the policy pass is from the rollout.
+
+        Args:
+            recorded, logps: (B, C) float, log-probs of the rollout and of the policy pass with the same weights.
+            mask: (B, C), the tokens that count.
+        """
+        difference = (logps.detach() - recorded).abs() * mask
+        gather = self._trainer.accelerator.gather
+        total = gather(torch.stack([difference.sum(), mask.sum()]).float().unsqueeze(0)).sum(0)
+        values = self._values
+        values["m3po/rollout_logp_diff"].append((total[0] / total[1].clamp_min(1)).item())
+        # TRL averages what is logged between two log lines; the largest value must stay the largest.
+        largest = gather(difference.max()).max().item()
+        values["m3po/rollout_logp_diff_max"] = [max([largest, *values["m3po/rollout_logp_diff_max"]])]
+
+    def log_rollout(
+        self, record: RolloutRecord, statistics: dict[str, torch.Tensor], completion_mask: torch.Tensor
+    ) -> None:
+        """Logs the statistics of a rollout, and how long it thought.
+
+        Args:
+            record: of C positions.
+            statistics: 0-dim tensors by name.
+            completion_mask: (B, C), the tokens of the completions.
+        """
+        for name, value in statistics.items():
+            self.log(name, value)
+        if record.thinking_mask is None:
+            return
+        tokens = completion_mask.bool()
+        thinking = record.thinking_mask & tokens
+        self.log("thinking_fraction", thinking.sum() / tokens.sum())
+        self.log("thinking_length", thinking.sum(1).float().mean())
+
+
+def distinct_answers(texts: list[str], marker: str, group_ids: list[int]) -> float:
+    """Number of different texts behind the first marker in a group, mean over the groups.
+
+    Args:
+        texts: one completion a row.
+        marker: the answer marker.
+        group_ids: the group of each row.
+    """
+    answers: dict[int, set[str]] = {}
+    for group, text in zip(group_ids, texts, strict=True):
+        _, behind, answer = text.partition(marker)
+        answers.setdefault(group, set()).update([answer.strip()] if behind else [])
+    return sum(len(distinct) for distinct in answers.values()) / len(answers)

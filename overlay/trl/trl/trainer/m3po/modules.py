@@ -12,14 +12,16 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers.m3po.aslr.modules import attach_aslr
-from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_overrides
+from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers
+from transformers.m3po.flags import check_aslr_overrides
 from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.gating.module import attach_gating
 from transformers.m3po.modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules, copy_own_modules
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 
-from .config import GATE_START, check_model_type
+from .checks import check_model_type
+from .config import GATE_START
 
 
 def wanted_modules(args: Any) -> list[OwnModules]:

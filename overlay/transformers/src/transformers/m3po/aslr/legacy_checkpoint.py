@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..flags import has_aslr
 from .modules import ASLR_MODULES, ASLR_PARAMETERS
-from .settings import has_aslr
 
 # What PEFT puts between a module's name and its parameters.
 WRAPPER = "modules_to_save.default."

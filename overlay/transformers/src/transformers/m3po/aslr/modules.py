@@ -30,16 +30,10 @@ from torch import nn
 from ... import initialization as init
 from ...utils import logging
 from ..debugging import debugging, log_latent_paths
+from ..flags import check_aslr_overrides, has_aslr
 from ..float32 import linear
 from .noise import latent_noise
-from .settings import (
-    ASLR_NUMBERS,
-    NUM_HEADS,
-    ASLRNumbers,
-    check_aslr_numbers,
-    check_aslr_overrides,
-    has_aslr,
-)
+from .settings import ASLR_NUMBERS, NUM_HEADS, ASLRNumbers, check_aslr_numbers
 
 logger = logging.get_logger(__name__)
 

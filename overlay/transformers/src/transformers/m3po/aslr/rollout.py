@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..flags import has_aslr
 from .modules import MAX_SEED, check_row_seeds, runs_aslr
-from .settings import ASLRNumbers, has_aslr
+from .settings import ASLRNumbers
 
 if TYPE_CHECKING:
     from ...generation import GenerationConfig
@@ -75,9 +76,9 @@ class LatentRollout:
         return cls(model, len(input_ids), max_new_tokens, input_ids.device, row_seeds, overrides)
 
     @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The record."""
-        return [self.row_seeds, self.trace, self._sampled]
+    def buffers(self) -> list[torch.Tensor]:
+        """What is kept for the statistics."""
+        return [self.trace, self._sampled]
 
     @property
     def forward_kwargs(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class LatentRollout:
         """The part of the trace (B, 1, 3) that is written when completion token `step` is predicted."""
         return self.trace[:, step : step + 1]
 
-    def record(self, step: int, was_unfinished: torch.Tensor) -> None:
+    def write(self, step: int, was_unfinished: torch.Tensor) -> None:
         """Notes the rows (B,) bool whose token `step` was sampled, not padded."""
         self._sampled[:, step] = was_unfinished
 

@@ -52,11 +52,6 @@ ASLR_NUMBERS = tuple(f"aslr_{name}" for name in ASLRNumbers._fields)
 ASLR_DEFAULTS = dict(zip(ASLR_NUMBERS, ASLRNumbers(), strict=True))
 
 
-def has_aslr(model: Any) -> bool:
-    """Whether the configuration of a model says that it has the modules of ASLR."""
-    return bool(getattr(model.config, "aslr_enabled", False))
-
-
 def check_aslr_numbers(numbers: Mapping[str, Any], hidden_size: int | None = None) -> None:
     """Refuses numbers that ASLR cannot run with.
 
@@ -87,33 +82,6 @@ def check_aslr_numbers(numbers: Mapping[str, Any], hidden_size: int | None = Non
         raise ValueError(
             f"aslr_enabled=True needs a hidden size that the {NUM_HEADS} heads of the path collaborator divide, and "
             f"this model has {hidden_size}; take another model, or set aslr_enabled=False."
-        )
-
-
-def check_aslr_overrides(model: Any, overrides: Mapping[str, Any]) -> None:
-    """Refuses what a call cannot change.
-
-    Args:
-        model: the model that is called.
-        overrides: flag: value, of `generate` or of a forward.
-
-    Raises:
-        ValueError: a number breaks its rule, the model has no ASLR, or `aslr_num_paths` is another than its path
-            aggregator was built for (erratum E14).
-    """
-    if not overrides:
-        return
-    if not has_aslr(model):
-        raise ValueError(
-            f"{next(iter(overrides))} does nothing on a model without ASLR: load it with aslr_enabled=True, or leave "
-            "it out."
-        )
-    check_aslr_numbers(overrides)
-    built = model.config.aslr_num_paths
-    if overrides.get("aslr_num_paths", built) != built:
-        raise ValueError(
-            f"aslr_num_paths={overrides['aslr_num_paths']}: the path aggregator of this model was built for {built}. "
-            "To do without the loop set aslr_max_iterations=0 or is_m3po_inference=True."
         )
 
 

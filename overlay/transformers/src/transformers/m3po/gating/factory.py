@@ -62,3 +62,18 @@ def register_gating_function(gating_type: str, gate: type[BaseM3POGating]) -> No
 def list_gating_functions() -> list[str]:
     """The names of all gates, those that were registered included."""
     return sorted(_GATES)
+
+
+def check_gating_fields(gating_type: str | None, gating_config: Mapping[str, Any] | None) -> None:
+    """The rule of a model configuration that has a gate.
+
+    Raises:
+        ValueError: the gate is unknown or has no parameters, or an option is wrong.
+    """
+    gate = gate_class(gating_type or "")
+    if not gate.learnable:
+        raise ValueError(
+            f"m3po_gating_type={gating_type!r} has no parameters, so a model has nothing to keep of it; leave "
+            "m3po_gating_enabled out."
+        )
+    gate.structure(gating_config)

@@ -13,29 +13,10 @@ from typing import Any
 
 import torch
 
-from .factory import create_gating_function, gate_class
+from ..flags import has_gating
+from .factory import check_gating_fields, create_gating_function, gate_class
 
 GATING_MODULE = "m3po_gating"
-
-
-def has_gating(model: Any) -> bool:
-    """Whether the configuration of a model says that it has a learnable gate."""
-    return bool(getattr(model.config, "m3po_gating_enabled", False))
-
-
-def check_gating_fields(gating_type: str | None, gating_config: Mapping[str, Any] | None) -> None:
-    """The rule of a model configuration that has a gate.
-
-    Raises:
-        ValueError: the gate is unknown or has no parameters, or an option is wrong.
-    """
-    gate = gate_class(gating_type or "")
-    if not gate.learnable:
-        raise ValueError(
-            f"m3po_gating_type={gating_type!r} has no parameters, so a model has nothing to keep of it; leave "
-            "m3po_gating_enabled out."
-        )
-    gate.structure(gating_config)
 
 
 def add_gating(model: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..thinking.interaction import GatingFunction, Temperature
-from .state import M3POGenerateOutput, M3POGenerationState
+from .output import M3POGenerateOutput
+from .state import M3POGenerationState
 
 
 def generate_with_m3po(

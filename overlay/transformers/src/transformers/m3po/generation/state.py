@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a rollout: what `_sample` calls at each step, and what comes out of it (seed 1, section 1; E1-E7).
+"""The state of a rollout: what `_sample` calls at each step, and what comes out of it.
 
 `generate(..., m3po=state)` carries one `M3POGenerationState` in and out. `_sample` calls `begin_rollout` once, then at
 each step `before_forward` and `after_sampling`, and `end` after the last one. Nothing is read back from the device
@@ -8,64 +8,25 @@ while decoding, and nothing grows: the record is allocated once for the longest 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...utils import ModelOutput
 from ..aslr.rollout import LatentRollout
-from ..aslr.settings import ASLR_NUMBERS, check_aslr_overrides, has_aslr
-from ..gating.module import gate_of_model, has_gating
+from ..aslr.settings import ASLR_NUMBERS
+from ..flags import has_aslr, has_residual_gate
+from ..gating.module import gate_of_model
 from ..hyper_connections.routing_gate import pop_routing_gate
-from ..modules import refuse_nested
-from ..settings import CROSS_PATH_MODES, DEFAULT_GATE, THOUGHT_FLAGS, ThinkingSettings
-from ..thinking.bags import mix_bags
+from ..settings import CROSS_PATH_MODES, DEFAULT_GATE, ThinkingSettings
+from ..thinking.inputs import mix_bags
 from ..thinking.interaction import GatingFunction, Temperature, temperature_of
-from ..thinking.policy_gating import GatingRecord
-from ..thinking.residual_gate import has_residual_gate
-from .rollout import SUPPORTED_MODEL_TYPES, ThinkingRollout
+from ..thinking.record import RolloutRecord
+from .checks import check_model
+from .output import M3POGenerateOutput
+from .rollout import ThinkingRollout
 
 if TYPE_CHECKING:
-    from ...generation import GenerationConfig, GenerationMode
-
-
-@dataclass
-class M3POGenerateOutput(ModelOutput):
-    """What `generate` returns in a thinking mode or with ASLR when an output object is asked for.
-
-    The first four fields stand in the order of seed 1's tuple (E29); T counts completion tokens.
-
-    Args:
-        sequences: (B, L + T) long.
-        thinking_embeds: (B, T, H), the inputs the model got at the completion's positions; only with
-            `return_thinking_embeds`.
-        thinking_mask: (B, T) bool, the tokens of the thinking phase.
-        embeds_ratio: (B, T) float32, the share of the token's own embedding in its input: in mode m3po 1 - λ where
-            blended, with a residual gate the mean of its a over H where a thought was mixed in; else 1.
-        bag_ids, bag_weights: (B, T, K) int32 and float32, see `transformers.m3po`.
-        rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
-            the end of a row.
-        row_seeds: (B,) long, what the noise of ASLR was made of; None where it did not run.
-        statistics: means over the rollout, 0-dim tensors by name, see `attention_statistics`, `residual_statistics`
-            and `LatentRollout.end`.
-        scores, logits, attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`.
-    """
-
-    sequences: torch.Tensor | None = None
-    thinking_embeds: torch.Tensor | None = None
-    thinking_mask: torch.Tensor | None = None
-    embeds_ratio: torch.Tensor | None = None
-    bag_ids: torch.Tensor | None = None
-    bag_weights: torch.Tensor | None = None
-    rollout_logps: torch.Tensor | None = None
-    row_seeds: torch.Tensor | None = None
-    statistics: dict[str, torch.Tensor] | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-    hidden_states: tuple[Any, ...] | None = None
-    past_key_values: Any = None
+    from ...generation import GenerationConfig
 
 
 class M3POGenerationState:
@@ -117,27 +78,30 @@ class M3POGenerationState:
         self.thought_temperature = thought_temperature
         self._given_seeds = row_seeds
         self.aslr_overrides = aslr_overrides or {}
-        self.rollout_logps = torch.empty(0, 0)
+        self.record = RolloutRecord(torch.empty(0, 0))
         self.statistics: dict[str, torch.Tensor] = {}
         self._rollout: ThinkingRollout | None = None
         self._latent: LatentRollout | None = None
 
     @property
+    def rollout_logps(self) -> torch.Tensor:
+        return self.record.logps
+
+    @property
     def thinking_mask(self) -> torch.Tensor | None:
-        return None if self._rollout is None else self._rollout.thinking_mask
+        return self.record.thinking_mask
 
     @property
     def bag_ids(self) -> torch.Tensor | None:
-        return self._rollout.bag_ids if self._rollout is not None and self._rollout.has_bags else None
+        return self.record.bag_ids
 
     @property
     def bag_weights(self) -> torch.Tensor | None:
-        return self._rollout.bag_weights if self._rollout is not None and self._rollout.has_bags else None
+        return self.record.bag_weights
 
     @property
-    def gating(self) -> GatingRecord | None:
-        """What a learnable gate read and decided; None with any other."""
-        return None if self._rollout is None else self._rollout.gating
+    def row_seeds(self) -> torch.Tensor | None:
+        return self.record.row_seeds
 
     @property
     def has_given_seeds(self) -> bool:
@@ -145,18 +109,10 @@ class M3POGenerationState:
         return self._given_seeds is not None
 
     @property
-    def row_seeds(self) -> torch.Tensor | None:
-        return None if self._latent is None else self._latent.row_seeds
-
-    @property
     def record_bytes(self) -> int:
-        """Bytes of the record of the last rollout."""
-        tensors = [self.rollout_logps]
-        if self._rollout is not None:
-            tensors += self._rollout.tensors
-        if self._latent is not None:
-            tensors += self._latent.tensors
-        return sum(tensor.nbytes for tensor in tensors)
+        """Bytes that the last rollout kept, its statistics included."""
+        buffers = [part.buffers for part in (self._rollout, self._latent) if part is not None]
+        return sum(tensor.nbytes for tensors in (self.record.tensors(), *buffers) for tensor in tensors)
 
     def begin(self, model: Any, input_ids: torch.Tensor, generation_config: GenerationConfig) -> None:
         """Allocates the record for `input_ids` (B, L) and checks what the rollout needs."""
@@ -168,7 +124,6 @@ class M3POGenerationState:
         self._return_dict = bool(generation_config.return_dict_in_generate)
         self._embed_tokens = model.get_input_embeddings()
         self._base_model = model.base_model
-        self.rollout_logps = torch.zeros(rows, max_new_tokens, device=input_ids.device)
         self.statistics = {}
         self._rollout = None
         self._latent = LatentRollout.of(
@@ -180,7 +135,7 @@ class M3POGenerationState:
         self._thought_temperature = 1.0 if generation_config.do_sample else greedy
         settings = self.settings or ThinkingSettings.from_generation_config(generation_config, model)
         if settings is not None:
-            _check_model(model, settings)
+            check_model(model, settings)
             temperature = self._temperature_of(settings)
             group_ids = self._groups_of(rows, generation_config.num_return_sequences or 1, settings)
             self._rollout = ThinkingRollout(
@@ -193,6 +148,12 @@ class M3POGenerationState:
                 self.gating_function or _own_gate(model, settings),
                 temperature,
             )
+        if self._rollout is None:
+            self.record = RolloutRecord.zeros(rows, max_new_tokens, input_ids.device)
+        else:
+            self.record = self._rollout.record
+        if self._latent is not None:
+            self.record.row_seeds = self._latent.row_seeds
 
     def _temperature_of(self, settings: ThinkingSettings) -> Temperature | None:
         """T of a gating function that was given itself; None where the settings name the gate.
@@ -228,8 +189,8 @@ class M3POGenerationState:
         pass, the prefill included, and comes from `begin_rollout`.
         """
         if self._rollout is not None:
-            recorded = slice(max(0, self._step - model_inputs["input_ids"].shape[1]), self._step)
-            model_inputs.update(self._rollout.forward_kwargs(recorded))
+            positions = slice(max(0, self._step - model_inputs["input_ids"].shape[1]), self._step)
+            model_inputs.update(self._rollout.forward_kwargs(positions))
         if self._latent is not None:
             model_inputs["aslr_trace"] = self._latent.trace_of(self._step)
 
@@ -253,15 +214,15 @@ class M3POGenerationState:
         """
         probs = next_token_scores.softmax(-1)  # as upstream's when it samples; greedy decoding has none
         chosen = probs.gather(-1, input_ids[:, -1:]).squeeze(-1).log()
-        self.rollout_logps[:, self._step] = torch.where(self._unfinished, chosen, 0.0)
+        self.record.logps[:, self._step] = torch.where(self._unfinished, chosen, 0.0)
         was_unfinished, self._unfinished = self._unfinished, unfinished_sequences.bool()
         if self._rollout is not None:
             if self._thought_temperature != 1.0 and self._rollout.settings.has_thoughts:
                 probs = (next_token_scores / self._thought_temperature).softmax(-1)
             completion_ids = input_ids[:, self._prompt_length :]
-            self._rollout.record(self._step, probs, completion_ids, was_unfinished, self._unfinished)
+            self._rollout.write(self._step, probs, completion_ids, was_unfinished, self._unfinished)
         if self._latent is not None:
-            self._latent.record(self._step, was_unfinished)
+            self._latent.write(self._step, was_unfinished)
         self._step += 1
 
     def end(self, steps_to_undo: int) -> None:
@@ -271,17 +232,19 @@ class M3POGenerationState:
             ValueError: a token was chosen from a distribution that is not finite; its row is named.
         """
         steps = self._step - steps_to_undo
-        self.rollout_logps = self.rollout_logps[:, :steps]
-        if not bool(self.rollout_logps.isfinite().all()):  # the one read of a rollout, behind its last step
-            row, step = (~self.rollout_logps.isfinite()).nonzero()[0].tolist()
+        if self._rollout is not None:
+            self.statistics |= self._rollout.end(steps)
+            self.record = self._rollout.record
+        else:
+            self.record = self.record.cut(steps)
+        if self._latent is not None:
+            self.statistics |= self._latent.end(steps)
+        if not bool(self.record.logps.isfinite().all()):  # the one read of a rollout, behind its last step
+            row, step = (~self.record.logps.isfinite()).nonzero()[0].tolist()
             raise ValueError(
                 f"the distribution of row {row} was not finite at completion token {step}: look for NaN in the model's "
                 "logits."
             )
-        if self._rollout is not None:
-            self.statistics |= self._rollout.end(steps)
-        if self._latent is not None:
-            self.statistics |= self._latent.end(steps)
 
     @property
     def returns_output(self) -> bool:
@@ -327,23 +290,6 @@ def _own_gate(model: Any, settings: ThinkingSettings) -> Any:
     return gate_of_model(model, settings.gating_type, settings.gating_config) if settings.learns else None
 
 
-def _check_model(model: Any, settings: ThinkingSettings) -> None:
-    model_type = model.config.model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"enable_cross_path is built into {' and '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
-            f"{model_type!r}. Set enable_cross_path=False or take another model."
-        )
-    if settings.has_thoughts != has_residual_gate(model):
-        mend = (
-            "m3po, or load the model with thinking_residual_enabled=True" if settings.has_thoughts else "hrpo or h3po"
-        )
-        raise ValueError(
-            f"mode={settings.mode!r} does not fit a model {'without' if settings.has_thoughts else 'with'} a residual "
-            f"gate; set mode {mend}."
-        )
-
-
 def begin_rollout(
     model: Any,
     state: M3POGenerationState | None,
@@ -385,99 +331,3 @@ def pop_state(generate_kwargs: dict[str, Any]) -> M3POGenerationState | None:
             f"{overrides} instead."
         )
     return M3POGenerationState(aslr_overrides=overrides)
-
-
-def check_generation_mode(
-    model: Any,
-    generation_mode: GenerationMode | str,
-    generation_config: GenerationConfig | None,
-    generation_mode_kwargs: dict[str, Any] | None = None,
-    custom_generate: Any = None,
-) -> None:
-    """Hook of `generate` and of continuous batching: thinking modes decode in upstream's `_sample` only.
-
-    Args:
-        model: the model that generates.
-        generation_mode: upstream's name of the decoding method that was chosen.
-        generation_config: as it is used, with the model's defaults filled in.
-        generation_mode_kwargs: arguments of the decoding method; `m3po` is looked at.
-        custom_generate: the argument of `generate`.
-
-    Raises:
-        ValueError: `enable_cross_path`, `m3po=` or a model with a residual gate or ASLR with beam search, assisted or
-            continuous-batching generation or a decoding loop of somebody else; a number of a mode that is not on, or
-            one of ASLR that breaks its rule or does nothing on this model.
-    """
-    state = (generation_mode_kwargs or {}).get("m3po")
-    refuse_nested(model)
-    _check_aslr(model, generation_config, state)
-    enabled = getattr(generation_config, "enable_cross_path", None)
-    has_gate = has_residual_gate(model)
-    if enabled is not False:  # False says that the numbers are off on purpose
-        reads = has_gate or has_gating(model) or getattr(getattr(state, "gating_function", None), "learnable", False)
-        _check_nothing_is_lost(generation_config, bool(enabled), has_gate, reads, state)
-    if not enabled and state is None and not has_gate and not has_aslr(model):
-        return
-    from ...generation import GenerationMixin
-
-    mode = getattr(generation_mode, "value", generation_mode)
-    if custom_generate is not None or type(model)._sample is not GenerationMixin._sample:
-        mode = "a decoding loop other than upstream's"
-    if mode not in ("greedy_search", "sample"):
-        what, way_out = "enable_cross_path", "enable_cross_path=False"
-        if has_gate:
-            what, way_out = "a model with a residual gate", "config.thinking_residual_enabled=False"
-        why = "its paths must be decoded step by step"
-        if has_aslr(model) and not enabled and not has_gate:
-            what, way_out = "a model with ASLR", "config.aslr_enabled=False for this call"
-            why = "its rows must keep the seeds of their noise"
-        raise ValueError(
-            f"{what} does not work with {mode}: {why}. Set num_beams=1 and leave out assistants, custom_generate and "
-            f"continuous batching, or set {way_out}."
-        )
-
-
-def _check_aslr(model: Any, generation_config: GenerationConfig | None, state: M3POGenerationState | None) -> None:
-    """Refuses what a call says of ASLR and would not be heeded."""
-    for name in ASLR_NUMBERS:
-        if getattr(generation_config, name, None) is not None:
-            raise ValueError(f"{name} in a generation config is not read: give it to the call, generate({name}=...).")
-    if state is None:
-        return
-    check_aslr_overrides(model, state.aslr_overrides)
-    if state.has_given_seeds and not has_aslr(model):
-        raise ValueError("row_seeds do nothing on a model without ASLR; leave them out.")
-    if state.aslr_overrides and getattr(generation_config, "is_m3po_inference", None):
-        name = next(iter(state.aslr_overrides))
-        raise ValueError(f"{name} does nothing with is_m3po_inference=True, which skips ASLR; leave one of them out.")
-
-
-def _check_nothing_is_lost(
-    generation_config: GenerationConfig | None,
-    enabled: bool,
-    has_gate: bool,
-    reads_likeliest: bool,
-    state: M3POGenerationState | None,
-) -> None:
-    """Refuses a number that the call would ignore: of a mode that is not on, or beside a state that has its own."""
-    names = [*ThinkingSettings.__dataclass_fields__, "return_thinking_embeds"]
-    given = [name for name in names if name != "mode" and getattr(generation_config, name, None) is not None]
-    if state is not None and state.settings is not None:
-        given = ["enable_cross_path"] * enabled + [name for name in given if name != "return_thinking_embeds"]
-        if given:
-            raise ValueError(
-                f"{given[0]} and m3po=M3POGenerationState(settings=...) both give the numbers of the mode; leave one "
-                "of them out."
-            )
-        return
-    if "thought_top_k" in given and not reads_likeliest:
-        raise ValueError(
-            "thought_top_k does nothing on a model without a residual gate or a learnable gate; leave it out."
-        )
-    useful = (*THOUGHT_FLAGS, "return_thinking_embeds") if has_gate else ()
-    given = [name for name in given if not enabled and name not in useful]
-    if given:
-        raise ValueError(
-            f"{given[0]} does nothing without enable_cross_path: set enable_cross_path=True as well (False says that "
-            "it is off on purpose), or leave it out."
-        )

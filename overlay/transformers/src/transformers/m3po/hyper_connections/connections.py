@@ -30,9 +30,10 @@ import torch
 from torch import nn
 
 from ... import initialization as init
+from ..flags import has_hyper_connections
 from .doubly_stochastic import birkhoff, permutation_basis, sinkhorn, wide
 from .routing_gate import forward_gate, pop_routing_gate, set_mhc_gate, set_mhc_gates_per_layer
-from .settings import MHC_BIRKHOFF, MHC_DEFAULTS, check_mhc_numbers, has_hyper_connections
+from .settings import MHC_BIRKHOFF, MHC_DEFAULTS, check_mhc_numbers
 
 __all__ = [
     "MHC_MODULES",

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ..flags import has_hyper_connections
 from .connections import MHC_MODULES, DynamicMHC
 from .doubly_stochastic import birkhoff, sinkhorn
-from .settings import MHC_BIRKHOFF, has_hyper_connections
+from .settings import MHC_BIRKHOFF
 
 # Below these, in nats and in Frobenius norm. 1e-4 nats is what reference runs took for no effect.
 NO_EFFECT, NO_MIXING = 1e-4, 1e-6

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .settings import has_hyper_connections
+from ..flags import has_hyper_connections
 
 SUBLAYERS = 2
 _DEFAULT = "_mhc_gate"  # attribute of the base model: in no state dict and no configuration

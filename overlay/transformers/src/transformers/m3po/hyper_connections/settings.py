@@ -26,11 +26,6 @@ MHC_FIELDS: dict[str, tuple[type | Any, Any]] = {
 }
 
 
-def has_hyper_connections(model: Any) -> bool:
-    """Whether the configuration of a model, or a configuration, says that it has hyper-connections."""
-    return bool(getattr(getattr(model, "config", model), "mhc_enabled", False))
-
-
 def check_mhc_numbers(numbers: Mapping[str, Any]) -> None:
     """Refuses numbers that break their rule.
 

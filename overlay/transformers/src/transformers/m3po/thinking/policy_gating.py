@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A learnable gate in the policy pass: the weights of the bags once more, now with gradient (erratum E18).
+"""A learnable gate in the policy pass: the weights of the bags once more, now with gradient.
 
 The rollout keeps, for each thinking position, the likeliest tokens of the distribution that its gate read, which peers
 the path listened to, and T. From them the gate works out A again, for whole groups of a micro-batch at all positions at
@@ -9,7 +9,6 @@ ids of the bags stay as they were rolled out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,59 +16,11 @@ import torch
 from ..gating.base import TINY
 from .bags import cross_path_bag_weights
 from .interaction import PathGroups
-from .thoughts import Likeliest, blended_weights
+from .record import GatingRecord
+from .thoughts import blended_weights
 
-PREFIX = "gating_"  # of the names in a batch
 LOWEST = torch.finfo(torch.float32).min
 CHUNK_ENTRIES = 1 << 22  # entries of distributions that are alive at once
-
-
-@dataclass
-class GatingRecord:
-    """What a rollout keeps of a learnable gate's decisions.
-
-    Attributes:
-        ids, probs: (B, T, K) int32 and float32, the likeliest tokens and their probabilities.
-        norm: (B, T) float32, ||p||_2 of the whole distribution.
-        slots: (B, T, P) int16, where the peers of the bag stand in the group.
-        temperature: (B, T) float32, T.
-    """
-
-    ids: torch.Tensor
-    probs: torch.Tensor
-    norm: torch.Tensor
-    slots: torch.Tensor
-    temperature: torch.Tensor
-
-    @classmethod
-    def zeros(cls, rows: int, length: int, entries: int, peers: int, device: torch.device) -> GatingRecord:
-        """A record of B rows, T positions, K entries and P peers, to be filled."""
-        shape = (rows, length)
-        return cls(
-            ids=torch.zeros(*shape, entries, dtype=torch.int32, device=device),
-            probs=torch.zeros(*shape, entries, device=device),
-            norm=torch.zeros(shape, device=device),
-            slots=torch.zeros(*shape, peers, dtype=torch.int16, device=device),
-            temperature=torch.zeros(shape, device=device),
-        )
-
-    def write(self, step: int, kept: Likeliest, slots: torch.Tensor, temperature: torch.Tensor) -> None:
-        """Fills position `step`: slots (B, P) long, temperature 0-dim or (B,)."""
-        self.ids[:, step], self.probs[:, step], self.norm[:, step] = kept.ids, kept.probs, kept.norm.squeeze(-1)
-        self.slots[:, step], self.temperature[:, step] = slots, temperature
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by their names in a batch."""
-        return {PREFIX + entry.name: getattr(self, entry.name) for entry in fields(self)}
-
-    @classmethod
-    def of(cls, batch: dict[str, torch.Tensor]) -> GatingRecord:
-        """The record whose tensors lie in a batch."""
-        return cls(**{entry.name: batch[PREFIX + entry.name] for entry in fields(cls)})
-
-    def at(self, positions: slice) -> GatingRecord:
-        """Some of its positions."""
-        return GatingRecord(**{entry.name: getattr(self, entry.name)[:, positions] for entry in fields(self)})
 
 
 def regated_weights(
@@ -79,7 +30,7 @@ def regated_weights(
     bag_weights: torch.Tensor,
     record: GatingRecord,
     group_ids: torch.Tensor,
-    lambda_blend: float,
+    cross_path_lambda: float,
     has_thoughts: bool,
 ) -> torch.Tensor:
     """The weights of bags as the gate is now.
@@ -90,7 +41,7 @@ def regated_weights(
         bag_ids, bag_weights: (B, T, K), as rolled out.
         record: of the same rows and positions.
         group_ids: (B,), whole groups whose rows are in the order of the rollout.
-        lambda_blend: λ in (0, 1].
+        cross_path_lambda: λ in (0, 1].
         has_thoughts: the bags are blended soft thoughts (mode h3po) and not the tokens of the group (mode m3po).
 
     Returns:
@@ -103,12 +54,12 @@ def regated_weights(
         parts = []
         for start in range(0, max(1, length), step):
             at = slice(start, start + step)
-            part, bags = record.at(at), (bag_ids[:, at], bag_weights[:, at])
+            part, bags = record.positions(at), (bag_ids[:, at], bag_weights[:, at])
             peers = _attention(gate, embed_tokens, bags[1], part, groups)
             parts.append(
-                _blended(*bags, part, peers, groups, lambda_blend)
+                _blended(*bags, part, peers, groups, cross_path_lambda)
                 if has_thoughts
-                else cross_path_bag_weights(peers, lambda_blend)
+                else cross_path_bag_weights(peers, cross_path_lambda)
             )
         return torch.cat(parts, dim=1)
 
@@ -147,7 +98,7 @@ def _blended(
     record: GatingRecord,
     peers: torch.Tensor,
     groups: PathGroups,
-    lambda_blend: float,
+    cross_path_lambda: float,
 ) -> torch.Tensor:
     """The weights of blended thoughts, all positions as rows of one batch: (B, T, K)."""
     batch, length, _ = bag_ids.shape
@@ -157,5 +108,5 @@ def _blended(
     bag_ids, bag_weights, ids, weights, peers, rows = (
         part.flatten(0, 1) for part in (bag_ids, bag_weights, record.ids, thoughts, peers, rows)
     )
-    blended = blended_weights(bag_ids, bag_weights, ids, weights, peers, rows, lambda_blend)
+    blended = blended_weights(bag_ids, bag_weights, ids, weights, peers, rows, cross_path_lambda)
     return blended.unflatten(0, (batch, length))

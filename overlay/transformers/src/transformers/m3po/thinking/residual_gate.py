@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ... import initialization as init
-from ..flags import check_bounds
+from ..flags import check_bounds, has_residual_gate
 from ..float32 import linear
 
 # The gate's modules on the base model, in HRPO's names; a checkpoint with the gate has all of their parameters.
@@ -64,11 +64,6 @@ class ThinkingResidualLambda(nn.Module):
     def m3po_init_weights(self, model: Any) -> None:
         """What the hook in `_init_weights` calls."""
         self.reset_lambda_parameters()
-
-
-def has_residual_gate(model: Any) -> bool:
-    """Whether the configuration of a model says that it has the residual gate."""
-    return bool(getattr(model.config, "thinking_residual_enabled", False))
 
 
 def add_residual_gate(model: Any) -> None:

@@ -65,7 +65,7 @@ def blend_thoughts(
     weights: torch.Tensor,
     peers: torch.Tensor,
     peer_rows: torch.Tensor,
-    lambda_blend: float,
+    cross_path_lambda: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blends the thoughts of a group: (1 - λ) h_i + λ Σ_j A_ij h_j, equal tokens merged, the K largest entries kept.
 
@@ -73,12 +73,12 @@ def blend_thoughts(
         ids, weights: (B, K), the paths' own thoughts.
         peers: (B, P) float32, how much a path listens to each of its peers (A); all zero for a path without any.
         peer_rows: (B, P) long, the rows of these peers.
-        lambda_blend: λ in (0, 1].
+        cross_path_lambda: λ in (0, 1].
 
     Returns:
         ids (B, K) int32 and weights (B, K) float32. A path without an active peer keeps its own, bit for bit.
     """
-    all_ids, token, merged = _merge(ids, weights, peers, peer_rows, lambda_blend)
+    all_ids, token, merged = _merge(ids, weights, peers, peer_rows, cross_path_lambda)
     merged_ids = torch.zeros_like(all_ids).scatter(-1, token, all_ids)
     kept, place = merged.topk(ids.shape[-1], dim=-1)
     listens = (peers > 0).any(-1, keepdim=True)
@@ -92,7 +92,7 @@ def blended_weights(
     weights: torch.Tensor,
     peers: torch.Tensor,
     peer_rows: torch.Tensor,
-    lambda_blend: float,
+    cross_path_lambda: float,
 ) -> torch.Tensor:
     """What `blend_thoughts` would weigh the tokens with that it chose before, differentiable in `peers`.
 
@@ -103,7 +103,7 @@ def blended_weights(
     Returns:
         (B, K) float32: 0 where `bag_weights` is, and `bag_weights` itself for a path without an active peer.
     """
-    all_ids, token, merged = _merge(ids, weights, peers, peer_rows, lambda_blend)
+    all_ids, token, merged = _merge(ids, weights, peers, peer_rows, cross_path_lambda)
     place = torch.searchsorted(all_ids, bag_ids.contiguous()).clamp_max(all_ids.shape[-1] - 1)
     found = merged.gather(-1, token.gather(-1, place))
     listens = (peers > 0).any(-1, keepdim=True)
@@ -111,11 +111,11 @@ def blended_weights(
 
 
 def _merge(
-    ids: torch.Tensor, weights: torch.Tensor, peers: torch.Tensor, peer_rows: torch.Tensor, lambda_blend: float
+    ids: torch.Tensor, weights: torch.Tensor, peers: torch.Tensor, peer_rows: torch.Tensor, cross_path_lambda: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The entries of the blends by rising token (B, E), the place of each among the different ones, the sums there."""
-    heard = lambda_blend * peers.unsqueeze(-1) * weights[peer_rows]  # (B, P, K)
-    all_weights = torch.cat([(1.0 - lambda_blend) * weights, heard.flatten(1)], dim=-1)
+    heard = cross_path_lambda * peers.unsqueeze(-1) * weights[peer_rows]  # (B, P, K)
+    all_weights = torch.cat([(1.0 - cross_path_lambda) * weights, heard.flatten(1)], dim=-1)
     all_ids, order = torch.cat([ids, ids[peer_rows].flatten(1)], dim=-1).sort(dim=-1, stable=True)
     all_weights = all_weights.gather(-1, order)
     first = torch.ones_like(all_ids, dtype=torch.bool)
