@@ -17,7 +17,8 @@ from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
 from transformers.m3po.aslr.settings import ASLRNumbers
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 KIB = 1 << 10
 

@@ -25,8 +25,9 @@ from transformers.m3po.gating.module import attach_gating
 from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K
 from trl import ModelConfig
 
-from m3po_lab.grpo.config import PROJECT_ROOT
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.core.errors import PROJECT_ROOT
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 CONFIG = "configs/demo_short.yaml"
 

@@ -25,7 +25,8 @@ from transformers.m3po.gating.factory import gate_class
 from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 TEMPERATURES = np.logspace(-4.5, 1, 67)

@@ -21,7 +21,8 @@ from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residu
 from transformers.m3po.thinking.thoughts import thought_bags
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 BOUNDS = ((0.95, 0.999), (0.98, 0.999), (0.99, 0.999))

@@ -7,7 +7,8 @@ Exit codes: 0 compared, 2 a wrong input.
 from collections.abc import Sequence
 
 from m3po_lab.command_line.entry import start
-from m3po_lab.core.errors import OneLineFlags, exit_code
+from m3po_lab.command_line.plain_parser import OneLineFlags
+from m3po_lab.core.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3po_lab.command_line.entry import start
-from m3po_lab.core.errors import OneLineFlags, exit_code
+from m3po_lab.command_line.plain_parser import OneLineFlags
+from m3po_lab.core.errors import exit_code
 
 
 def _truth(word: str) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from m3po_lab.command_line.entry import start
 
 if TYPE_CHECKING:
-    from m3po_lab.grpo.config import Run
+    from m3po_lab.grpo.arguments import Run
 
 # What to lower where memory is short: the same run, but for the order in which sums are made.
 BATCH_FLAGS = (

@@ -9,9 +9,11 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from docs.pages import PAGES, ROOT, code_blocks
 
+from m3po_lab.core.config_files import find_config
 from m3po_lab.eval_gsm8k import parser
-from m3po_lab.evaluation.session import choose
-from m3po_lab.grpo.config import Run, find_config, parse_run
+from m3po_lab.evaluation.datasets import choose
+from m3po_lab.grpo.arguments import Run
+from m3po_lab.grpo.config import parse_run
 from m3po_lab.problems.data import load_problems
 from m3po_lab.sweep import main as sweep
 
@@ -39,13 +41,13 @@ def test_commands_of_each_kind_are_found() -> None:
 
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
 def test_a_shown_sweep_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *arguments: 0)
+    monkeypatch.setattr("m3po_lab.experiments.sweep.run_sweep", lambda *arguments: 0)
     assert sweep(words) == 0
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)
 def test_a_shown_evaluation_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3po_lab.evaluation.session.hub_error", lambda: None)
+    monkeypatch.setattr("m3po_lab.evaluation.datasets.hub_error", lambda: None)
     arguments = parser().parse_args(words)
     assert choose(arguments.dataset, arguments.num_fewshot)[0]
 

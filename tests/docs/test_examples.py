@@ -10,7 +10,7 @@ import pytest
 from docs.pages import code_blocks
 from transformers import AutoTokenizer
 
-from m3po_lab.models.loading import embedded_gguf, repair_embedded
+from m3po_lab.models.embedded import embedded_gguf, repair_embedded
 
 # Page -> what its example prints.
 SHOWN = {"README.md": "'train_loss'", "docs/differences.md": "Thinking embeds shape: torch.Size([8, "}

@@ -183,7 +183,7 @@ def test_the_difference_jumps_when_the_bags_are_withheld_from_the_policy_pass(
     run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": mode})
     loss = run._compute_loss
     run._compute_loss = lambda model, inputs: loss(
-        model, {name: value for name, value in inputs.items() if not name.startswith("thinking_bag")}
+        model, {name: value for name, value in inputs.items() if not name.startswith("rollout_bag")}
     )
     run.train()
     assert min(tiny.logged(run, "m3po/rollout_logp_diff_max")) > 100 * BOUND

@@ -190,6 +190,14 @@ def test_a_trainer_that_scores_in_its_own_way_is_refused(tiny: Any, tmp_path: Pa
         with pytest.raises(ValueError, match=said):
             Own(args=args, **given)
 
+    class Aware(GRPOTrainer):
+        carries_rollout_record = True
+
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            return super()._compute_loss(model, inputs)
+
+    Aware(args=args, **given)
+
 
 @pytest.mark.parametrize("where", ["adapter", "model"])
 def test_dropout_is_refused(tiny: Any, tmp_path: Path, where: str):

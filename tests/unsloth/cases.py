@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
 from transformers.m3po.gating.module import GATING_MODULE, attach_gating
-from transformers.m3po.modules import OWN_MODULES
+from transformers.m3po.modules import ADDED_MODULES
 from transformers.m3po.settings import ThinkingSettings
 from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
 
@@ -82,7 +82,7 @@ def model(kind: str, case: str) -> Any:
 
 def own_names(net: Any) -> list[str]:
     """The names of our modules that a model has."""
-    return [name for own in OWN_MODULES if own.on(net) for name in own.names]
+    return [name for modules in ADDED_MODULES if modules.on(net) for name in modules.names]
 
 
 def lively(net: Any) -> None:

@@ -45,19 +45,9 @@ def roll_out(
 def scoring_inputs(sequences: torch.Tensor, state: M3POGenerationState, case: str) -> dict[str, Any]:
     """What a scoring pass over whole sequences gets, prompts without padding."""
     inputs: dict[str, Any] = {"position_ids": torch.arange(sequences.shape[1]).expand(len(sequences), -1)}
-    if state.bag_ids is not None and state.bag_weights is not None:
-        inputs |= {"thinking_bag_ids": state.bag_ids.clone(), "thinking_bag_weights": state.bag_weights.clone()}
-    if state.gating is not None:
-        record = type(state.gating)(**{name[7:]: value.clone() for name, value in state.gating.tensors().items()})
-        thoughts = cases.CASES[case]["mode"] == "h3po"
-        inputs["thinking_gating"] = {
-            "record": record,
-            "group_ids": GROUPS,
-            "lambda_blend": cases.LAMBDA,
-            "has_thoughts": thoughts,
-        }
-    if state.row_seeds is not None:
-        inputs |= {"aslr_row_seeds": state.row_seeds.clone(), "is_m3po_inference": False}
+    record = state.record.pad(state.record.logps.shape[1])
+    record.group_ids = GROUPS
+    inputs |= record.forward_kwargs(cases.LAMBDA, cases.CASES[case]["mode"] == "h3po")
     return inputs
 
 

@@ -140,27 +140,26 @@ def test_a_padding_token_inside_a_completion_moves_the_bags_with_the_tokens() ->
     # Upstream drops it (in mode none too); what comes behind it stands one column earlier, and so do its bags.
     from types import SimpleNamespace
 
+    from transformers.m3po.thinking.record import RolloutRecord
     from unsloth.models.m3po import ScoredRows
     from unsloth_zoo.rl_replacements import left_pack_padding
 
     ids = torch.tensor([[0, 0, 5, 6, 0, 7, 8, 0], [3, 4, 5, 6, 7, 8, 9, 2]])
     trainer = SimpleNamespace(processing_class=SimpleNamespace(pad_token_id=0))
-    rows = ScoredRows(trainer, ids, 5, {"thinking_bag_ids": torch.zeros(2, 5, 1)})
+    rows = ScoredRows(trainer, ids, 5, RolloutRecord(torch.zeros(2, 5)))
     packed = left_pack_padding(ids, 0)
     assert torch.equal(packed.gather(1, rows._columns), ids[:, 3:])
 
 
-@pytest.mark.parametrize("name", ["_get_per_token_logps_and_entropies", "compute_loss"])
-def test_without_a_hook_a_mode_is_refused(
-    name: str, trainer_class: Any, build: Callable[..., Any], monkeypatch: Any
+def test_without_the_hook_in_the_log_prob_pass_a_mode_is_refused(
+    trainer_class: Any, build: Callable[..., Any], monkeypatch: Any
 ) -> None:
     def unpatched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return grpo_accumulated_loss  # noqa: F821  # what tells Unsloth's loss from TRL's
+        raise AssertionError("no pass is made")
 
-    module = sys.modules[trainer_class.__mro__[1].__module__]
-    unpatched.__globals__["grpo_accumulated_loss"] = module.grpo_accumulated_loss
-    monkeypatch.setattr(trainer_class.__mro__[1], name, unpatched)
-    with pytest.raises(ValueError, match=f"has its own {name}, .*this Unsloth lacks the patches"):
+    monkeypatch.setattr(trainer_class.__mro__[1], "_get_per_token_logps_and_entropies", unpatched)
+    refusal = "has its own _get_per_token_logps_and_entropies, .*this Unsloth lacks the patches"
+    with pytest.raises(ValueError, match=refusal):
         build("llama", "m3po")
     build("llama", "none")
 

@@ -17,7 +17,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from m3po_lab.core.errors import UserError, find_config, one_line
+from m3po_lab.core.config_files import find_config
+from m3po_lab.core.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from trl import GRPOConfig  # a slow import, which the launcher can do without

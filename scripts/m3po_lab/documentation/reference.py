@@ -18,7 +18,7 @@ from trl.trainer.m3po.config import M3POArguments
 from trl.trainer.m3po.metrics import METRICS
 
 from m3po_lab.core.errors import PROJECT_ROOT
-from m3po_lab.grpo.config import RunArguments
+from m3po_lab.grpo.arguments import RunArguments
 
 Row = tuple[str, ...]
 

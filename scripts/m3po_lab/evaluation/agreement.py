@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po_lab.core.files import read_json, shown_path
-from m3po_lab.models.loading import EMBEDDED_MODEL
+from m3po_lab.models.embedded import EMBEDDED_MODEL
 
 VERDICTS = {"after": "correct", "before": "correct_before"}  # completion and verdict in a line of completions.jsonl
 

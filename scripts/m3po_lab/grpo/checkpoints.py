@@ -21,16 +21,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from transformers.m3po.gating.factory import gate_class, list_gating_functions
-from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
-from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
+from transformers.m3po.modules import ADDED_MODULES
 from trl import GRPOConfig
 from trl.trainer.m3po.config import GATE_START, checkpoint_info
 
 from m3po_lab.core.errors import ERROR_LOG, UserError
 from m3po_lab.core.files import read_json
-from m3po_lab.grpo.config import Run
-from m3po_lab.grpo.identity import MAY_CHANGE, RUN_FILE, difference, read_run
+from m3po_lab.core.identity import RUN_FILE, difference, read_run
+from m3po_lab.grpo.arguments import Run
+from m3po_lab.grpo.identity import MAY_CHANGE
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("m3po.json", "trainer_state.json")
@@ -118,17 +117,10 @@ def missing_part(checkpoint: Path) -> str | None:
 
 
 def missing_module(checkpoint: Path, keys: list[str]) -> str | None:
-    """The first parameter of one of our modules that `m3po.json` tells of and that is not among the weights."""
-    numbers = read_json(checkpoint / "m3po.json") or {}
-    gate = numbers.get("gating_type", "baseline")
-    learns = gate in list_gating_functions() and gate_class(gate).learnable  # another version may know other gates
-    told = {
-        RESIDUAL_GATE: numbers.get("mode") in RESIDUAL_MODES,
-        ASLR: numbers.get(ASLR.switch),
-        GATING: numbers.get("mode") in CROSS_PATH_MODES and learns,
-    }
-    for own, has in told.items():
-        for name in own.parameters(numbers) if has else ():
+    """The first parameter of a module that `m3po.json` speaks of and that is not among the weights."""
+    hyperparameters = read_json(checkpoint / "m3po.json") or {}
+    for modules in ADDED_MODULES:
+        for name in modules.parameters(hyperparameters) if modules.belongs(hyperparameters) else ():
             if not any(key.endswith(f".{name}") for key in keys):
                 return name
     return None

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from m3po_lab.core.errors import DEFAULT_CONFIG, PROJECT_ROOT, UserError, find_config, one_line, split_config
+from m3po_lab.core.config_files import DEFAULT_CONFIG, find_config, split_config
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import read_json
-
-if TYPE_CHECKING:
-    from m3po_lab.grpo.config import Run
 
 ENGINES = ("auto", "unsloth", "trl")
 CAPABILITY = (7, 0)  # the least that Unsloth's kernels are for
@@ -170,20 +168,21 @@ def flag_obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         yield "--gating_training logits needs distributions that Unsloth never makes: set embeddings"
 
 
-def check_flags(run: Run) -> None:
+def check_flags(engine: Engine, groups: Iterable[Any]) -> None:
     """Refuse, of the parsed arguments, what the run's engine cannot do; they are what counts.
+
+    Args:
+        groups: the dataclasses of all arguments.
 
     Raises:
         UserError: for the first such flag.
     """
-    if run.engine.name == "trl":
-        if run.model.load_in_4bit:
-            raise UserError(
-                f"--load_in_4bit true needs Unsloth, and this run has {run.engine.describe()}; leave it out."
-            )
+    flags = {entry.name: getattr(group, entry.name) for group in groups for entry in fields(group)}
+    if engine.name == "trl":
+        if flags["load_in_4bit"]:
+            raise UserError(f"--load_in_4bit true needs Unsloth, and this run has {engine.describe()}; leave it out.")
         return
-    values = {name: next(getattr(group, name) for group in run.groups if hasattr(group, name)) for name in LOOKED_AT}
-    for why in flag_obstacles(values):
+    for why in flag_obstacles(flags):
         raise UserError(f"--engine unsloth: {why}; or set --engine trl.")
 
 

@@ -15,11 +15,12 @@ from transformers.m3po.settings import CROSS_PATH_MODES
 from trl import GRPOTrainer
 
 from m3po_lab.command_line.commands import CONTINUE, shown_command, train_command
+from m3po_lab.core.errors import PROJECT_ROOT
 from m3po_lab.core.files import shown_path, write_json, write_text
 from m3po_lab.core.provenance import distribution, git_state
 from m3po_lab.core.stats import Paired, compare
 from m3po_lab.evaluation.evaluate import Answered
-from m3po_lab.grpo.config import PROJECT_ROOT, Run, changed_values
+from m3po_lab.grpo.arguments import Run, changed_values
 from m3po_lab.grpo.figure import draw_rewards
 from m3po_lab.grpo.identity import with_acting
 from m3po_lab.problems.data_sources import Problem

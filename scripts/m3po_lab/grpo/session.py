@@ -30,17 +30,22 @@ from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.core.files import check_writable, shown_path
+from m3po_lab.core.identity import SaveRunFile
 from m3po_lab.core.processes import check_engine
 from m3po_lab.core.saving import ObeyUmask, obey_umask, save_model
 from m3po_lab.evaluation.decoding import Thoughts
 from m3po_lab.evaluation.evaluate import Answered, answer_problems, cache_key, load_cached, store
 from m3po_lab.evaluation.settings import EvalSettings, KeepSettings
+from m3po_lab.grpo.arguments import Run
 from m3po_lab.grpo.checkpoints import check_same_run, check_save_steps, claim_run_folder
-from m3po_lab.grpo.config import Run, UserError, one_line
-from m3po_lab.grpo.identity import KeepRun, begin, of_run
+from m3po_lab.grpo.identity import begin, of_run
 from m3po_lab.grpo.report import write_report
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model, lora_of, model_digest
+from m3po_lab.models.adapters import lora_of
+from m3po_lab.models.digest import model_digest
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 from m3po_lab.models.unsloth_model import load_with_unsloth
 from m3po_lab.problems.data import chat_prompt, load_problems, training_rows
 from m3po_lab.problems.data_sources import Problem
@@ -150,9 +155,9 @@ def run_session(run: Run, words: Sequence[str]) -> None:
     if trainer.accelerator.is_main_process:
         print(run.engine.describe())
         print(start_line(run, trainer, len(train_problems), len(held_out), resume))
-    settings = EvalSettings.of_run(run, trainer.accelerator.mixed_precision)
+    settings = EvalSettings.of_run(run.script, training, trainer.accelerator.mixed_precision)
     trainer.add_callback(KeepSettings(settings))
-    trainer.add_callback(KeepRun(about))
+    trainer.add_callback(SaveRunFile(about))
     before = evaluate_before(run, trainer, held_out, settings)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -173,7 +178,9 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
         UserError: when the trainer refuses its arguments.
     """
     try:
-        model, tokenizer = load_model(run.model) if run.engine.name == "trl" else load_with_unsloth(run)
+        model, tokenizer = (
+            load_model(run.model) if run.engine.name == "trl" else load_with_unsloth(run.model, run.training)
+        )
         peft_config = None if isinstance(model, PeftModel) else lora_of(run.model)
         if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
             settle_reference(run, model)

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.m3po.flags import has_aslr, has_residual_gate
-from transformers.m3po.modules import OWN_MODULES
+from transformers.m3po.modules import ADDED_MODULES
 from trl import ModelConfig
 
 from m3po_lab.core.errors import UserError, short
@@ -104,8 +104,8 @@ class Comparison:
         if not all(map(torch.equal, prompts, self.prompts)):
             raise UserError("not exported: the tokenizer that was written splits a prompt otherwise.")
         weights, found = plain.state_dict(), again.state_dict()
-        for own in OWN_MODULES:  # a single path does not use a learnable gate, so its logits say nothing of it
-            for name in own.among(weights):
+        for modules in ADDED_MODULES:  # a single path does not use a learnable gate, so its logits say nothing of it
+            for name in modules.among(weights):
                 if name not in found or not torch.equal(weights[name], found[name]):
                     raise UserError(f"not exported: {name} of what was written is not the checkpoint's.")
         logits = logits_of(again, prompts, self.aslr)

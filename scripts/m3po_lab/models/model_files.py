@@ -5,11 +5,11 @@ import json
 import struct
 from pathlib import Path
 
-import httpx
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from m3po_lab.core.errors import UserError, failure, short
+from m3po_lab.core.hub import HUB_ERRORS
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS has not fetched
 OBJECTS = (  # JSON files of a model folder, each one object
@@ -27,8 +27,6 @@ OBJECTS = (  # JSON files of a model folder, each one object
 PROTOTYPE_MODULES = "m3po_modules.bin"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 TEXTS = ("*.jinja", "*.model", "merges.txt")
-# What comes from the Hub's client where the network, or the variables that tell of it, are not right.
-HUB_ERRORS = (OSError, ValueError, RuntimeError, ImportError, httpx.HTTPError, httpx.InvalidURL)
 # What libraries raise on a model's files. Most read them without looking at what they are.
 UNREADABLE = (
     *HUB_ERRORS,

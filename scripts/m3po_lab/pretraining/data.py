@@ -7,6 +7,7 @@ token is fed and never scored, as in nanochat's bits per byte.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,10 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from m3po_lab.core.errors import UserError, short
+from m3po_lab.core.hub import HUB_ERRORS
+from m3po_lab.core.identity import named_content
 from m3po_lab.core.user_files import read_json_lines, text_field
-from m3po_lab.models.model_files import HUB_ERRORS, UNREADABLE, check_model_files, unreadable
+from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
 
 PYTHON = "python:"
 BYTES = "bytes"
@@ -107,6 +110,16 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
         except HUB_ERRORS as error:
             raise UserError(f"--dataset {dataset} cannot be read from the Hub: {short(error)}") from error
         yield from (row["text"] for row in found)
+
+
+def named_text(name: str) -> str:
+    """The text of a pretraining with the digest of what it reads: of a local file, or of the files of a package."""
+    if not name.startswith(PYTHON):
+        return named_content(name)
+    digest = hashlib.sha256()
+    for text in documents(name, None):
+        digest.update(text.encode() + b"\0")
+    return f"{name} (sha256 {digest.hexdigest()[:16]})"
 
 
 def rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[torch.Tensor]:

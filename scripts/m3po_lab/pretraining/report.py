@@ -17,8 +17,8 @@ from scipy.stats import t as student
 
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_text
-from m3po_lab.grpo.identity import difference
-from m3po_lab.pretraining.run import summary
+from m3po_lab.core.identity import difference
+from m3po_lab.pretraining.measures import summary
 
 COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}
 CURVES = {"curve": "bits per byte, validation", "loss_curve": "training loss, nats per token"}

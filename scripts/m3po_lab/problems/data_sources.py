@@ -15,8 +15,8 @@ from typing import Any
 from datasets import load_dataset
 
 from m3po_lab.core.errors import UserError, short
+from m3po_lab.core.hub import HUB_ERRORS
 from m3po_lab.core.user_files import read_json_lines, text_field
-from m3po_lab.models.model_files import HUB_ERRORS
 from m3po_lab.problems.answers import is_number, is_reference
 
 GSM8K = "openai/gsm8k"

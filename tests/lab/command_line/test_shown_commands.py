@@ -142,8 +142,8 @@ def test_the_lines_at_the_end_of_a_run(
 @pytest.mark.parametrize(
     ("command", "inner", "script"),
     [
-        (sweep.main, "m3po_lab.sweep.sweep", "scripts/sweep.sh"),
-        (pretrain_pair.main, "m3po_lab.pretrain_pair.run_pairs", "scripts/train_mhc.sh"),
+        (sweep.main, "m3po_lab.experiments.sweep.run_sweep", "scripts/sweep.sh"),
+        (pretrain_pair.main, "m3po_lab.experiments.pair.run_pairs", "scripts/train_mhc.sh"),
     ],
 )
 def test_a_stopped_sweep_or_pair_shows_the_command_to_go_on(

@@ -9,10 +9,11 @@ import pytest
 from trl import GRPOConfig, ModelConfig
 from trl.trainer.m3po.config import checkpoint_info
 
+from m3po_lab.core.errors import UserError
+from m3po_lab.core.identity import RUN_FILE
 from m3po_lab.grpo import checkpoints
-from m3po_lab.grpo.config import Run, RunArguments, UserError
+from m3po_lab.grpo.arguments import Run, RunArguments
 from m3po_lab.grpo.engine import TRL
-from m3po_lab.grpo.identity import RUN_FILE
 
 
 def arguments(folder: Path, **changes: object) -> GRPOConfig:

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from m3po_lab import eval_gsm8k, export_model
+from m3po_lab.command_line import idle_flags
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo import idle_flags
 from m3po_lab.grpo.checkpoints import missing_module
-from m3po_lab.grpo.config import UserError
 from m3po_lab.models.loading import load_model
 from m3po_lab.train import main
 
@@ -295,7 +295,7 @@ def test_a_group_whose_gate_was_left_out_is_refused(
     given = [str(tmp_path / "plain"), *SHORT, "--num_paths", "4", "--output_dir", str(tmp_path / "out")]
     assert eval_gsm8k.main(given) == 2
     error = capsys.readouterr().err
-    assert "has not the gate that its group interacts through (luong)" in error and error.count("\n") == 1
+    assert "has not the gating function that its group interacts through (luong)" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["adapter"], indirect=True)

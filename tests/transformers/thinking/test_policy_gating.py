@@ -336,7 +336,7 @@ def test_a_shorter_part_of_the_rollout_can_be_scored(mode: str) -> None:
         None,
         rolled.bag_ids[:, at],
         rolled.bag_weights[:, at],
-        rolled.record.at(at),
+        rolled.record.positions(at),
         rolled.active[:, at],
         rolled.thoughts,
         GROUPS,
@@ -393,15 +393,16 @@ def test_the_record_of_a_rollout_gives_its_weights_back(
         tokens = torch.cat([tokens, probs.multinomial(1)], dim=1)
         after = going & (torch.arange(len(GROUPS)) != step - 1)
         with torch.no_grad():
-            rollout.record(step, probs, tokens, going, after)
+            rollout.write(step, probs, tokens, going, after)
         going = after
     rollout.end(STEPS - 1)
-    assert rollout.gating is not None and rollout.gating.ids.shape == (len(GROUPS), STEPS - 1, TOP_K)
+    record = rollout.record
+    assert record.gating is not None and record.gating.ids.shape == (len(GROUPS), STEPS - 1, TOP_K)
     mine = regated_weights(
-        gate, table, rollout.bag_ids, rollout.bag_weights, rollout.gating, GROUPS, LAMBDA, mode == "h3po"
+        gate, table, record.bag_ids, record.bag_weights, record.gating, GROUPS, LAMBDA, mode == "h3po"
     )
-    assert (rollout.bag_weights > 0).any(-1).sum() > 10
-    torch.testing.assert_close(mine, rollout.bag_weights, atol=1e-6, rtol=0)
+    assert (record.bag_weights > 0).any(-1).sum() > 10
+    torch.testing.assert_close(mine, record.bag_weights, atol=1e-6, rtol=0)
     assert mine.requires_grad
 
 

@@ -15,7 +15,7 @@ from reference.gated import PARAMETERS, STRONG, gate_parameters, reference_gate
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from transformers.m3po import ThinkingResidualLambda
-from transformers.m3po.modules import RESIDUAL_GATE, copy_own_modules
+from transformers.m3po.modules import RESIDUAL_GATE
 from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
 
 NAMES = {f"model.{name}" for name in PARAMETERS}
@@ -289,7 +289,7 @@ def test_copying_a_gate_makes_it_the_same_and_a_thing_of_its_own(make):
     source, target = make(seed=1, **STRONG), make(seed=2, **STRONG)
     head = target.lm_head.weight.clone()
     assert not same_gate(source, target)
-    copy_own_modules(RESIDUAL_GATE, source, target)
+    RESIDUAL_GATE.copy(source, target)
     assert same_gate(source, target) and torch.equal(target.lm_head.weight, head)
     with torch.no_grad():
         gate_parameters(source)[-1].add_(1)

@@ -128,8 +128,9 @@ def _check_policy_distribution(trainer: Any, model: Any) -> None:
     rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
     if any([*rates, getattr(model.config, "attention_dropout", 0.0)]):
         raise ValueError(
-            f"dropout draws other numbers in the policy pass than in the rollout; mode={trainer.args.mode!r} needs none "
-            "of it: set lora_dropout to 0 (or disable_dropout=True), and attention_dropout of the model config to 0."
+            f"dropout draws other numbers in the policy pass than in the rollout; mode={trainer.args.mode!r} needs "
+            "none of it: set lora_dropout to 0 (or disable_dropout=True), and attention_dropout of the model config "
+            "to 0."
         )
     # Fields that are None here are filled from the model's generation_config, then from upstream's defaults.
     config, _ = model._prepare_generation_config(trainer.generation_config)
@@ -149,8 +150,8 @@ def _without_record(kind: Any) -> str | None:
     """The first function between a rollout and its loss that does not carry the rollout's record; None if all do.
 
     The contract: a class that has one of `RECORD_METHODS` of its own says `carries_rollout_record = True` in its body;
-    the log-prob pass takes the record as `m3po_inputs`, and a loss that is no method (Unsloth's `grpo_accumulated_loss`,
-    in the module of its trainer) takes the micro-batch that holds the record as `m3po_batch`.
+    the log-prob pass takes the record as `m3po_inputs`, and a loss that is no method (`grpo_accumulated_loss` in the
+    module of Unsloth's trainer) takes the micro-batch that holds the record as `m3po_batch`.
     """
     for name in RECORD_METHODS:
         owner = next(parent for parent in kind.__mro__ if name in vars(parent))

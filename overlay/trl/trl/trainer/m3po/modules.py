@@ -11,27 +11,19 @@ import copy
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers.m3po.aslr.modules import attach_aslr
 from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers
 from transformers.m3po.flags import check_aslr_overrides
 from transformers.m3po.gating.factory import gate_class
-from transformers.m3po.gating.module import attach_gating
-from transformers.m3po.modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules, copy_own_modules
-from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
-from transformers.m3po.thinking.residual_gate import attach_residual_gate
+from transformers.m3po.modules import ADDED_MODULES, ASLR, GATING, RESIDUAL_GATE, AddedModules
+from transformers.m3po.settings import RESIDUAL_MODES
 
 from .checks import check_model_type
 from .config import GATE_START
 
 
-def wanted_modules(args: Any) -> list[OwnModules]:
+def wanted_modules(args: Any) -> list[AddedModules]:
     """What a run with these arguments trains; `aslr_enabled` is settled by `prepare_policy`."""
-    wanted = {
-        RESIDUAL_GATE: args.mode in RESIDUAL_MODES,
-        ASLR: bool(args.aslr_enabled),
-        GATING: args.mode in CROSS_PATH_MODES and gate_class(args.gating_type).learnable,
-    }
-    return [own for own in OWN_MODULES if wanted[own]]
+    return [modules for modules in ADDED_MODULES if modules.belongs(vars(args))]
 
 
 def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
@@ -54,11 +46,11 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     saved = {name for config in adapters for name in config.modules_to_save or ()}
-    for own in OWN_MODULES:
-        if set(own.names) <= saved and not own.on(base):
+    for modules in ADDED_MODULES:
+        if set(modules.names) <= saved and not modules.on(base):
             raise ValueError(
-                f"the adapter has {own.article} and its base model has none, so the {own.noun} is lost; load the base "
-                f"model with {own.switch}=True before the adapter."
+                f"the adapter has {modules.article} and its base model has none, so the {modules.noun} is lost; load "
+                f"the base model with {modules.switch}=True before the adapter."
             )
     _settle_aslr(base, args)
     if args.mode not in RESIDUAL_MODES and RESIDUAL_GATE.on(base):
@@ -77,17 +69,17 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
         GATING: f"gating_type={args.gating_type!r}",
     }
     check_model_type(base, why[wanted[0]])
-    for own in (RESIDUAL_GATE, GATING):
-        if own in wanted:
-            _check_optimizer(args, why[own])
-    for own in wanted:
-        if adapters and not set(own.names) <= saved:
+    for modules in (RESIDUAL_GATE, GATING):
+        if modules in wanted:
+            _check_optimizer(args, why[modules])
+    for modules in wanted:
+        if adapters and not set(modules.names) <= saved:
             raise ValueError(
-                f"the adapter was trained without {own.article}, which {why[own]} needs; merge it into its base "
-                "model and start from that."
+                f"the adapter was trained without {modules.article}, which {why[modules]} needs; merge it into its "
+                "base model and start from that."
             )
-        if not own.on(base):
-            _attach(own, base, args)
+        if not modules.on(base):
+            modules.attach(base, vars(args), args.seed)
     if RESIDUAL_GATE in wanted:
         for name in GATE_START:
             setattr(args, name, getattr(base.config, name))
@@ -137,15 +129,6 @@ def _check_gating(base: Any, args: Any, wanted: bool) -> None:
             )
 
 
-def _attach(own: OwnModules, model: Any, args: Any) -> None:
-    if own is RESIDUAL_GATE:
-        attach_residual_gate(model, args.thinking_residual_r_min, args.thinking_residual_r_max, args.seed)
-    elif own is GATING:
-        attach_gating(model, args.gating_type, args.gating_config, args.seed)
-    else:
-        attach_aslr(model, **{name: getattr(args, name) for name in ASLR_NUMBERS})
-
-
 def _check_optimizer(args: Any, why: str) -> None:
     plugin = args.deepspeed_plugin
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
@@ -155,9 +138,9 @@ def _check_optimizer(args: Any, why: str) -> None:
         )
 
 
-def _with_modules(given: PeftConfig, wanted: list[OwnModules]) -> PeftConfig:
+def _with_modules(given: PeftConfig, wanted: list[AddedModules]) -> PeftConfig:
     config = copy.deepcopy(given)
-    names = [name for own in wanted for name in own.names]
+    names = [name for modules in wanted for name in modules.names]
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     return config
 
@@ -169,10 +152,12 @@ def settle_modules(model: Any, args: Any) -> None:
     where the loop of ASLR is skipped, or no path listens (λ = 0), the modules are not among what DDP and the optimizer
     take, since no gradient would reach them and DDP would wait for it.
     """
-    for own in wanted_modules(args):
-        trains = own is RESIDUAL_GATE or (ASLRNumbers.of(args, {}).runs if own is ASLR else args.cross_path_lambda > 0)
+    for modules in wanted_modules(args):
+        trains = modules is RESIDUAL_GATE or (
+            ASLRNumbers.of(args, {}).runs if modules is ASLR else args.cross_path_lambda > 0
+        )
         named = dict(model.named_parameters())
-        for name in own.among(named):
+        for name in modules.among(named):
             named[name].data = named[name].data.float()
             named[name].requires_grad_(named[name].requires_grad and trains)
 
@@ -182,14 +167,14 @@ def prepare_reference(policy: Any, reference: Any, args: Any) -> None:
 
     TRL loads it by the policy's name, so it may have modules that the policy was loaded without.
     """
-    for own in OWN_MODULES:
-        if own not in wanted_modules(args):
-            if own.on(reference):
-                setattr(reference.config, own.switch, False)
+    for modules in ADDED_MODULES:
+        if modules not in wanted_modules(args):
+            if modules.on(reference):
+                setattr(reference.config, modules.switch, False)
             continue
-        if not own.on(reference):
-            _attach(own, reference, args)
-        copy_own_modules(own, policy, reference)
+        if not modules.on(reference):
+            modules.attach(reference, vars(args), args.seed)
+        modules.copy(policy, reference)
     if ASLR in wanted_modules(args):
         for name in ASLR_NUMBERS:
             setattr(reference.config, name, getattr(args, name))

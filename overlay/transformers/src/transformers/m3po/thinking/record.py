@@ -135,11 +135,12 @@ class RolloutRecord:
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> RolloutRecord | None:
         """The record whose tensors lie in a batch; None where there is none."""
-        values = {entry.name: batch.get(f"{PREFIX}{entry.name}") for entry in fields(cls)}
+        values: dict[str, Any] = {entry.name: batch.get(f"{PREFIX}{entry.name}") for entry in fields(cls)}
         if values["logps"] is None:
             return None
-        gating = {entry.name: batch.get(f"{GATING_PREFIX}{entry.name}") for entry in fields(GatingRecord)}
-        values["gating"] = None if gating["ids"] is None else GatingRecord(**gating)
+        if f"{GATING_PREFIX}ids" in batch:
+            names = [entry.name for entry in fields(GatingRecord)]
+            values["gating"] = GatingRecord(**{name: batch[f"{GATING_PREFIX}{name}"] for name in names})
         return cls(**values)
 
     def tensors(self) -> list[torch.Tensor]:
