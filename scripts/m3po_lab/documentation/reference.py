@@ -22,7 +22,7 @@ from m3po_lab.grpo.arguments import RunArguments
 
 Row = tuple[str, ...]
 
-# Arguments of `generate` that are no numbers of a mode; none has a default.
+# Arguments of `generate` that are no hyperparameters of a mode; none has a default.
 GENERATE_ARGUMENTS = {
     "enable_cross_path": "Let the paths of a group interact: mode `h3po` on a model with a residual gate, else `m3po`.",
     "tokenizer": "Finds the answer marker. `processing_class` is taken for it too.",
@@ -78,12 +78,12 @@ def fields_of(cls: type) -> list[Row]:
 
 
 def generate_arguments() -> list[Row]:
-    """Argument, default and meaning: the numbers of a mode, those of ASLR, and the rest."""
-    numbers, described = ThinkingSettings(), arguments_of(ThinkingSettings)
+    """Argument, default and meaning: those that are no hyperparameter, the hyperparameters of a mode, and those of ASLR."""
+    settings, described = ThinkingSettings(), arguments_of(ThinkingSettings)
     rows = [(f"`{name}`", "", text) for name, text in GENERATE_ARGUMENTS.items()]
     rows += [
-        (f"`{entry.name}`", shown(getattr(numbers, entry.name)), described[entry.name])
-        for entry in dataclasses.fields(numbers)
+        (f"`{entry.name}`", shown(getattr(settings, entry.name)), described[entry.name])
+        for entry in dataclasses.fields(settings)
         if entry.name != "mode"
     ]
     latent = arguments_of(ASLRNumbers)
