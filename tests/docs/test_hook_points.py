@@ -40,7 +40,7 @@ def called(file: Path) -> Iterator[str]:
         if not isinstance(node, ast.Attribute):
             continue
         ours = holder(node.value) in HOLDERS - (set() if has_hooks else {"hooks"})
-        if node.attr.startswith("m3po_") or holder(node.value).endswith(MODULES) or (ours and node.attr != "hooks"):
+        if ours or node.attr.startswith("m3po_") or holder(node.value).endswith(MODULES):
             yield node.attr
 
 

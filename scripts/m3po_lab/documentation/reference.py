@@ -78,23 +78,27 @@ def fields_of(cls: type) -> list[Row]:
 
 
 def generate_arguments() -> list[Row]:
-    """Argument, default and meaning: those that are no hyperparameter, the hyperparameters of a mode, and those of ASLR."""
+    """Argument, default and meaning: of a call, of a mode, of ASLR."""
     settings, described = ThinkingSettings(), arguments_of(ThinkingSettings)
-    rows = [(f"`{name}`", "", text) for name, text in GENERATE_ARGUMENTS.items()]
+    rows: list[Row] = [(f"`{name}`", "", text) for name, text in GENERATE_ARGUMENTS.items()]
     rows += [
         (f"`{entry.name}`", shown(getattr(settings, entry.name)), described[entry.name])
         for entry in dataclasses.fields(settings)
         if entry.name != "mode"
     ]
-    latent = arguments_of(ASLRNumbers)
-    return rows + [(f"`aslr_{name}`", "", latent[name]) for name in ASLRNumbers._fields if name != "num_paths"]
+    latent = latent_arguments()
+    return rows + [(f"`{name}`", "", text) for name, text in latent.items() if name != "aslr_num_paths"]
+
+
+def latent_arguments() -> dict[str, str]:
+    """Flag and meaning of each hyperparameter of ASLR."""
+    return {f"aslr_{name}": text for name, text in arguments_of(ASLRNumbers).items()}
 
 
 def model_fields() -> list[Row]:
     """Field, default and meaning."""
-    latent = {f"aslr_{name}": text for name, text in arguments_of(ASLRNumbers).items()}
     helps = {entry.name: entry.metadata["help"] for entry in dataclasses.fields(M3POArguments)}
-    described = helps | latent | MODEL_FIELDS
+    described = helps | latent_arguments() | MODEL_FIELDS
     return [(f"`{name}`", shown(default), described[name]) for name, (_, default) in FIELDS.items()]
 
 
