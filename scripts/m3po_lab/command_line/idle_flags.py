@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
 from m3po_lab.core.errors import UserError
@@ -45,7 +45,7 @@ class Switch:
 
 
 def _learns(values: Values) -> bool:
-    return values["mode"] in CROSS_PATH_MODES and gate_class(values["gating_type"]).learnable
+    return values["mode"] in CROSS_PATH_MODES and gating_class(values["gating_type"]).learnable
 
 
 def _has_no_adapter(values: Values) -> bool:
@@ -91,7 +91,7 @@ SWITCHES = (
     ),
     # Where it is not given, the model may have ASLR; the trainer looks.
     Switch(
-        " ".join(ASLR_NUMBERS),
+        " ".join(ASLR_HYPERPARAMETERS),
         "without --aslr_enabled true",
         lambda values: values["aslr_enabled"] is not False,
         ("aslr_enabled",),

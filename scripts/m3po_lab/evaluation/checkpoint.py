@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
-from transformers.m3po.aslr.settings import ASLRNumbers, check_aslr_numbers
+from transformers.m3po.aslr.settings import ASLRHyperparameters, check_aslr_hyperparameters
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.flags import has_aslr
 from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
@@ -141,7 +141,7 @@ class Checkpoint:
                 f"--aslr {aslr}: {self.name} has no ASLR; leave the flag out, or train with --aslr_enabled true."
             )
         try:
-            check_aslr_numbers({"aslr_max_iterations": rounds})
+            check_aslr_hyperparameters({"aslr_max_iterations": rounds})
         except ValueError as error:
             raise UserError(f"--{one_line(error)}") from error
         if aslr == "on":
@@ -165,7 +165,7 @@ def describe_aslr(model: Any, evaluations: Mapping[str, LatentPaths | None]) -> 
         return ""
     parts = []
     for name, aslr in evaluations.items():
-        numbers = ASLRNumbers.of(model.config, {} if aslr is None else aslr.overrides).describe()
+        numbers = ASLRHyperparameters.of(model.config, {} if aslr is None else aslr.overrides).describe()
         parts.append(f"; ASLR {name} (is_m3po_inference={aslr is None}): {numbers}")
     return "".join(parts)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_1samp
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl.trainer.m3po.config import M3POArguments
 
@@ -31,7 +31,7 @@ from m3po_lab.core.stats import holm
 from m3po_lab.grpo.identity import recorded_flags, schedule_parts
 
 CONTROL = "none"
-DEFAULT_GATE = "baseline"
+DEFAULT_GATING_TYPE = "baseline"
 SAME = ("model", "dataset", "num_eval_problems", "steps")  # of the summaries
 SAME_FLAGS = (
     *("dataset", "dataset_config", "num_train_problems", "num_eval_problems", "problem_seed", "eval_seed"),
@@ -69,8 +69,8 @@ def variant(flags: Mapping[str, Any], differing: Sequence[str]) -> str:
         flags: of the run.
         differing: the flags that differ among the runs.
     """
-    gate = flags.get("gating_type", DEFAULT_GATE)
-    name = f"{flags['mode']}{'' if gate == DEFAULT_GATE else f':{gate}'}{'+aslr' if flags['aslr_enabled'] else ''}"
+    gate = flags.get("gating_type", DEFAULT_GATING_TYPE)
+    name = f"{flags['mode']}{'' if gate == DEFAULT_GATING_TYPE else f':{gate}'}{'+aslr' if flags['aslr_enabled'] else ''}"
     told = [flag for flag in differing if flag in flags and flag not in NAMED]
     return " ".join([name, *(f"{SHORT.get(flag, flag)}={value_text(flag, flags)}" for flag in told)])
 
@@ -79,7 +79,7 @@ def value_text(name: str, flags: Mapping[str, Any]) -> str:
     """A flag's value, short."""
     value = flags[name]
     if name == "cross_path_temp" and value is None:
-        value = gate_class(flags["gating_type"]).default_temperature
+        value = gating_class(flags["gating_type"]).default_temperature
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -20,10 +20,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.m3po import read_checkpoint_info
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
 from transformers.m3po.modules import ADDED_MODULES
 from trl import GRPOConfig
-from trl.trainer.m3po.config import GATE_START, checkpoint_info
+from trl.trainer.m3po.config import RESIDUAL_GATE_START, checkpoint_info
 
 from m3po_lab.core.errors import ERROR_LOG, UserError
 from m3po_lab.core.files import read_json
@@ -35,8 +35,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("m3po.json", "trainer_state.json")
 STATES = ("optimizer", "scheduler")  # files or folders whose names begin so, whatever the engine
 DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
-OF_ASLR = ("aslr_enabled", *ASLR_NUMBERS)  # left out of m3po.json without ASLR
-OF_MODEL = (*GATE_START, *OF_ASLR)  # a model that has them says them
+OF_ASLR = ("aslr_enabled", *ASLR_HYPERPARAMETERS)  # left out of m3po.json without ASLR
+OF_MODEL = (*RESIDUAL_GATE_START, *OF_ASLR)  # a model that has them says them
 OWN_FILES = ("baseline.json", RUN_FILE, "summary.json", "reward.png", "completions.jsonl", ERROR_LOG)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl import GRPOConfig, ModelConfig
 from trl.trainer.m3po.config import M3POArguments, checkpoint_info
@@ -55,12 +55,12 @@ def with_acting(flags: Mapping[str, Any], training: Any) -> dict[str, Any]:
         "gating_warmup_steps": learns,
         "thinking_residual_gate_learning_rate": residual,
         "thinking_residual_lambda_learning_rate": residual,
-        **{name: training.aslr_enabled is not False for name in ASLR_NUMBERS},
+        **{name: training.aslr_enabled is not False for name in ASLR_HYPERPARAMETERS},
     }
     names = [entry.name for entry in fields(M3POArguments) if entry.name in told or acts.get(entry.name)]
     values = {name: as_json(told.get(name, getattr(training, name))) for name in names}
     if "gating_type" in values:  # what its gate has by default is no difference of its own
-        gate, options = gate_class(values["gating_type"]), values["gating_config"]
+        gate, options = gating_class(values["gating_type"]), values["gating_config"]
         usual = gate.structure({}) | {name: options.get(name) for name in ("temperature", "debug")}
         values["gating_config"] = {name: value for name, value in options.items() if value != usual.get(name)}
         if values["cross_path_temp"] == gate.default_temperature:

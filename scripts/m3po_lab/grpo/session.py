@@ -24,7 +24,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.m3po.aslr.settings import ASLRNumbers
+from transformers.m3po.aslr.settings import ASLRHyperparameters
 from transformers.m3po.flags import has_aslr
 from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
@@ -209,7 +209,7 @@ def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume
     model = trainer.accelerator.unwrap_model(trainer.model)
     aslr = ""
     if has_aslr(model):
-        aslr = f" with ASLR ({ASLRNumbers.of(model.config, {}).describe()}; on in training, off in the evaluations)"
+        aslr = f" with ASLR ({ASLRHyperparameters.of(model.config, {}).describe()}; on in training, off in the evaluations)"
     return (
         f"mode {run.training.mode} ({numbers}){aslr}; {run.model.model_name_or_path or EMBEDDED_MODEL}; "
         f"{run.script.dataset}: {train} training and {held_out} held-out problems; "

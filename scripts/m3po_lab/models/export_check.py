@@ -104,7 +104,7 @@ class Comparison:
         if not all(map(torch.equal, prompts, self.prompts)):
             raise UserError("not exported: the tokenizer that was written splits a prompt otherwise.")
         weights, found = plain.state_dict(), again.state_dict()
-        for modules in ADDED_MODULES:  # a single path does not use a learnable gate, so its logits say nothing of it
+        for modules in ADDED_MODULES:  # a single path does not use a learnable gating function, so its logits say nothing of it
             for name in modules.among(weights):
                 if name not in found or not torch.equal(weights[name], found[name]):
                     raise UserError(f"not exported: {name} of what was written is not the checkpoint's.")

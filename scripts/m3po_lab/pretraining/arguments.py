@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_numbers
+from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_hyperparameters
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> Pretraining:
     if training.max_steps <= 0:
         raise UserError(f"--max_steps {training.max_steps}: it must be at least 1, so that both runs see as much text.")
     try:
-        check_mhc_numbers(MHC_DEFAULTS | mhc_numbers(script))
+        check_mhc_hyperparameters(MHC_DEFAULTS | mhc_numbers(script))
     except ValueError as error:
         raise UserError(f"--{one_line(error)}") from error
     if script.model_dim % (2 * script.num_heads):
