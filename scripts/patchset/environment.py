@@ -4,7 +4,8 @@
 Runs before anything is installed, so it needs the standard library and git only; `packages` has what is installed.
 
 The extra `unsloth` (`make env EXTRA=unsloth`, or an NVIDIA GPU in the machine) installs what Unsloth depends on and
-puts its two checkouts on the path too. An environment that has it keeps it.
+puts its two checkouts on the path too. The extra `docs` (`make docs`) installs what builds the site of the pages. An
+environment that has an extra keeps it.
 
 A stamp in `.venv`, written last, says for which inputs it was built. No stamp: an earlier call was interrupted, and
 everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done. The same

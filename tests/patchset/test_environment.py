@@ -334,7 +334,7 @@ def test_a_stamp_from_before_there_were_extras_has_none(project: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--extra", "unslot"], ["--rebuild", "--extra", "dev"]])
 def test_an_unknown_extra_is_one_clear_line_and_nothing_is_done(project: Path, arguments: list[str]) -> None:
     done = make_env(project, *arguments)
-    message = f"env: error: there is no extra {arguments[-1]}: choose from unsloth, or leave EXTRA out\n"
+    message = f"env: error: there is no extra {arguments[-1]}: choose from docs, unsloth, or leave EXTRA out\n"
     assert (done.returncode, done.stdout) == (2, message)
     assert (project / "vendor/trl").exists() and not (project / ".venv").exists()
 

@@ -160,8 +160,11 @@ def everything(tiny_model: Path, tmp_path: Path) -> Path:
     base, _ = load_model(ModelConfig(model_name_or_path=str(start)))
     with_added_modules(base)
     asked = {"gating_type": "luong", "gating_config": base.config.m3po_gating_config}
-    of_aslr = {name: getattr(base.config, name) for name in ASLR_HYPERPARAMETERS}
-    numbers = {"mode": "h3po", "aslr_enabled": True, **of_aslr}
+    numbers = {
+        "mode": "h3po",
+        "aslr_enabled": True,
+        **{name: getattr(base.config, name) for name in ASLR_HYPERPARAMETERS},
+    }
     saved = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": OWN}
     adapted(start, tmp_path / "adapter", NUMBERS | numbers | asked, with_added_modules, **saved)
     return tmp_path / "adapter"

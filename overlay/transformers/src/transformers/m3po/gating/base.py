@@ -37,18 +37,18 @@ class BaseM3POGating(nn.Module, ABC):
 
     def __init__(self, config: Mapping[str, Any] | None = None):
         super().__init__()
-        given = dict(config or {})
-        unknown = sorted(set(given) - set(self.known_options()))
+        chosen = dict(config or {})
+        unknown = sorted(set(chosen) - set(self.known_options()))
         if unknown:
             raise ValueError(
                 f"gating_config has no option {', '.join(map(repr, unknown))} for {type(self).__name__}; it takes "
                 f"{', '.join(self.known_options())}."
             )
-        temperature = given.get("temperature")
+        temperature = chosen.get("temperature")
         self.temperature = float(self.default_temperature if temperature is None else temperature)
         self.given_temperature = None if temperature is None else self.temperature
-        self.debug = bool(given.get("debug", False))
-        self._given = given
+        self.debug = bool(chosen.get("debug", False))
+        self._given = chosen
         if not self.temperature > 0.0:
             raise ValueError(
                 f"temperature={self.temperature} is not above 0; the default of {type(self).__name__} is "
