@@ -62,7 +62,7 @@ test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own
 	@$(ENV) -m pytest -n 2 --dist loadfile
 	@$(ENV) -m pytest tests/unsloth
 
-bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gates
+bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gating functions
 	@$(BENCH)/rollout.py
 	@$(BENCH)/policy_pass.py
 	@$(BENCH)/thoughts.py

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     flags = OneLineFlags(usage="bash scripts/report_mhc.sh CHECKPOINT [--flag value ...]")
     flags.add_argument("checkpoint", help="a model folder, e.g. runs/mhc_small/mhc-seed0/final")
-    flags.add_argument("--gate", help=f"its effect against 1 is told too; {HELP}")
+    flags.add_argument("--gate", help=f"the report has its effect against 1 too; {HELP}")
     flags.add_argument(
         "--dataset",
         default="python:sympy",

@@ -3,9 +3,9 @@
 
 Every run is a process of its own with the same command but for mode, axes and seed, in a folder of `--output_dir` that
 is named after them.
-A mode is named as in the table: `m3po`, `m3po:raw_dot` (with that gate), `none+aslr` (with ASLR), `h3po:raw_dot+aslr`.
-`--gates` is for mode `m3po` with each gate, and the control. `--axis cross_path_lambda=0,0.1,0.3` varies any other flag
-in the modes that have it; several axes multiply.
+A mode is named as in the table: `m3po`, `m3po:raw_dot` (with that gating function), `none+aslr` (with ASLR),
+`h3po:raw_dot+aslr`. `--gates` is for mode `m3po` with each gating function, and the control. `--axis
+cross_path_lambda=0,0.1,0.3` varies any other flag in the modes that have it; several axes multiply.
 The same command goes on after a stop: finished runs are kept, a run that was stopped is resumed from its last
 checkpoint. At the end `comparison.md` has the tables and each mode against the control.
 Exit codes: 0 all runs are done and compared, 2 a wrong input or a failing environment, 130 interrupted by Ctrl-C; else
@@ -36,14 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument(
         "--modes",
         nargs="+",
-        help="modes, the control among them; with a gate as m3po:raw_dot, with ASLR as none+aslr, m3po:raw_dot+aslr "
-        "... (default: the four without)",
+        help="the modes, the control among them; with a gating function as m3po:raw_dot, with ASLR as none+aslr or "
+        "m3po:raw_dot+aslr (default: the four modes without)",
     )
     flags.add_argument(
         "--gates",
         nargs="*",
         metavar="GATE",
-        help="in place of --modes: the control, and mode m3po with each of these gates (none named: with every gate)",
+        help="in place of --modes: the control, and mode m3po with each of these gating functions, or with every one "
+        "if none is named",
     )
     flags.add_argument(
         "--axis",
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument(
-        "--output_dir", type=Path, help="folder of the runs (default: runs/sweep-[gates-][axes-]<config>)"
+        "--output_dir", type=Path, help="the folder of the runs (default: runs/sweep-[gates-][axes-]<config>)"
     )
     words = list(sys.argv[1:] if argv is None else argv)
 

@@ -152,13 +152,13 @@ def states(root: Path) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": str(root / "scripts")}
     done = subprocess.run(patchset("status", "--json"), cwd=root, env=environment, capture_output=True, text=True)
     try:
-        found = {name: entry["state"] for name, entry in json.loads(done.stdout).items()}
+        states_by_name = {name: entry["state"] for name, entry in json.loads(done.stdout).items()}
     except ValueError:
         raise Refused(f"cannot tell whether vendor/ has edits of yours: {done.stderr.strip()}") from None
-    unclear = [name for name, state in found.items() if state == "refused"]
+    unclear = [name for name, state in states_by_name.items() if state == "refused"]
     if unclear:
         raise Refused(f"cannot tell whether vendor/ has edits of yours in {', '.join(unclear)}: `make status` says why")
-    return found
+    return states_by_name
 
 
 def edited(root: Path) -> list[str]:
@@ -188,19 +188,19 @@ def prepare(root: Path, asked: Collection[str] = ()) -> None:
         lay_patches(root)
         writable = os.access(root, os.W_OK)
         extras = choose_extras(asked, have, writable)
-        wanted = inputs(root, extras)
-        if have == wanted:
+        needed = inputs(root, extras)
+        if have == needed:
             say("up to date")
             return
         if not writable:
             why = ".venv is not complete, or its Python is not for you to run"
             raise Refused(f"{why}, and you may not write in {root}: its owner completes it (make env)")
-        complete = have is not None and have["packages"] == wanted["packages"] and have["base"] == wanted["base"]
+        complete = have is not None and have["packages"] == needed["packages"] and have["base"] == needed["base"]
         if not complete:
             check_compiler()
         require_metadata(root, extras)
         (root / ".venv" / STAMP).unlink(missing_ok=True)
-        if have is None or have["base"] != wanted["base"]:
+        if have is None or have["base"] != needed["base"]:
             if have is not None:
                 say(f".venv was made with {have['base']}, which is not what is here now")
             say(f"making .venv with Python {sys.version.split()[0]}")
@@ -209,8 +209,8 @@ def prepare(root: Path, asked: Collection[str] = ()) -> None:
         put_vendor_on_path(root, extras)
         install(root, extras, everything=not complete)
         check_packages(root)
-        write_stamp(root, wanted)
-        with_extras = f" with the extra {', '.join(wanted['extras'])}" if extras else ""
+        write_stamp(root, needed)
+        with_extras = f" with the extra {', '.join(needed['extras'])}" if extras else ""
         say(f"done: .venv is complete{with_extras}; vendor/ is on its path")
 
 

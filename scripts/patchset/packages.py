@@ -77,8 +77,8 @@ def check_compiler() -> None:
 def call(command: Sequence[str | Path], root: Path, **extra: str) -> int:
     """Run `command` in `root`, deaf to settings that redirect installs, its output shown; return the exit code."""
     hidden = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX"}
-    kept = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment = {**kept, "PIP_USER": "0", **extra}
+    variables = {key: value for key, value in os.environ.items() if key not in hidden}
+    environment = {**variables, "PIP_USER": "0", **extra}
     return subprocess.call(list(map(str, command)), cwd=root, env=environment, close_fds=False)
 
 
@@ -149,12 +149,12 @@ def judge(report: str) -> tuple[list[str], list[str]]:
     matches = {line: PROBLEM.fullmatch(line) for line in lines}
     wants = {line: (match[1], match[2] or match[3]) for line, match in matches.items() if match}
     allowed = {(name, want) for name, vain, _ in EXCEPTIONS for want in vain}
-    told = []
+    exceptions = []
     for name, vain, reason in EXCEPTIONS:
-        found = [want for want in vain if (name, want) in wants.values()]
-        if found:
-            told.append(f"{name} misses {' and '.join(found)} on purpose: {reason}")
-    return [line for line in lines if wants.get(line) not in allowed], told
+        absent = [want for want in vain if (name, want) in wants.values()]
+        if absent:
+            exceptions.append(f"{name} misses {' and '.join(absent)} on purpose: {reason}")
+    return [line for line in lines if wants.get(line) not in allowed], exceptions
 
 
 def check_packages(root: Path) -> None:
@@ -162,9 +162,9 @@ def check_packages(root: Path) -> None:
     command = [str(root / ".venv/bin/python"), "-m", "pip", "--disable-pip-version-check", "check"]
     environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONHOME"}}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    problems, told = judge(done.stdout)
+    problems, exceptions = judge(done.stdout)
     problems = problems or ([done.stderr.strip()] if done.returncode and not done.stdout else [])
     if problems:
         raise Failed("pip check: " + "; ".join(problems))
-    for line in told:
+    for line in exceptions:
         say(f"pip check: clean, but {line}")

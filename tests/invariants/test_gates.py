@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 1-4, for every gate that is registered, at its own temperature and matched: λ = 0, groups, lonely
-paths, padding, agreement with the scoring pass, statistics; and where a model keeps a gate that learns."""
+"""What must hold with every gate that is registered, at its own temperature and matched: λ = 0, groups, lonely
+paths, padding, agreement with the scoring pass, statistics; and where a model keeps a learnable gating function."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.m3po import M3POGenerationState, attach_gating
 from transformers.m3po.gating import list_gating_functions
-from transformers.m3po.gating.factory import gate_class
-from transformers.m3po.gating.module import gate_of_model
+from transformers.m3po.gating.factory import gating_class
+from transformers.m3po.gating.module import gating_of_model
 from transformers.m3po.thinking.thoughts import thought_bags
 
 EOS = [2, 60, 61, 62]
@@ -26,20 +26,21 @@ ENDLESS = {"eos_token_id": 255, "suppress_tokens": [255]}  # every row draws at 
 TEMPERATURE = 0.7
 ENTRIES = 64  # the default of thought_top_k
 SIZE = {"luong": {"rank": 8}, "bahdanau": {"attention_dim": 16}}
-LEARNABLE = [name for name in list_gating_functions() if gate_class(name).learnable]
+LEARNABLE = [name for name in list_gating_functions() if gating_class(name).learnable]
 GATES = [*list_gating_functions(), *(f"{name} behind the embeddings" for name in LEARNABLE)]
 MATCH = {"cross_path_temp": "match"}
-PAIRS = [pytest.param("m3po", {}, id="m3po"), pytest.param("h3po", MATCH, id="h3po matched")]
+MODES = pytest.mark.parametrize(("mode", "sharpness"), [("m3po", {}), ("h3po", MATCH)], ids=["m3po", "h3po matched"])
+
+
+def by_turns(first):
+    """Every gate once, at its own temperature (0) or matched (1) by turns; tests begin with either."""
+    pairs = [(gate, MATCH if (first + number) % 2 else {}) for number, gate in enumerate(GATES)]
+    return pytest.mark.parametrize(("gate", "sharpness"), pairs, ids=GATES)
 
 
 @pytest.fixture(params=GATES)
 def gate(request):
     return request.param
-
-
-@pytest.fixture(params=["own temperature", "matched"])
-def sharpness(request):
-    return MATCH if request.param == "matched" else {}
 
 
 @pytest.fixture
@@ -114,6 +115,7 @@ def completions(output):
     return output.sequences[:, -output.rollout_logps.shape[1] :]
 
 
+@by_turns(1)
 def test_at_lambda_zero_no_gate_changes_plain_decoding(make, gate, sharpness):
     model, states = make(gate), [M3POGenerationState(), M3POGenerationState()]
     outputs, randoms = [], []
@@ -130,6 +132,7 @@ def test_at_lambda_zero_no_gate_changes_plain_decoding(make, gate, sharpness):
     assert not torch.equal(blended.sequences, off.sequences), "the test cannot tell"
 
 
+@by_turns(0)
 def test_no_gate_lets_groups_mix(make, gate, sharpness):
     model, prompts = make(gate), left_padded([9, 9, 9])
     other = {name: value.clone() for name, value in prompts.items()}
@@ -145,7 +148,7 @@ def test_no_gate_lets_groups_mix(make, gate, sharpness):
     assert not torch.equal(together[0].bag_weights[:4], together[1].bag_weights[:4]), "the test cannot tell"
 
 
-@pytest.mark.parametrize(("mode", "sharpness"), PAIRS)
+@MODES
 def test_with_every_gate_a_path_whose_peers_have_left_keeps_its_own_vector(make, gate, mode, sharpness):
     model = make(gate, mode)
     output = rollout(model, gate, return_thinking_embeds=True, output_scores=True, max_new_tokens=40, **sharpness)
@@ -162,6 +165,7 @@ def test_with_every_gate_a_path_whose_peers_have_left_keeps_its_own_vector(make,
     assert all(value.isfinite() for value in output.statistics.values())
 
 
+@by_turns(1)
 def test_with_every_gate_a_group_of_one_decodes_as_if_alone(make, gate, sharpness):
     """Among larger groups, whose size the record has, and where all groups are of one."""
     model = make(gate)
@@ -175,6 +179,7 @@ def test_with_every_gate_a_group_of_one_decodes_as_if_alone(make, gate, sharpnes
     assert torch.equal(ones.sequences, alone.sequences) and ones.bag_ids is None
 
 
+@by_turns(0)
 def test_the_order_of_the_rows_makes_no_difference_to_any_gate(make, gate, sharpness):
     """Greedy, of a prompt for each row: of paths, nothing but who they listen to depends on the others."""
     model, prompts = make(gate), left_padded([9, 4, 7, 9, 5, 8, 6, 9])
@@ -192,6 +197,7 @@ def test_the_order_of_the_rows_makes_no_difference_to_any_gate(make, gate, sharp
     assert (first.bag_weights[..., 1:] > 0.05).any() and not first.bag_weights[6].any()
 
 
+@by_turns(1)
 def test_padding_on_the_left_makes_no_difference_to_any_gate(make, gate, sharpness):
     model, prompts = make(gate), left_padded([4, 9, 7])
     wider = {name: torch.nn.functional.pad(value, (5, 0)) for name, value in prompts.items()}
@@ -201,7 +207,7 @@ def test_padding_on_the_left_makes_no_difference_to_any_gate(make, gate, sharpne
     torch.testing.assert_close(first.bag_weights, second.bag_weights, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("mode", "sharpness"), PAIRS)
+@MODES
 def test_with_every_gate_rollout_and_scoring_pass_agree_to_1e_4(make, gate, mode, sharpness):
     model, prompts = make(gate, mode), left_padded([4, 9, 7])
     output = rollout(model, gate, prompts, cross_path_top_k=2, **sharpness)
@@ -253,12 +259,12 @@ def entropies(weights):
 def test_statistics_are_those_of_the_attention_and_the_cut_is_the_weight_left_out(make, gate):
     model = make(gate)
     output = rollout(model, gate, output_scores=True, max_new_tokens=8, cross_path_top_k=1)
-    weights = attention_of(model, gate, output, gate_class(name_of(gate)).default_temperature)
+    weights = attention_of(model, gate, output, gating_class(name_of(gate)).default_temperature)
     listens = weights.sum(-1) > 0
     cut = (1.0 - weights.max(-1))[listens].mean()
     assert output.statistics["attention_cut"].item() == pytest.approx(cut, abs=1e-3) and cut > 1e-3
     whole = rollout(model, gate, output_scores=True, max_new_tokens=8)
-    weights = attention_of(model, gate, whole, gate_class(name_of(gate)).default_temperature)
+    weights = attention_of(model, gate, whole, gating_class(name_of(gate)).default_temperature)
     listens = weights.sum(-1) > 0
     told = {"attention_entropy": entropies(weights)[listens].mean(), "attention_max": weights.max(-1)[listens].mean()}
     for name, value in told.items():
@@ -369,7 +375,7 @@ def test_a_plain_checkpoint_gets_a_gate_in_its_start(tiny_llama, tiny_qwen2, lea
     options = {**size, "project_embeddings": "behind" in learnable}
     fields = {"m3po_gating_type": name_of(learnable), "m3po_gating_config": options}
     model = kind.from_pretrained(tmp_path, m3po_gating_enabled=True, **fields)
-    gate = gate_of_model(model, name_of(learnable))
+    gate = gating_of_model(model, name_of(learnable))
     for name, weight in gate.named_parameters():
         assert weight.dtype == torch.float32 and weight.isfinite().all() and (weight != 0).all(), name
     if "behind" in learnable:
@@ -393,7 +399,7 @@ def test_a_token_without_an_embedding_does_not_blow_up_a_gate(tiny_llama):
     with torch.no_grad():
         assert not model.get_input_embeddings().weight[0].any()
         model.get_input_embeddings().weight[0] = 1e-3
-    similarity = gate_of_model(model, "luong")(torch.randn(4, 256).softmax(-1), embed_tokens=model.model.embed_tokens)
+    similarity = gating_of_model(model, "luong")(torch.randn(4, 256).softmax(-1), embed_tokens=model.model.embed_tokens)
     assert similarity.isfinite().all() and similarity.abs().max() < 10
 
 

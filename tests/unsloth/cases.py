@@ -13,7 +13,7 @@ from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
 from transformers.m3po.gating.module import GATING_MODULE, attach_gating
 from transformers.m3po.modules import ADDED_MODULES
 from transformers.m3po.settings import ThinkingSettings
-from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.thinking.residual_gate import RESIDUAL_GATE_MODULES, attach_residual_gate
 
 _spec = importlib.util.spec_from_file_location("tiny_grpo", Path(__file__).parents[1] / "trl" / "tiny_grpo.py")
 assert _spec is not None and _spec.loader is not None
@@ -31,12 +31,12 @@ CASES: dict[str, dict[str, Any]] = {
     "hrpo": {"mode": "hrpo"},
     "h3po": {"mode": "h3po"},
     "none-aslr": {"mode": "none", "aslr_enabled": True},
-    "m3po-aslr": {"mode": "m3po", "aslr_enabled": True},
-    "hrpo-aslr": {"mode": "hrpo", "aslr_enabled": True},
     "h3po-aslr": {"mode": "h3po", "aslr_enabled": True},
     "m3po-luong": {"mode": "m3po", "gating_type": "luong", **SOFT},
     "h3po-bahdanau": {"mode": "h3po", "gating_type": "bahdanau", **SOFT},
 }
+# Each case on one family, by turns: both go through the same functions of Unsloth's.
+BY_TURNS = [(KINDS[number % 2], case) for number, case in enumerate(CASES)]
 LAMBDA = 0.5
 LORA: dict[str, Any] = {
     "r": 4,
@@ -66,7 +66,7 @@ def model(kind: str, case: str) -> Any:
     names: tuple[str, ...] = ()
     if CASES[case]["mode"] in ("hrpo", "h3po"):
         attach_residual_gate(net, 0.5, 0.9, seed=0)
-        names += GATE_MODULES
+        names += RESIDUAL_GATE_MODULES
     if CASES[case].get("aslr_enabled"):
         attach_aslr(net)
         names += ASLR_MODULES

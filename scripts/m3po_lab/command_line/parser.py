@@ -20,7 +20,7 @@ from m3po_lab.core.config_files import YAML_ENDINGS
 from m3po_lab.core.errors import UserError, one_line, short
 from m3po_lab.core.processes import on_cpus
 
-UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in when no output_dir is given
+UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments fills in without an output_dir
 
 
 class OneLineParser(TrlParser):
@@ -35,10 +35,10 @@ class OneLineParser(TrlParser):
         raise UserError(f"{message} (all flags: --help).{hint}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """That of argparse; the values are checked before `TrlParser` makes dataclasses of them."""
-        found = super().parse_known_args(args, namespace)
-        check_values(vars(found[0]), self.dataclass_types)
-        return found
+        """As argparse does; the values are checked before `TrlParser` makes dataclasses of them."""
+        parsed = super().parse_known_args(args, namespace)
+        check_values(vars(parsed[0]), self.dataclass_types)
+        return parsed
 
     def flags(self) -> list[str]:
         """Every long flag, e.g. for a suggestion."""
@@ -46,7 +46,7 @@ class OneLineParser(TrlParser):
 
 
 def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """A mapping given as such (YAML file) or as JSON or YAML text (command line).
+    """A mapping, which a YAML file has as such and a command line as JSON or YAML text.
 
     Raises:
         UserError: when the text cannot be read or is not a mapping.

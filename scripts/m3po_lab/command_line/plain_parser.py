@@ -10,8 +10,8 @@ from m3po_lab.core.errors import UserError
 class OneLineFlags(argparse.ArgumentParser):
     """A parser of a command's flags whose errors are one line and which takes no abbreviated flags."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(allow_abbrev=False, **given)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (all flags: --help).")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
-ERROR_LOG = "error.log"  # in the run folder: the traceback of a failure that was said in one line
+ERROR_LOG = "error.log"  # in the run folder: the traceback of a failure that was printed in one line
 OWN_PACKAGES = ("m3po_lab", "patchset")
 
 # What to do about an error of the operating system.
@@ -80,8 +80,8 @@ def failure(error: BaseException, batch_flag: str | None = None) -> str | None:
         text = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror or text
     elif "safetensors._safetensors_rust.SafetensorError" not in kinds:
         return None
-    found = re.search(r"\(os error (\d+)\)", text)  # of a library written in Rust
-    number = getattr(error, "errno", None) or (int(found[1]) if found else 0)
+    match = re.search(r"\(os error (\d+)\)", text)  # of a library written in Rust
+    number = getattr(error, "errno", None) or (int(match[1]) if match else 0)
     mend = f"; {MENDS[number]}" if number in MENDS else ""
     return f"{short(text).rstrip('.')}{mend}."
 
@@ -90,7 +90,7 @@ def _missing_package(error: ImportError) -> str | None:
     """The line for a package that is not installed; None where a module of ours or a name in a module is missing."""
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in OWN_PACKAGES:
         return f"the package {error.name} is not installed: run 'make env', or .venv/bin/pip install it."
-    if error.name is None:  # said by a library that looked for one
+    if error.name is None:  # from a library that looked for one
         return f"{short(error).rstrip('.')}."
     return None
 
@@ -109,10 +109,10 @@ def failures_said(
     try:
         yield
     except Exception as error:  # a UserError, and all that `failure` does not know, go on
-        said = failure(error, batch_flag)
-        if said is None:
+        line = failure(error, batch_flag)
+        if line is None:
             raise
-        raise UserError(" ".join(filter(None, [said, way_on(), keep_traceback(error, folder)]))) from error
+        raise UserError(" ".join(filter(None, [line, way_on(), keep_traceback(error, folder)]))) from error
 
 
 def keep_traceback(error: BaseException, folder: Path | None) -> str:

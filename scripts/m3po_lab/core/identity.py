@@ -111,10 +111,10 @@ class SaveRunFile(TrainerCallback):
 
 def _same(name: str, one: Any, other: Any) -> bool:
     """Whether two values of a flag are the same: of files by their content, or by name where one has no digest."""
-    told = [CONTENT.fullmatch(value) for value in (one, other)] if name in OF_FILES else [None, None]
-    if all(told):
-        return told[0][2] == told[1][2]  # type: ignore[index]
-    one, other = (found[1] if found else value for found, value in zip(told, (one, other), strict=True))
+    matches = [CONTENT.fullmatch(value) for value in (one, other)] if name in OF_FILES else [None, None]
+    if all(matches):
+        return matches[0][2] == matches[1][2]  # type: ignore[index]
+    one, other = (match[1] if match else value for match, value in zip(matches, (one, other), strict=True))
     return one == other
 
 

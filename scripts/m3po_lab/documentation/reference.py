@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import M3POGenerationState, ThinkingSettings
-from transformers.m3po.aslr.settings import ASLRNumbers
+from transformers.m3po.aslr.settings import ASLRHyperparameters
 from transformers.m3po.flags import FIELDS
 from transformers.utils.chat_template_utils import parse_google_format_docstring
 from trl.trainer.m3po.config import M3POArguments
@@ -92,7 +92,7 @@ def generate_arguments() -> list[Row]:
 
 def latent_arguments() -> dict[str, str]:
     """Flag and meaning of each hyperparameter of ASLR."""
-    return {f"aslr_{name}": text for name, text in arguments_of(ASLRNumbers).items()}
+    return {f"aslr_{name}": text for name, text in arguments_of(ASLRHyperparameters).items()}
 
 
 def model_fields() -> list[Row]:

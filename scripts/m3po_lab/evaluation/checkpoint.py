@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
-from transformers.m3po.aslr.settings import ASLRNumbers, check_aslr_numbers
+from transformers.m3po.aslr.settings import ASLRHyperparameters, check_aslr_hyperparameters
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.flags import has_aslr
 from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
@@ -36,7 +36,7 @@ class Checkpoint:
         name: folder, file or Hub id of the model.
         mode: a key of `INFERENCE`.
         settings: how the mode thinks; None in mode `none`.
-        sampling_temperature: that its completions were sampled at; 1 where it is not said.
+        sampling_temperature: the temperature that the completions of the training were sampled at; 1 by default.
         answer_start: the answer marker.
         stored: the content of `m3po.json`, or the mode and the flags.
     """
@@ -108,17 +108,17 @@ class Checkpoint:
                     "run, or leave the flag out."
                 )
         elif gating is not None:
-            name, stored, found = gating
+            name, stored, value = gating
             raise UserError(
-                f"{self.name}: its {CHECKPOINT_FILE} says {name} {stored} and its model has {found}; take the folder "
+                f"{self.name}: its {CHECKPOINT_FILE} says {name} {stored} and its model has {value}; take the folder "
                 "as its run saved it."
             )
         without = {ASLR.switch: False} if (Path(self.name) / CHECKPOINT_FILE).is_file() else {}
         aslr = ASLR.difference(model, without | dict(self.stored))
         if aslr is not None:
-            name, stored, found = aslr
+            name, stored, value = aslr
             raise UserError(
-                f"{name}: {self.name} was trained with {stored}, and the configuration of the model says {found}; "
+                f"{name}: {self.name} was trained with {stored}, and the configuration of the model says {value}; "
                 "evaluate the folder that its run saved, as it is."
             )
 
@@ -141,7 +141,7 @@ class Checkpoint:
                 f"--aslr {aslr}: {self.name} has no ASLR; leave the flag out, or train with --aslr_enabled true."
             )
         try:
-            check_aslr_numbers({"aslr_max_iterations": rounds})
+            check_aslr_hyperparameters({"aslr_max_iterations": rounds})
         except ValueError as error:
             raise UserError(f"--{one_line(error)}") from error
         if aslr == "on":
@@ -165,7 +165,7 @@ def describe_aslr(model: Any, evaluations: Mapping[str, LatentPaths | None]) -> 
         return ""
     parts = []
     for name, aslr in evaluations.items():
-        numbers = ASLRNumbers.of(model.config, {} if aslr is None else aslr.overrides).describe()
+        numbers = ASLRHyperparameters.of(model.config, {} if aslr is None else aslr.overrides).describe()
         parts.append(f"; ASLR {name} (is_m3po_inference={aslr is None}): {numbers}")
     return "".join(parts)
 

@@ -17,13 +17,13 @@ WITH_EXAMPLES = ("gsm8k", "gsm_symbolic")
 HUB_SECONDS = 10
 
 
-def choose(asked: list[str], num_fewshot: int) -> tuple[list[str], str]:
+def choose(names: list[str], num_fewshot: int) -> tuple[list[str], str]:
     """The datasets to evaluate and why these, in one line.
 
     Raises:
         UserError: for a dataset that is unknown, or has no solved examples where eight are asked for.
     """
-    for name in asked:
+    for name in names:
         if name not in DATASETS and not name.endswith(".jsonl"):
             raise UserError(f"--dataset {name} is unknown: give {', '.join(DATASETS)} or the path of a .jsonl.")
         if num_fewshot and DATASETS.get(name, "gsm8k") not in WITH_EXAMPLES:
@@ -31,10 +31,10 @@ def choose(asked: list[str], num_fewshot: int) -> tuple[list[str], str]:
                 f"--num_fewshot {num_fewshot}: {name} has no solved examples; leave it out, or give --dataset "
                 f"{' or '.join(WITH_EXAMPLES)}."
             )
-    if len({DATASETS.get(name, "gsm8k") for name in asked}) < len(asked):
-        raise UserError(f"--dataset {' --dataset '.join(asked)}: two of them are one task; evaluate them one by one.")
-    if asked:
-        return asked, f"datasets as asked for: {', '.join(asked)}"
+    if len({DATASETS.get(name, "gsm8k") for name in names}) < len(names):
+        raise UserError(f"--dataset {' --dataset '.join(names)}: two of them are one task; evaluate them one by one.")
+    if names:
+        return names, f"datasets as asked for: {', '.join(names)}"
     missing = hub_error()
     if missing is None:
         return [GSM8K], f"no --dataset is given: {GSM8K} from the Hub"

@@ -18,7 +18,7 @@ class Thoughts:
 
     Args:
         settings: of mode `hrpo`.
-        temperature: of the distributions that the thoughts are made of: what the run sampled at.
+        temperature: the temperature of the distributions that the thoughts are made of, as the run sampled.
     """
 
     settings: ThinkingSettings
@@ -122,7 +122,7 @@ class Decoding:
     Args:
         batch_size: rows decoded together, of similar length; with `paths`, rounded to whole groups.
         precision: `no`, or the autocast of the training.
-        chat_template_kwargs: what the chat template is given besides the turns.
+        chat_template_kwargs: arguments of the chat template besides the turns.
         thoughts: soft thoughts of a greedy path; without effect with `paths`.
         paths: samples N completions of each problem in place of a greedy one.
         latent_paths: makes ASLR run, on a model that has it.

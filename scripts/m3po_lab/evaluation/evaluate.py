@@ -106,10 +106,10 @@ def check_length(task: Task, lm: EvaluatedModel) -> None:
     Raises:
         UserError: with both lengths.
     """
-    wanted = task.get_config("generation_kwargs")["max_gen_toks"]
-    if wanted >= lm.max_length:
+    length = task.get_config("generation_kwargs")["max_gen_toks"]
+    if length >= lm.max_length:
         raise UserError(
-            f"{task.task_name} asks for completions of up to {wanted} tokens, and the model reads {lm.max_length} in "
+            f"{task.task_name} asks for completions of up to {length} tokens, and the model reads {lm.max_length} in "
             "all; take a model with a longer context."
         )
 

@@ -28,29 +28,29 @@ def weights_of(name: str) -> dict[str, str]:
     return {"place": place, "weights": short_digest(model_digest(ModelConfig(model_name_or_path=name)))}
 
 
-def claim_results(given: str | None, name: str, about: Mapping[str, Any]) -> Path:
+def claim_results(output_dir: str | None, name: str, depends_on: Mapping[str, Any]) -> Path:
     """The folder of the results, made those of this evaluation by a file that says what they are of.
 
     Args:
-        given: `--output_dir`; None takes `evals/<name>-<digest of about>`.
+        output_dir: `--output_dir`; None takes `evals/<name>-<digest of depends_on>`.
         name: readable, of the model and the options.
-        about: all that the results hang on, as JSON values.
+        depends_on: all that the results depend on, as JSON values.
 
     Raises:
         UserError: the folder has another evaluation, stopped or finished, or results that do not say of what.
     """
-    folder = Path(given) if given else PROJECT_ROOT / "evals" / f"{name}-{short_digest(about)[:8]}"
+    folder = Path(output_dir) if output_dir else PROJECT_ROOT / "evals" / f"{name}-{short_digest(depends_on)[:8]}"
     stored = read_json(folder / ABOUT_FILE)
     results = [file for file in RESULTS if (folder / file).exists()]
     if stored is None and results:
         raise UserError(f"--output_dir {folder} has {results[0]} and no {ABOUT_FILE} that says of what: give another.")
-    if stored is not None and stored != about:
-        key = next(key for key in {**about, **stored} if stored.get(key) != about.get(key))
+    if stored is not None and stored != depends_on:
+        key = next(key for key in {**depends_on, **stored} if stored.get(key) != depends_on.get(key))
         raise UserError(
-            f"--output_dir {folder} has an evaluation with another {key} ({stored.get(key)}, now {about.get(key)}): "
-            "give another."
+            f"--output_dir {folder} has an evaluation with another {key} ({stored.get(key)}, now "
+            f"{depends_on.get(key)}): give another."
         )
-    write_json(folder / ABOUT_FILE, about)
+    write_json(folder / ABOUT_FILE, depends_on)
     return folder
 
 
@@ -67,7 +67,7 @@ class FinishedParts:
         self._depends_on = depends_on
 
     def read(self, *more: Any) -> list[Any]:
-        """What `add` was given in earlier tries, in its order; nothing in a first try.
+        """The parts that `add` has saved in earlier tries, in order; none in a first try.
 
         Args:
             more: whatever else the parts depend on, as JSON values.

@@ -37,7 +37,7 @@ def run_evaluation(options: argparse.Namespace, hyperparameters: Mapping[str, An
     Raises:
         UserError: for a wrong input, before anything is generated.
     """
-    check(options)
+    check_counts(options)
     check_writable(Path(options.output_dir) if options.output_dir else PROJECT_ROOT / "evals")
     checkpoint = Checkpoint.read(options.model, hyperparameters)
     of_run = EvalSettings.read(Path(options.problems_of or options.model))
@@ -102,8 +102,12 @@ def run_evaluation(options: argparse.Namespace, hyperparameters: Mapping[str, An
         parts.remove()
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse counts below one."""
+def check_counts(options: argparse.Namespace) -> None:
+    """Refuse numbers of problems, paths or rows below one.
+
+    Raises:
+        UserError: names the flag.
+    """
     for name in ("limit", "num_paths", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:

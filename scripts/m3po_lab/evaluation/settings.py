@@ -31,7 +31,7 @@ class EvalSettings:
     Args:
         dataset, dataset_config, num_eval_problems, eval_seed: the held-out problems, see `ProblemArguments`.
         system_prompt, prompt_template, worked_example: how they are asked.
-        chat_template_kwargs: what the chat template is given besides, as in training.
+        chat_template_kwargs: arguments of the chat template besides the turns, as in training.
         answer_start: the answer marker.
         max_completion_length: tokens after which a completion is cut.
         batch_size: rows decoded together.
@@ -99,7 +99,7 @@ def demo_settings() -> EvalSettings:
     return EvalSettings.of_run(problems, training, "bf16" if training.bf16 else "no")
 
 
-class KeepSettings(TrainerCallback):
+class SaveSettings(TrainerCallback):
     """Writes `evaluation.json` into every checkpoint."""
 
     def __init__(self, settings: EvalSettings) -> None:

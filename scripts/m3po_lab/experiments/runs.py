@@ -15,7 +15,7 @@ class PlannedRun:
     """A run that is to be done.
 
     Args:
-        label: what the user is told of it, e.g. `mode m3po, seed 0`.
+        label: names it on the terminal, e.g. `mode m3po, seed 0`.
         folder: of the run.
         words: of its command line.
     """

@@ -28,18 +28,22 @@ OF_THE_RUNS = ("mode", "seed", "aslr_enabled", "overwrite", "resume_from_checkpo
 
 
 def mode_words(mode: str) -> list[str]:
-    """The flags of a mode as it is named here: with the gate behind a colon, and with ASLR if it ends in `+aslr`.
+    """The flags of a mode as it is named here: a gating function stands behind a colon, `+aslr` at the end.
 
     Raises:
-        UserError: it is not of that form, or the mode has no gate.
+        UserError: it is not of that form, or the mode has no gating function.
     """
     whole, *extra = mode.split("+")
-    name, colon, gate = whole.partition(":")
-    if extra not in ([], ["aslr"]) or (colon and not gate):
-        raise UserError(f"--modes {mode} is unknown: give a mode, or with gate and ASLR m3po:raw_dot, m3po+aslr.")
-    if gate and name not in CROSS_PATH_MODES:
-        raise UserError(f"--modes {mode}: only {' and '.join(CROSS_PATH_MODES)} have a gate; leave out :{gate}.")
-    return ["--mode", name, *(["--gating_type", gate] if gate else []), "--aslr_enabled", "true" if extra else "false"]
+    name, colon, gating_type = whole.partition(":")
+    if extra not in ([], ["aslr"]) or (colon and not gating_type):
+        raise UserError(
+            f"--modes {mode} is unknown: give a mode, or with gating function and ASLR m3po:raw_dot, m3po+aslr."
+        )
+    if gating_type and name not in CROSS_PATH_MODES:
+        modes = " and ".join(CROSS_PATH_MODES)
+        raise UserError(f"--modes {mode}: only {modes} have a gating function; leave out :{gating_type}.")
+    gating = ["--gating_type", gating_type] if gating_type else []
+    return ["--mode", name, *gating, "--aslr_enabled", "true" if extra else "false"]
 
 
 def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> list[str]:
@@ -51,7 +55,9 @@ def named_modes(modes: Sequence[str] | None, gates: Sequence[str] | None) -> lis
     if gates is None:
         return list(modes or DEFAULT_MODES)
     if modes is not None:
-        raise UserError("--gates and --modes exclude each other: give one, gates as --modes none m3po:raw_dot.")
+        raise UserError(
+            "--gates and --modes exclude each other: give one, gating functions as --modes none m3po:raw_dot."
+        )
     return [CONTROL, *(f"m3po:{gate}" for gate in gates or list_gating_functions())]
 
 
@@ -61,8 +67,8 @@ def read_axis(text: str) -> tuple[str, list[str]]:
     Raises:
         UserError: it is not of that form, or a flag that the runs of a sweep cannot differ in.
     """
-    name, equals, given = text.removeprefix("--").partition("=")
-    name, values = name.replace("-", "_"), re.split(r",(?![^\[{]*[\]}])", given)
+    name, equals, choices = text.removeprefix("--").partition("=")
+    name, values = name.replace("-", "_"), re.split(r",(?![^\[{]*[\]}])", choices)
     if not equals or not all(values) or len(set(values)) < len(values):
         raise UserError(f"--axis {text}: give a flag and its different values, e.g. cross_path_lambda=0,0.1,0.3.")
     if name in OF_THE_RUNS:
@@ -77,43 +83,49 @@ def read_axis(text: str) -> tuple[str, list[str]]:
     return name, values
 
 
-def variants(config: Path, modes: Sequence[str], axes: Sequence[str], more: Sequence[str]) -> dict[str, list[str]]:
-    """The flags of every variant by its name: each mode, with each combination of the axes that it has, and `more`.
+def variants(config: Path, modes: Sequence[str], axes: Sequence[str], words: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of every variant by its name: each mode, with each combination of the axes that it has, and `words`.
 
     The command of each is read, so that a wrong flag stops the sweep here and not after the first run.
+
+    Args:
+        config: the YAML file of all runs.
+        modes: as the sweep names them, see `mode_words`.
+        axes: see `read_axis`.
+        words: further flags, for every variant in which they do something.
 
     Raises:
         UserError: a command is wrong, no mode has the flag of an axis, a flag does nothing in any of the variants, or
             two of them are one and the same.
     """
-    read = dict(read_axis(text) for text in axes)
-    taken = [word for word in more if flag_name(word) in (*OF_THE_RUNS, *read)]
-    if taken:
-        raise UserError(f"{taken[0]} is what the runs of a sweep differ in, or the sweep's to set: leave it out.")
-    found = {mode: mode_words(mode) for mode in modes}
-    for name, values in read.items():
+    values_of = dict(read_axis(text) for text in axes)
+    clashing = [word for word in words if flag_name(word) in (*OF_THE_RUNS, *values_of)]
+    if clashing:
+        raise UserError(f"{clashing[0]} is what the runs of a sweep differ in, or the sweep's to set: leave it out.")
+    flags_of_variants = {mode: mode_words(mode) for mode in modes}
+    for name, values in values_of.items():
         grown: dict[str, list[str]] = {}
-        for told, words in found.items():
-            if name in flags_of(parse_idle([str(config), *more, *words])):
-                grown |= {f"{told} {name}={value}": [*words, f"--{name}={value}"] for value in values}
+        for variant, flags in flags_of_variants.items():
+            if name in flags_of(parse_idle([str(config), *words, *flags])):
+                grown |= {f"{variant} {name}={value}": [*flags, f"--{name}={value}"] for value in values}
             else:
-                grown[told] = words
-        if grown == found:
-            parse_run([str(config), *more, f"--{name}={values[0]}"])  # says so if there is no such flag
+                grown[variant] = flags
+        if grown == flags_of_variants:
+            parse_run([str(config), *words, f"--{name}={values[0]}"])  # refused here if there is no such flag
             raise UserError(f"--axis {name}: none of the modes {', '.join(modes)} has that flag; leave it out.")
-        found = grown
+        flags_of_variants = grown
     known: dict[str, str] = {}
-    commands, idle = {}, given_flags(more)
-    for told, words in found.items():
-        run = parse_idle([str(config), *more, *words])
-        same = known.setdefault(json.dumps(flags_of(run), sort_keys=True), told)
-        if same != told:
-            raise UserError(f"--modes {same} and {told} are the same here: leave out one of them.")
-        of_others = idle_flags(run.groups, given_flags(more))
-        idle &= set(of_others)
-        commands[told] = [*without(more, of_others), *words]
+    commands, idle = {}, given_flags(words)
+    for variant, flags in flags_of_variants.items():
+        run = parse_idle([str(config), *words, *flags])
+        same = known.setdefault(json.dumps(flags_of(run), sort_keys=True), variant)
+        if same != variant:
+            raise UserError(f"--modes {same} and {variant} are the same here: leave out one of them.")
+        idle_here = idle_flags(run.groups, given_flags(words))
+        idle &= set(idle_here)
+        commands[variant] = [*without(words, idle_here), *flags]
     if idle:
-        raise UserError(f"--{min(idle)} does nothing in any of the modes {', '.join(found)}: leave it out.")
+        raise UserError(f"--{min(idle)} does nothing in any of the modes {', '.join(commands)}: leave it out.")
     return commands
 
 
@@ -127,20 +139,20 @@ def flags_of(run: Run) -> dict[str, Any]:
     return with_acting(flag_values(run.script, run.training, run.model), run.training)
 
 
-def folder_of(told: str, seed: int) -> str:
+def folder_of(variant: str, seed: int) -> str:
     """The name of a run's folder, from that of its variant; other characters than a path likes are replaced."""
-    plain = told.replace(":", "-").replace(" ", "-").replace("=", "-")
+    plain = variant.replace(":", "-").replace(" ", "-").replace("=", "-")
     safe = re.sub(r"[^\w.+-]", "_", plain, flags=re.ASCII)
-    return f"{safe}{'' if safe == plain else f'-{short_digest(told)[:8]}'}-seed{seed}"
+    return f"{safe}{'' if safe == plain else f'-{short_digest(variant)[:8]}'}-seed{seed}"
 
 
-def run_words(config: Path, own: Sequence[str], seed: int, folder: Path) -> list[str]:
-    """The command-line words of one run of a variant with the flags `own`; it resumes where there is something."""
-    words = [shown_path(config), *own, "--seed", str(seed), "--output_dir", shown_path(folder)]
-    found = checkpoints(folder)
-    if any(missing_part(path) is None for path in found):
+def run_words(config: Path, flags: Sequence[str], seed: int, folder: Path) -> list[str]:
+    """The command-line words of one run of a variant with these flags; it resumes where there is something."""
+    words = [shown_path(config), *flags, "--seed", str(seed), "--output_dir", shown_path(folder)]
+    existing = checkpoints(folder)
+    if any(missing_part(path) is None for path in existing):
         return [*words, "--resume_from_checkpoint", "true"]
-    return [*words, "--overwrite", "true"] if found else words
+    return [*words, "--overwrite", "true"] if existing else words
 
 
 def check_done(place: Path, words: Sequence[str]) -> None:
@@ -149,17 +161,18 @@ def check_done(place: Path, words: Sequence[str]) -> None:
     Raises:
         UserError: it names the first flag that differs, with both values.
     """
-    summary, told = read_json(place / "summary.json"), read_json(place / RUN_FILE)
+    summary, recorded = read_json(place / "summary.json"), read_json(place / RUN_FILE)
     if summary is None and not checkpoints(place):
         return
-    stored = told["flags"] if told else recorded_flags(summary) if summary else {}
+    stored = recorded["flags"] if recorded else recorded_flags(summary) if summary else {}
     differing = difference(stored, of_run(parse_run(list(words), choose_engine(list(words)))))
     if differing is not None:
-        name, before, now = differing
+        name, stored_value, value = differing
         raise UserError(
-            f"--{name} {now}: {shown_path(place)} has a run with {before}; set that, or give another --output_dir."
+            f"--{name} {value}: {shown_path(place)} has a run with {stored_value}; set that, or give another "
+            "--output_dir."
         )
-    if told is None and summary is not None:
+    if recorded is None and summary is not None:
         print(f"{shown_path(place)} has no {RUN_FILE}: compared by its summary.json, without the content of files")
 
 

@@ -56,8 +56,8 @@ def changed_values(run: Run) -> dict[str, Any]:
     for group in run.groups:
         for spec in dataclasses.fields(group):
             value = getattr(group, spec.name)
-            made = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
-            told = spec.init and value != made and spec.name != "output_dir"
-            if told and isinstance(value, bool | int | float | str | list | dict):
+            default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+            is_set = spec.init and value != default and spec.name != "output_dir"
+            if is_set and isinstance(value, bool | int | float | str | list | dict):
                 changed[spec.name] = value
     return changed

@@ -31,15 +31,15 @@ def parse_run(argv: list[str], engine: Engine = TRL, idle: bool = False) -> Run:
     """Read ``[X.yaml] [--flag value ...]``; without a YAML, `configs/demo.yaml`.
 
     The command line wins over the YAML. An output_dir that neither gives becomes
-    ``runs/<config>-<mode>[-<gate>][-aslr]-seed<seed>`` in the project's root; the gate if it is not the baseline.
+    ``runs/<config>-<mode>[-<gating function>][-aslr]-seed<seed>`` in the project's root, without the baseline's name.
     `engine` is the one that was chosen (`engine.choose_engine`) and, if it is Unsloth, imported. With `idle`, flags
     that do nothing in this run are let pass (`idle_flags`).
 
     Raises:
         UserError: for anything that cannot be read, is unknown or fails the validation of an argument group.
     """
-    given, rest = split_config(argv)
-    config_file = find_config(given or DEFAULT_CONFIG)
+    config_name, rest = split_config(argv)
+    config_file = find_config(config_name or DEFAULT_CONFIG)
     words = ["--config", str(config_file), *rest]
     parser = RunParser()
     with one_line_errors(config_file):
@@ -86,10 +86,10 @@ def keep_values(training: GRPOConfig, as_trl: GRPOConfig) -> None:
     rounds batch sizes: the same command would be another run than with TRL.
     """
     for entry in dataclasses.fields(as_trl):
-        wanted, found = getattr(as_trl, entry.name), getattr(training, entry.name)
-        if wanted != found:
-            setattr(training, entry.name, wanted)
-            print(f"--{entry.name} stays {wanted!r}: the {found!r} that Unsloth would set is not what the flags say")
+        as_asked, as_set = getattr(as_trl, entry.name), getattr(training, entry.name)
+        if as_asked != as_set:
+            setattr(training, entry.name, as_asked)
+            print(f"--{entry.name} stays {as_asked!r}: the {as_set!r} that Unsloth would set is not what the flags say")
 
 
 def check_model_flags(model: ModelConfig, device: str) -> None:

@@ -79,13 +79,13 @@ def choose_engine(words: list[str]) -> Engine:
         UserError: the engine is unknown, or Unsloth is asked for and cannot train this here.
     """
     values = early_values(words)
-    asked = str(values["engine"])
-    if asked not in ENGINES:
-        raise UserError(f"--engine {asked} is unknown; give one of {', '.join(ENGINES)}.")
-    if asked == "trl":
+    name = str(values["engine"])
+    if name not in ENGINES:
+        raise UserError(f"--engine {name} is unknown; give one of {', '.join(ENGINES)}.")
+    if name == "trl":
         return TRL
     why = machine_obstacle() or next(flag_obstacles(values), None)
-    if asked == "unsloth":
+    if name == "unsloth":
         if why is not None:
             raise UserError(f"--engine unsloth: {why}; or leave --engine out, which then takes trl.")
         return Engine("unsloth", "as asked")
@@ -96,13 +96,13 @@ def choose_engine(words: list[str]) -> Engine:
 
 def early_values(words: list[str]) -> dict[str, Any]:
     """The values of `LOOKED_AT`, as texts or as the YAML has them; what cannot be read is left for TRL to refuse."""
-    given, rest = split_config(words)
+    config_name, rest = split_config(words)
     try:
-        found = yaml.safe_load(find_config(given or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+        content = yaml.safe_load(find_config(config_name or DEFAULT_CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError):
-        found = None
-    known = found if isinstance(found, dict) else {}
-    values = {**LOOKED_AT, **{name: value for name, value in known.items() if name in LOOKED_AT}}
+        content = None
+    in_yaml = content if isinstance(content, dict) else {}
+    values = {**LOOKED_AT, **{name: value for name, value in in_yaml.items() if name in LOOKED_AT}}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in LOOKED_AT:
         how: dict[str, Any] = {"nargs": "*"} if name in LISTS else {"nargs": "?", "const": True}

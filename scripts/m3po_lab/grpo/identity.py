@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl import GRPOConfig, ModelConfig
 from trl.trainer.m3po.config import M3POArguments, checkpoint_info
@@ -47,20 +47,20 @@ def of_run(run: Run) -> dict[str, Any]:
 
 
 def with_acting(flags: Mapping[str, Any], training: Any) -> dict[str, Any]:
-    """The flags; those that this overlay adds with the values in force, where the mode, the gate or ASLR has them."""
-    told = checkpoint_info(training)
-    learns, residual = "gating_training" in told, training.mode in RESIDUAL_MODES
+    """The flags; of those that this overlay adds, the ones that act in the run, with the values in force."""
+    in_force = checkpoint_info(training)
+    learns, residual = "gating_training" in in_force, training.mode in RESIDUAL_MODES
     acts = {
         "gating_learning_rate": learns,
         "gating_warmup_steps": learns,
         "thinking_residual_gate_learning_rate": residual,
         "thinking_residual_lambda_learning_rate": residual,
-        **{name: training.aslr_enabled is not False for name in ASLR_NUMBERS},
+        **{name: training.aslr_enabled is not False for name in ASLR_HYPERPARAMETERS},
     }
-    names = [entry.name for entry in fields(M3POArguments) if entry.name in told or acts.get(entry.name)]
-    values = {name: as_json(told.get(name, getattr(training, name))) for name in names}
-    if "gating_type" in values:  # what its gate has by default is no difference of its own
-        gate, options = gate_class(values["gating_type"]), values["gating_config"]
+    names = [entry.name for entry in fields(M3POArguments) if entry.name in in_force or acts.get(entry.name)]
+    values = {name: as_json(in_force.get(name, getattr(training, name))) for name in names}
+    if "gating_type" in values:  # the defaults of a gating function are no difference
+        gate, options = gating_class(values["gating_type"]), values["gating_config"]
         usual = gate.structure({}) | {name: options.get(name) for name in ("temperature", "debug")}
         values["gating_config"] = {name: value for name, value in options.items() if value != usual.get(name)}
         if values["cross_path_temp"] == gate.default_temperature:
@@ -74,14 +74,14 @@ def recorded_flags(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The flags in a run's `summary.json`; of one that has them not yet, its changed values over the defaults."""
     if "flags" in summary:
         return dict(summary["flags"])
-    given = {}
+    values = {}
     for entry in (entry for kind in (RunArguments, GRPOConfig, ModelConfig) for entry in fields(kind)):
-        made = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        given[entry.name] = summary.get("config", {}).get(entry.name, as_json(made))
-    told = ("mode", "seed", "aslr_enabled", "gating_type", "dataset", "num_eval_problems")
-    given |= {name: summary[name] for name in told if summary.get(name) is not None}
-    given["model_name_or_path"] = given["model_name_or_path"] or EMBEDDED_MODEL
-    flags = with_acting(defining(given), SimpleNamespace(**given))
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        values[entry.name] = summary.get("config", {}).get(entry.name, as_json(default))
+    names = ("mode", "seed", "aslr_enabled", "gating_type", "dataset", "num_eval_problems")
+    values |= {name: summary[name] for name in names if summary.get(name) is not None}
+    values["model_name_or_path"] = values["model_name_or_path"] or EMBEDDED_MODEL
+    flags = with_acting(defining(values), SimpleNamespace(**values))
     for name in ("accelerator_config", "parallelism_config"):  # objects, of which such a summary says nothing
         del flags[name]
     engine = summary["engine"] if "engine_version" in summary else "trl"
@@ -92,7 +92,7 @@ def parts_of(stored: Mapping[str, Any] | None, flags: Mapping[str, Any], step: i
     """Which values of `MAY_CHANGE` held from which step on, for a run that goes on at `step` (0: that starts).
 
     Args:
-        stored: what `read_run` found of it; None of a new run, or of one whose past is not known.
+        stored: the content of its `run.json`; None for a new run, and for one without the file.
     """
     part = {"from_step": step, **{name: flags[name] for name in MAY_CHANGE if name in flags}}
     before = [past for past in stored["parts"] if past["from_step"] < step] if stored else []

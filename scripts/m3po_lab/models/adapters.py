@@ -25,8 +25,8 @@ def lora_of(config: ModelConfig) -> PeftConfig | None:
         UserError: LoRA is asked for on the head, which TRL's scoring passes leave out.
     """
     for flag in ("lora_target_modules", "lora_target_parameters"):
-        given = getattr(config, flag) or ()
-        for name in [given] if isinstance(given, str) else given:
+        targets = getattr(config, flag) or ()
+        for name in [targets] if isinstance(targets, str) else targets:
             if "lm_head" in name.split("."):
                 raise UserError(
                     f"--{flag} {name}: log-probs are computed from the head's own matrix, so LoRA on it would never "

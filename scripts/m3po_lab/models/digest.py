@@ -28,11 +28,11 @@ def model_digest(config: ModelConfig) -> str:
     if not path.exists():
         return f"{name} {config.model_revision}"
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES)
-    found = [model_digest(base_config(path, config))] if (path / "adapter_config.json").is_file() else []
+    parts = [model_digest(base_config(path, config))] if (path / "adapter_config.json").is_file() else []
     for file in files:
         with file.open("rb") as content:
-            found.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
-    return "\n".join(found)
+            parts.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+    return "\n".join(parts)
 
 
 def named_model(name: str, config: ModelConfig) -> str:

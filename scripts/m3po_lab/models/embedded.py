@@ -32,13 +32,13 @@ def embedded_gguf() -> Path:
         files = metadata.distribution(EMBEDDED_DISTRIBUTION).files or []
     except metadata.PackageNotFoundError:
         files = []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not paths or not paths[0].is_file():
         raise UserError(
             f"--model_name_or_path {EMBEDDED_MODEL} needs the package {EMBEDDED_DISTRIBUTION}, which is not installed: "
             "run 'make env', or give another model."
         )
-    return found[0]
+    return paths[0]
 
 
 def repair_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers.m3po import read_checkpoint_info, write_checkpoint_info
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
 from transformers.m3po.flags import has_aslr, has_residual_gate
 from transformers.m3po.modules import ADDED_MODULES, ASLR, GATING, HYPER_CONNECTIONS
 from trl import ModelConfig
@@ -34,8 +34,8 @@ NOT_SERVABLE = {
 MODULES_NOT_SERVABLE = {
     ASLR: "it has the modules of ASLR, which vLLM does not know; with ASLR=off they are left out, as they are when the "
     "checkpoint is evaluated",
-    GATING: "it has a learnable gate, which vLLM does not know and a single path does not use; with GATING=off it is "
-    "left out, and with it the way to decode its groups",
+    GATING: "it has a learnable gating function, which vLLM does not know and a single path does not use; with "
+    "GATING=off it is left out, and with it the way to decode its groups",
     HYPER_CONNECTIONS: "it has hyper-connections, which vLLM does not know; use model.generate of this overlay",
 }
 
@@ -95,7 +95,7 @@ def export(
                 delattr(plain.base_model, name)
             setattr(plain.config, modules.switch, False)
     if not has_aslr(plain):
-        left_out = (ASLR.switch, *ASLR_NUMBERS)
+        left_out = (ASLR.switch, *ASLR_HYPERPARAMETERS)
         hyperparameters = {name: value for name, value in hyperparameters.items() if name not in left_out}
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:

@@ -67,7 +67,7 @@ def load_base_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 @contextmanager
 def without_flag() -> Iterator[None]:
-    """Errors of a command whose model is no flag but its first word do not name the flag."""
+    """Errors do not name the flag `--model_name_or_path`, where the model is the first word of a command."""
     try:
         yield
     except UserError as error:

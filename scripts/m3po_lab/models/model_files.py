@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model files that are not what their names say: found before a library stumbles over them, and said in one line."""
+"""Model files that are not what their names say: refused in one line before a library stumbles over them."""
 
 import json
 import struct
@@ -52,8 +52,8 @@ def check_model_files(place: Path) -> None:
     if (place / PROTOTYPE_MODULES).exists():
         raise UserError(
             f"{place} has {PROTOTYPE_MODULES}, the prototype's modules of ASLR, and would be read as a plain model: "
-            "take them as the start of a training with transformers.m3po.load_seed_modules (docs/aslr.md), or move the "
-            "file away to leave them out."
+            "take them as the start of a training with transformers.m3po.load_prototype_modules (docs/aslr.md), or "
+            "move the file away to leave them out."
         )
     for file in [place / name for name in OBJECTS if (place / name).exists()]:
         _check_no_pointer(file)

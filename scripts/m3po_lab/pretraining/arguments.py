@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_numbers
+from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_hyperparameters
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
@@ -27,31 +27,43 @@ DEFAULT_MHC_CONFIG = "configs/mhc_small.yaml"
 
 @dataclass
 class PretrainArguments:
-    """The text, the size of the model and its hyper-connections; names as in seed 5."""
+    """The text, the size of the model and its hyper-connections."""
 
     dataset: str = field(
         default="python:sympy",
         metadata={"help": "'python:<package>' (the files of an installed package), a .jsonl with 'text', or a Hub id."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset of the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of a dataset of the Hub."})
     tokenizer: str = field(default="bytes", metadata={"help": "'bytes', or a byte-level BPE: a folder or a Hub id."})
     validation_rows: int = field(default=64, metadata={"help": "Rows of max_seq_len tokens for bits per byte."})
-    depth: int = field(default=4, metadata={"help": "Layers."})
+    depth: int = field(default=4, metadata={"help": "The number of layers."})
     model_dim: int = field(default=128, metadata={"help": "Hidden size; the MLP has four times as much."})
-    num_heads: int = field(default=2, metadata={"help": "Attention heads."})
-    max_seq_len: int = field(default=256, metadata={"help": "Tokens of a row."})
+    num_heads: int = field(default=2, metadata={"help": "The number of attention heads."})
+    max_seq_len: int = field(default=256, metadata={"help": "The number of tokens of a row."})
     nanochat_init: bool = field(
         default=True,
         metadata={"help": "Begin as nanochat does: output projections 0, embeddings N(0, 1). Else as Transformers."},
     )
     mhc_enabled: bool = field(default=False, metadata={"help": "Hyper-connections in place of the residual adds."})
-    mhc_num_streams: int = field(default=MHC_DEFAULTS["mhc_num_streams"], metadata={"help": "S, the streams."})
-    mhc_sinkhorn_iters: int = field(default=MHC_DEFAULTS["mhc_sinkhorn_iters"], metadata={"help": "Its rounds."})
-    mhc_sinkhorn_tau: float = field(default=MHC_DEFAULTS["mhc_sinkhorn_tau"], metadata={"help": "Its temperature."})
-    mhc_residual: str = field(default=MHC_DEFAULTS["mhc_residual"], metadata={"help": "'sinkhorn' or 'birkhoff'."})
-    mhc_alpha: float = field(default=MHC_DEFAULTS["mhc_alpha"], metadata={"help": "Start of the dynamic part's scale."})
+    mhc_num_streams: int = field(
+        default=MHC_DEFAULTS["mhc_num_streams"], metadata={"help": "S, the number of streams."}
+    )
+    mhc_sinkhorn_iters: int = field(
+        default=MHC_DEFAULTS["mhc_sinkhorn_iters"], metadata={"help": "The rounds of the Sinkhorn iteration."}
+    )
+    mhc_sinkhorn_tau: float = field(
+        default=MHC_DEFAULTS["mhc_sinkhorn_tau"], metadata={"help": "The temperature of the Sinkhorn iteration."}
+    )
+    mhc_residual: str = field(
+        default=MHC_DEFAULTS["mhc_residual"],
+        metadata={"help": "How H_res is made doubly stochastic: 'sinkhorn' or 'birkhoff'."},
+    )
+    mhc_alpha: float = field(
+        default=MHC_DEFAULTS["mhc_alpha"], metadata={"help": "The scale that the dynamic part starts with."}
+    )
     mhc_diagonal_bias: float = field(
-        default=MHC_DEFAULTS["mhc_diagonal_bias"], metadata={"help": "How much H_res leans to the identity at first."}
+        default=MHC_DEFAULTS["mhc_diagonal_bias"],
+        metadata={"help": "How much H_res leans to the identity at the start."},
     )
     mhc_gate_noise: float = field(
         default=MHC_DEFAULTS["mhc_gate_noise"], metadata={"help": "Probability of a random routing gate for a row."}
@@ -78,13 +90,13 @@ class Pretraining:
 
 
 def parse(argv: list[str]) -> Pretraining:
-    """Read ``[X.yaml] [--flag value ...]``; the folder is ``runs/<config>/<variant>-seed<seed>`` if none is given.
+    """Read ``[X.yaml] [--flag value ...]``; the folder is ``runs/<config>/<variant>-seed<seed>`` by default.
 
     Raises:
         UserError: for anything that cannot be read or is unknown.
     """
-    given, rest = split_config(argv)
-    file = find_config(given or DEFAULT_MHC_CONFIG, begins=OF_PRETRAINING)
+    config_name, rest = split_config(argv)
+    file = find_config(config_name or DEFAULT_MHC_CONFIG, begins=OF_PRETRAINING)
     parser = OneLineParser(PretrainArguments, TrainingArguments)
     with one_line_errors(file):
         script, training, in_yaml, unknown = parser.parse_args_and_config(
@@ -94,7 +106,7 @@ def parse(argv: list[str]) -> Pretraining:
     if training.max_steps <= 0:
         raise UserError(f"--max_steps {training.max_steps}: it must be at least 1, so that both runs see as much text.")
     try:
-        check_mhc_numbers(MHC_DEFAULTS | mhc_numbers(script))
+        check_mhc_hyperparameters(MHC_DEFAULTS | mhc_numbers(script))
     except ValueError as error:
         raise UserError(f"--{one_line(error)}") from error
     if script.model_dim % (2 * script.num_heads):
@@ -130,15 +142,15 @@ def check_folder(run: Pretraining) -> None:
     result = read_json(run.folder / "result.json")
     if result is None and (not run.folder.is_dir() or get_last_checkpoint(run.folder) is None):
         return
-    told = read_json(run.folder / RUN_FILE)
-    stored = told["flags"] if told else {**result["script"], "max_steps": result["max_steps"]} if result else {}
+    recorded = read_json(run.folder / RUN_FILE)
+    stored = recorded["flags"] if recorded else {**result["script"], "max_steps": result["max_steps"]} if result else {}
     differing = difference(stored, of_pretraining(run))
     if differing is not None:
         name, before, now = differing
         raise UserError(
             f"--{name} {now}: {shown_path(run.folder)} has a run with {before}; set that, or give another --output_dir."
         )
-    if told is None and run.training.process_index == 0:
+    if recorded is None and run.training.process_index == 0:
         print(
             f"{shown_path(run.folder)} has no {RUN_FILE}: whether "
             f"{'all' if result is None else 'the other'} flags are those of this run could not be compared"

@@ -106,10 +106,10 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
         from datasets import load_dataset
 
         try:
-            found = load_dataset(dataset, config, split="train", streaming=True)
+            rows_of_hub = load_dataset(dataset, config, split="train", streaming=True)
         except HUB_ERRORS as error:
             raise UserError(f"--dataset {dataset} cannot be read from the Hub: {short(error)}") from error
-        yield from (row["text"] for row in found)
+        yield from (row["text"] for row in rows_of_hub)
 
 
 def named_text(name: str) -> str:
@@ -124,13 +124,13 @@ def named_text(name: str) -> str:
 
 def rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[torch.Tensor]:
     """Rows (length) long of consecutive tokens; the last tokens, which do not fill one, are left out."""
-    held: list[int] = []
+    tokens: list[int] = []
     for text in texts:
-        held.append(tokenizer.bos_token_id)
-        held += tokenizer(text, add_special_tokens=False)["input_ids"]
-        while len(held) >= length:
-            yield torch.tensor(held[:length])
-            held = held[length:]
+        tokens.append(tokenizer.bos_token_id)
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
+        while len(tokens) >= length:
+            yield torch.tensor(tokens[:length])
+            tokens = tokens[length:]
 
 
 def example(row: torch.Tensor, bytes_of: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -141,8 +141,8 @@ def example(row: torch.Tensor, bytes_of: torch.Tensor) -> dict[str, torch.Tensor
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Rows that lie in memory."""
 
-    def __init__(self, found: list[torch.Tensor], bytes_of: torch.Tensor) -> None:
-        self.rows, self._bytes_of = torch.stack(found), bytes_of
+    def __init__(self, stacked: list[torch.Tensor], bytes_of: torch.Tensor) -> None:
+        self.rows, self._bytes_of = torch.stack(stacked), bytes_of
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -195,8 +195,8 @@ def load_text(
     held_out = [held_out[index * len(held_out) // validation_rows] for index in range(validation_rows)]
     if local:
         texts = (text for index, text in enumerate(documents(dataset, config)) if index % HELD_OUT)
-        found = list(islice(rows(texts, tokenizer, length), training_rows))
-        if not found:
+        training = list(islice(rows(texts, tokenizer, length), training_rows))
+        if not training:
             raise UserError(f"--dataset {dataset} has no training row of {length} tokens; lower --max_seq_len.")
-        return Rows(found, bytes_of), Rows(held_out, bytes_of)
+        return Rows(training, bytes_of), Rows(held_out, bytes_of)
     return StreamedRows(dataset, config, tokenizer, length), Rows(held_out, bytes_of)

@@ -33,7 +33,7 @@ SHOWN = {
     "bits_per_byte": "bits_per_byte,none",
 }
 DECODED, PAIRS = 64, 5
-LONGEST_NAME = 20  # characters of the gates in a folder's name
+LONGEST_NAME = 20  # characters of the routing gates in a folder's name
 MIB = 1 << 20
 
 

@@ -28,11 +28,11 @@ def nats_of_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def summary(report: dict[str, Any]) -> dict[str, float]:
     """A report on all sublayers in one number each: the largest error, the means of the others."""
     parts = list(report["sublayers"].values())
-    found = {name: max(part[name] for part in parts) for name in ("row_error", "column_error")}
+    largest = {name: max(part[name] for part in parts) for name in ("row_error", "column_error")}
     for name in ("from_start", "from_identity", "stream_cosine"):
-        found[name] = sum(part[name] for part in parts) / len(parts)
+        largest[name] = sum(part[name] for part in parts) / len(parts)
     return {
-        **found,
+        **largest,
         "composite_gain": max(report["composite_gain_rows"], report["composite_gain_columns"]),
         "gate_effect": report["gate_effect"],
     }

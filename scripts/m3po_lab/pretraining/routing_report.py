@@ -36,10 +36,10 @@ def tokens(tokenizer: Any, dataset: str, length: int) -> Any:
         UserError: there are no such documents.
     """
     firsts = (next(rows([text], tokenizer, length), None) for text in documents(dataset, None))
-    found = list(islice((row for row in firsts if row is not None), ROWS))
-    if not found:
+    chosen = list(islice((row for row in firsts if row is not None), ROWS))
+    if not chosen:
         raise UserError(f"--dataset {dataset} has no document of {length} tokens; give another text.")
-    return torch.stack(found)
+    return torch.stack(chosen)
 
 
 def measure(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:

@@ -38,10 +38,10 @@ class PretrainingTrainer(Trainer):
     Its own draw from torch's generator, and with `mhc_gate_noise` the training would depend on how often it evaluates.
     """
 
-    def evaluate(self, *given: Any, **more: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See `Trainer.evaluate`."""
         with unchanged(self.model):
-            return super().evaluate(*given, **more)
+            return super().evaluate(*args, **kwargs)
 
 
 class Watch(TrainerCallback):
@@ -53,15 +53,15 @@ class Watch(TrainerCallback):
         self.trainer: Trainer | None = None
         self._start = 0.0
 
-    def on_step_begin(self, *given: Any, **more: Any) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(self, *given: Any, **more: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
 
-    def on_evaluate(self, *given: Any, **more: Any) -> None:
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -106,7 +106,7 @@ def run_pretraining(run: Pretraining) -> None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         preprocess_logits_for_metrics=nats_of_rows,
-        compute_metrics=lambda found: {"bits_per_byte": float(found.predictions.sum()) / bits},
+        compute_metrics=lambda output: {"bits_per_byte": float(output.predictions.sum()) / bits},
         callbacks=[watch, SaveRunFile({"flags": flags}), ObeyUmask()],
     )
     watch.trainer = trainer

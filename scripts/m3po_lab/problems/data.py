@@ -65,7 +65,7 @@ def chat_prompt(problem: Problem, script: ProblemArguments) -> list[Message]:
 
 
 def user_turn(problem: Problem, script: ProblemArguments) -> str:
-    """The template of the run filled in with a problem; the same error."""
+    """The template of the run filled in with a problem; the error of `chat_prompt`."""
     fields = {**problem.fields, "question": problem.question}
     try:
         check_template(script.prompt_template, fields)
@@ -125,10 +125,10 @@ def _generated(script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
             f"--num_eval_problems {script.num_eval_problems}: {script.dataset} with this --dataset_config yields only "
             f"{len(held_out)} distinct questions; lower it or widen the task."
         )
-    taken = {problem.question for problem in held_out}
+    held_out_questions = {problem.question for problem in held_out}
     train = []
     for problem in _gym_stream(script, script.problem_seed, script.num_train_problems):
-        if problem.question not in taken:
+        if problem.question not in held_out_questions:
             train.append(problem)
             if len(train) == script.num_train_problems:
                 return train, held_out
@@ -138,12 +138,12 @@ def _generated(script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
     )
 
 
-def _gym_stream(script: ProblemArguments, seed: int, wanted: int) -> Iterator[Problem]:
+def _gym_stream(script: ProblemArguments, seed: int, count: int) -> Iterator[Problem]:
     """Problems of the task one after the other, at most `TRIES_PER_PROBLEM` for each one wanted."""
     task = script.dataset.removeprefix(GYM_PREFIX)
     options = script.dataset_config if isinstance(script.dataset_config, dict) else {}
     try:
-        entries = reasoning_gym.create_dataset(task, seed=seed, size=wanted * TRIES_PER_PROBLEM, **options)
+        entries = reasoning_gym.create_dataset(task, seed=seed, size=count * TRIES_PER_PROBLEM, **options)
         for entry in entries:
             values = {key: value for key, value in entry["metadata"].items() if isinstance(value, str | int | float)}
             yield Problem(entry["question"], str(entry["answer"]), values)
@@ -153,12 +153,12 @@ def _gym_stream(script: ProblemArguments, seed: int, wanted: int) -> Iterator[Pr
 
 def _take_new(problems: Iterable[Problem], count: int) -> list[Problem]:
     """The first `count` problems with different questions (fewer if there are no more)."""
-    found: dict[str, Problem] = {}
+    distinct: dict[str, Problem] = {}
     for problem in problems:
-        found.setdefault(problem.question, problem)
-        if len(found) == count:
+        distinct.setdefault(problem.question, problem)
+        if len(distinct) == count:
             break
-    return list(found.values())
+    return list(distinct.values())
 
 
 def _split(problems: list[Problem], script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:

@@ -153,7 +153,7 @@ def test_every_flag_of_a_switch_is_one() -> None:
 
     known = {*GRPOConfig.__dataclass_fields__, *ModelConfig.__dataclass_fields__}
     known |= set(arguments.PretrainArguments.__dataclass_fields__)
-    assert {name for switch in SWITCHES for name in (*switch.flags.split(), *switch.given_by)} <= known
+    assert {name for switch in SWITCHES for name in (*switch.flags.split(), *switch.set_by)} <= known
     own = {
         name for name in known if name.startswith(("lora_", "gating_", "cross_path_", "thinking_residual_r", "mhc_"))
     }

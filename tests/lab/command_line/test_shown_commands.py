@@ -13,10 +13,10 @@ import pytest
 from m3po_lab import pretrain_pair, sweep, train
 from m3po_lab.command_line.commands import CONTINUE, shown_command, without_flags
 from m3po_lab.core.errors import PROJECT_ROOT
-from m3po_lab.grpo.checkpoints import checkpoint_to_resume, claim_run_folder
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.grpo.identity import of_run
 from m3po_lab.grpo.report import closing_lines, split_gain
+from m3po_lab.grpo.resume import checkpoint_to_resume, claim_run_folder
 
 ODD = "Jo's rüns & more"
 

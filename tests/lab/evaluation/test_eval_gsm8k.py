@@ -101,7 +101,7 @@ def test_report_of_an_evaluation(
     words = [str(cross_path_checkpoint), *SHORT, "--limit", "3", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "mode m3po (lambda=0.3, temperature=0.2, gate=baseline, phase=all, answer marker '####')" in printed
+    assert "mode m3po (lambda=0.3, temperature=0.2, gating_type=baseline, phase=all, answer marker '####')" in printed
     assert "evaluated plain, one path: the mode acts in training only (M3PO paper, section 6), greedy" in printed
     assert "datasets as asked for: problems; problems: those of the run, reasoning-gym:chain_sum" in printed
     assert "| problems | 1.1 | 0 | 3 | " in printed and " ± " in printed

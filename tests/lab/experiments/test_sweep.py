@@ -110,7 +110,7 @@ def test_start_accuracy_may_differ_where_the_residual_gate_is_fresh(finished_run
 def test_a_mode_with_aslr_is_one_of_its_own_in_flags_and_comparison(finished_run: Path, tmp_path: Path) -> None:
     assert mode_words("m3po+aslr") == ["--mode", "m3po", "--aslr_enabled", "true"]
     with pytest.raises(
-        UserError, match="--modes m3po.alsr is unknown: give a mode, or with gate and ASLR m3po:raw_dot"
+        UserError, match="--modes m3po.alsr is unknown: give a mode, or with gating function and ASLR m3po:raw_dot"
     ):
         mode_words("m3po+alsr")
     summary = read_json(finished_run / "summary.json") or {}
@@ -130,8 +130,14 @@ def test_a_gate_is_named_behind_a_colon() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--modes", "none:raw_dot"], "--modes none:raw_dot: only m3po and h3po have a gate; leave out :raw_dot."),
-        (["--modes", "hrpo:raw_dot"], "--modes hrpo:raw_dot: only m3po and h3po have a gate; leave out :raw_dot."),
+        (
+            ["--modes", "none:raw_dot"],
+            "--modes none:raw_dot: only m3po and h3po have a gating function; leave out :raw_dot.",
+        ),
+        (
+            ["--modes", "hrpo:raw_dot"],
+            "--modes hrpo:raw_dot: only m3po and h3po have a gating function; leave out :raw_dot.",
+        ),
         (["--modes", "m3po:"], "--modes m3po: is unknown: give a mode"),
         (["--modes", "m3po", "m3po:baseline"], "--modes m3po and m3po:baseline are the same here"),
         (["--modes", "none", "--gates"], "--gates and --modes exclude each other"),

@@ -16,8 +16,8 @@ from trl import GRPOConfig, ModelConfig
 from m3po_lab.core.errors import UserError
 from m3po_lab.grpo import engine
 from m3po_lab.grpo.arguments import RunArguments
-from m3po_lab.grpo.checkpoints import check_same_run
 from m3po_lab.grpo.config import parse_run
+from m3po_lab.grpo.resume import check_same_run
 from m3po_lab.train import main
 
 LORA = ["--use_peft", "true", "--dtype", "bfloat16", "--bf16", "true"]

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.m3po.aslr.modules import attach_aslr
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
 from transformers.m3po.gating.module import attach_gating
 from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
@@ -160,7 +160,11 @@ def everything(tiny_model: Path, tmp_path: Path) -> Path:
     base, _ = load_model(ModelConfig(model_name_or_path=str(start)))
     with_added_modules(base)
     asked = {"gating_type": "luong", "gating_config": base.config.m3po_gating_config}
-    numbers = {"mode": "h3po", "aslr_enabled": True, **{name: getattr(base.config, name) for name in ASLR_NUMBERS}}
+    numbers = {
+        "mode": "h3po",
+        "aslr_enabled": True,
+        **{name: getattr(base.config, name) for name in ASLR_HYPERPARAMETERS},
+    }
     saved = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": OWN}
     adapted(start, tmp_path / "adapter", NUMBERS | numbers | asked, with_added_modules, **saved)
     return tmp_path / "adapter"

@@ -8,12 +8,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from .aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, add_aslr, attach_aslr
-from .aslr.settings import ASLR_NUMBERS
-from .gating.factory import gate_class, list_gating_functions
-from .gating.module import GATING_MODULE, add_gating, attach_gating, gating_parameters
+from .aslr.settings import ASLR_HYPERPARAMETERS
+from .gating.factory import gating_class, list_gating_functions
+from .gating.module import GATING_MODULE, add_gating, attach_gating, gating_parameter_names
 from .hyper_connections.connections import MHC_MODULES, add_streams
-from .settings import CROSS_PATH_MODES, DEFAULT_GATE, RESIDUAL_MODES
-from .thinking.residual_gate import GATE_MODULES, GATE_PARAMETERS, add_residual_gate, attach_residual_gate
+from .settings import CROSS_PATH_MODES, DEFAULT_GATING_TYPE, RESIDUAL_MODES
+from .thinking.residual_gate import (
+    RESIDUAL_GATE_MODULES,
+    RESIDUAL_GATE_PARAMETERS,
+    add_residual_gate,
+    attach_residual_gate,
+)
 
 Hyperparameters = Mapping[str, Any]  # by the names that `m3po.json` and the flags have
 Difference = tuple[str, Any, Any]
@@ -82,7 +87,7 @@ class _ResidualGate(AddedModules):
     """HRPO's residual gate, of the modes hrpo and h3po."""
 
     switch, noun, article = "thinking_residual_enabled", "residual gate", "a residual gate"
-    names = GATE_MODULES
+    names = RESIDUAL_GATE_MODULES
 
     def add(self, model: Any) -> None:
         add_residual_gate(model)
@@ -91,7 +96,7 @@ class _ResidualGate(AddedModules):
         return hyperparameters.get("mode") in RESIDUAL_MODES
 
     def parameters(self, hyperparameters: Hyperparameters) -> tuple[str, ...]:
-        return GATE_PARAMETERS
+        return RESIDUAL_GATE_PARAMETERS
 
     def attach(self, model: Any, hyperparameters: Hyperparameters, seed: int = 0) -> None:
         start = {"r_min": 0.99, "r_max": 0.999}  # the bounds only say what the residual gate begins with
@@ -104,7 +109,7 @@ class _ASLR(AddedModules):
 
     switch, noun, article = "aslr_enabled", "ASLR modules", "ASLR"
     names = ASLR_MODULES
-    needs = ("aslr_enabled", *ASLR_NUMBERS)
+    needs = ("aslr_enabled", *ASLR_HYPERPARAMETERS)
 
     def add(self, model: Any) -> None:
         add_aslr(model)
@@ -116,10 +121,13 @@ class _ASLR(AddedModules):
         return ASLR_PARAMETERS
 
     def attach(self, model: Any, hyperparameters: Hyperparameters, seed: int = 0) -> None:
-        attach_aslr(model, **{name: hyperparameters[name] for name in ASLR_NUMBERS})
+        attach_aslr(model, **{name: hyperparameters[name] for name in ASLR_HYPERPARAMETERS})
 
     def difference(self, model: Any, hyperparameters: Hyperparameters) -> Difference | None:
-        present = {self.switch: self.on(model), **{name: getattr(model.config, name, None) for name in ASLR_NUMBERS}}
+        present = {
+            self.switch: self.on(model),
+            **{name: getattr(model.config, name, None) for name in ASLR_HYPERPARAMETERS},
+        }
         for name, value in present.items():
             if name in hyperparameters and hyperparameters[name] != value:
                 return name, hyperparameters[name], value
@@ -129,7 +137,7 @@ class _ASLR(AddedModules):
 class _Gating(AddedModules):
     """A learnable gating function, of the modes in which paths interact."""
 
-    switch, noun, article = "m3po_gating_enabled", "learnable gate", "a learnable gate"
+    switch, noun, article = "m3po_gating_enabled", "learnable gating function", "a learnable gating function"
     names = (GATING_MODULE,)
     needs = ("gating_type", "gating_config")
 
@@ -137,23 +145,26 @@ class _Gating(AddedModules):
         add_gating(model)
 
     def belongs(self, hyperparameters: Hyperparameters) -> bool:
-        gating_type = hyperparameters.get("gating_type", DEFAULT_GATE)
+        gating_type = hyperparameters.get("gating_type", DEFAULT_GATING_TYPE)
         known = gating_type in list_gating_functions()  # another version may know other ones
-        return hyperparameters.get("mode") in CROSS_PATH_MODES and known and gate_class(gating_type).learnable
+        return hyperparameters.get("mode") in CROSS_PATH_MODES and known and gating_class(gating_type).learnable
 
     def parameters(self, hyperparameters: Hyperparameters) -> tuple[str, ...]:
-        return gating_parameters(hyperparameters)
+        return gating_parameter_names(hyperparameters)
 
     def attach(self, model: Any, hyperparameters: Hyperparameters, seed: int = 0) -> None:
         attach_gating(model, hyperparameters["gating_type"], hyperparameters["gating_config"], seed)
 
     def difference(self, model: Any, hyperparameters: Hyperparameters) -> Difference | None:
-        gating_type = hyperparameters.get("gating_type", DEFAULT_GATE)
+        gating_type = hyperparameters.get("gating_type", DEFAULT_GATING_TYPE)
         if not self.on(model):
             return ("gating_type", gating_type, None) if self.belongs(hyperparameters) else None
         kind, options = model.config.m3po_gating_type, model.config.m3po_gating_config
-        stored = {"gating_type": gating_type, **gate_class(gating_type).structure(hyperparameters.get("gating_config"))}
-        for name, value in {"gating_type": kind, **gate_class(kind).structure(options)}.items():
+        stored = {
+            "gating_type": gating_type,
+            **gating_class(gating_type).structure(hyperparameters.get("gating_config")),
+        }
+        for name, value in {"gating_type": kind, **gating_class(kind).structure(options)}.items():
             if stored.get(name) != value:
                 return name, stored.get(name), value
         return None

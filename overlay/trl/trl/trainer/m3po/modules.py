@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of this overlay in training: made before the adapter is laid on, trained and saved with it (E13).
+"""The modules of this overlay in training: made before the adapter is laid on, trained and saved with it.
 
-HRPO's residual gate goes with the modes `hrpo` and `h3po`, ASLR with `aslr_enabled` in any mode, a learnable gate with
-`gating_type` in the modes in which paths interact.
+HRPO's residual gate goes with the modes `hrpo` and `h3po`, ASLR with `aslr_enabled` in any mode, a learnable gating
+function with `gating_type` in the modes in which paths interact.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import copy
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS, ASLRHyperparameters
 from transformers.m3po.flags import check_aslr_overrides
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.modules import ADDED_MODULES, ASLR, GATING, RESIDUAL_GATE, AddedModules
 from transformers.m3po.settings import RESIDUAL_MODES
 
 from .checks import check_model_type
-from .config import GATE_START
+from .config import RESIDUAL_GATE_START
 
 
 def wanted_modules(args: Any) -> list[AddedModules]:
@@ -30,8 +30,9 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
     """Hook of `GRPOTrainer.__init__`, before the adapter: gives the model the modules that the run trains.
 
     Args:
-        model: the policy. A plain one gets fresh modules (in place): a residual gate and a learnable gate that depend
-            on `args.seed` alone, so that a resumed run has the same start; those of ASLR start alike everywhere.
+        model: the policy. A plain one gets fresh modules (in place): a residual gate and a learnable gating function
+            that depend on `args.seed` alone, so that a resumed run has the same start; those of ASLR start alike
+            everywhere.
         args: the `GRPOConfig`. What it leaves open of ASLR becomes the model's, and what the two say of a residual
             gate's start becomes the model's too: what is said of the run is what it trains.
         peft_config: the adapter that will be laid on, if any.
@@ -52,7 +53,7 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
                 f"the adapter has {modules.article} and its base model has none, so the {modules.noun} is lost; load "
                 f"the base model with {modules.switch}=True before the adapter."
             )
-    _settle_aslr(base, args)
+    _prepare_aslr(base, args)
     if args.mode not in RESIDUAL_MODES and RESIDUAL_GATE.on(base):
         raise ValueError(
             f"the model has a residual gate (thinking_residual_enabled) and mode={args.mode!r} does not train it; "
@@ -81,14 +82,14 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
         if not modules.on(base):
             modules.attach(base, vars(args), args.seed)
     if RESIDUAL_GATE in wanted:
-        for name in GATE_START:
+        for name in RESIDUAL_GATE_START:
             setattr(args, name, getattr(base.config, name))
     return None if peft_config is None else _with_modules(peft_config, wanted)
 
 
-def _settle_aslr(base: Any, args: Any) -> None:
+def _prepare_aslr(base: Any, args: Any) -> None:
     """Makes the arguments and the model's configuration say the same of ASLR; what is unset is taken from the model."""
-    given = {name: getattr(args, name) for name in ASLR_NUMBERS if getattr(args, name) is not None}
+    requested = {name: getattr(args, name) for name in ASLR_HYPERPARAMETERS if getattr(args, name) is not None}
     if args.aslr_enabled is None:
         args.aslr_enabled = ASLR.on(base)
     if not args.aslr_enabled:
@@ -98,34 +99,36 @@ def _settle_aslr(base: Any, args: Any) -> None:
                 "from the model without it (make export-model ... ASLR=off, or from_pretrained(..., aslr_enabled="
                 "False))."
             )
-        if given:
-            raise ValueError(f"{next(iter(given))} does nothing without ASLR: set aslr_enabled=True, or leave it out.")
+        if requested:
+            raise ValueError(
+                f"{next(iter(requested))} does nothing without ASLR: set aslr_enabled=True, or leave it out."
+            )
         return
     check_model_type(base, "aslr_enabled=True")
     if ASLR.on(base):
-        check_aslr_overrides(base, given)
-        for name, value in given.items():
+        check_aslr_overrides(base, requested)
+        for name, value in requested.items():
             setattr(base.config, name, value)
-    for name in ASLR_NUMBERS:
+    for name in ASLR_HYPERPARAMETERS:
         if getattr(args, name) is None:
             setattr(args, name, getattr(base.config, name))
 
 
 def _check_gating(base: Any, args: Any, wanted: bool) -> None:
-    """Refuses a run that would leave the gate of its model alone, or that asks for another one."""
+    """Refuses a run that would leave the gating function of its model alone, or that asks for another one."""
     has = base.config.m3po_gating_type
-    structure = gate_class(has).structure(base.config.m3po_gating_config)
+    structure = gating_class(has).structure(base.config.m3po_gating_config)
     if not wanted or args.gating_type != has:
         raise ValueError(
-            f"the model has the learnable gate {has!r} (m3po_gating_enabled), and mode={args.mode!r} with gating_type="
-            f"{args.gating_type!r} does not train it; set gating_type={has!r} in mode 'm3po' or 'h3po', or load the "
-            "model with m3po_gating_enabled=False."
+            f"the model has the learnable gating function {has!r} (m3po_gating_enabled), and mode={args.mode!r} with "
+            f"gating_type={args.gating_type!r} does not train it; set gating_type={has!r} in mode 'm3po' or 'h3po', or "
+            "load the model with m3po_gating_enabled=False."
         )
     for name, value in structure.items():
         if args.gating_config[name] != value:
             raise ValueError(
-                f"gating_config {name}={args.gating_config[name]!r}, and the gate of the model has {value!r}; set "
-                "that, or load the model with m3po_gating_enabled=False for a fresh gate."
+                f"gating_config {name}={args.gating_config[name]!r}, and the gating function of the model has "
+                f"{value!r}; set that, or load the model with m3po_gating_enabled=False for a fresh gating function."
             )
 
 
@@ -138,14 +141,14 @@ def _check_optimizer(args: Any, why: str) -> None:
         )
 
 
-def _with_modules(given: PeftConfig, wanted: list[AddedModules]) -> PeftConfig:
-    config = copy.deepcopy(given)
+def _with_modules(requested: PeftConfig, wanted: list[AddedModules]) -> PeftConfig:
+    config = copy.deepcopy(requested)
     names = [name for modules in wanted for name in modules.names]
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     return config
 
 
-def settle_modules(model: Any, args: Any) -> None:
+def prepare_modules(model: Any, args: Any) -> None:
     """Makes the modules of the policy what they must be when the optimizer is made, in place.
 
     They are float32, whatever has cast the model since (TRL casts all that is trainable on quantised base weights); and
@@ -154,7 +157,7 @@ def settle_modules(model: Any, args: Any) -> None:
     """
     for modules in wanted_modules(args):
         trains = modules is RESIDUAL_GATE or (
-            ASLRNumbers.of(args, {}).runs if modules is ASLR else args.cross_path_lambda > 0
+            ASLRHyperparameters.of(args, {}).runs if modules is ASLR else args.cross_path_lambda > 0
         )
         named = dict(model.named_parameters())
         for name in modules.among(named):
@@ -176,5 +179,5 @@ def prepare_reference(policy: Any, reference: Any, args: Any) -> None:
             modules.attach(reference, vars(args), args.seed)
         modules.copy(policy, reference)
     if ASLR in wanted_modules(args):
-        for name in ASLR_NUMBERS:
+        for name in ASLR_HYPERPARAMETERS:
             setattr(reference.config, name, getattr(args, name))

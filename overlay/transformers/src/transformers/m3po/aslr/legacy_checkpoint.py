@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the `m3po_modules.bin` that seed 2's training wrote beside a model (erratum E13)."""
+"""Reads the `m3po_modules.bin` that training by the prototype wrote beside a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .modules import ASLR_MODULES, ASLR_PARAMETERS
 
 # What PEFT puts between a module's name and its parameters.
 WRAPPER = "modules_to_save.default."
-# Seed 2's collaborator is an `nn.MultiheadAttention`.
+# The prototype's collaborator is an `nn.MultiheadAttention`.
 RENAMED = {
     "m3po_path_collaborator.attention.in_proj_weight": "m3po_path_collaborator.in_proj.weight",
     "m3po_path_collaborator.attention.in_proj_bias": "m3po_path_collaborator.in_proj.bias",
@@ -24,12 +24,14 @@ RENAMED = {
 
 
 @torch.no_grad()
-def load_seed_modules(model: Any, file: str | Path) -> None:
-    """Makes the ASLR modules of a model those of a file of seed 2 (in place), tensors only (`weights_only=True`).
+def load_prototype_modules(model: Any, file: str | Path) -> None:
+    """Makes the ASLR modules of a model those of a file of the prototype (in place), tensors only
+    (`weights_only=True`).
 
-    Seed 2 aggregates to W x and ours to s + (W - 1) x, so the unit matrix is taken off its `weight_proj.weight`. It is
-    a start for a training and not the same function: seed 2 refines the last position alone (E8), with other noise
-    (E9), without a temperature, and its attention reads states that are not divided by their RMS, by which the
+    The prototype aggregates to W x and ours to s + (W - 1) x, so the unit matrix is taken off its `weight_proj.weight`.
+    It is
+    a start for a training and not the same function: the prototype refines the last position alone, with other noise,
+    without a temperature, and its attention reads states that are not divided by their RMS, by which the
     aggregator's bias is multiplied here.
 
     Args:
@@ -42,28 +44,28 @@ def load_seed_modules(model: Any, file: str | Path) -> None:
     if not has_aslr(model):
         raise ValueError(f"{file} holds ASLR modules and the model has none; load it with aslr_enabled=True.")
     stored = torch.load(file, map_location="cpu", weights_only=True)
-    found: dict[str, torch.Tensor] = {}
-    for given, tensor in _tensors(stored):
-        if "original_module." in given:  # PEFT's copy of what the training began with
+    tensors: dict[str, torch.Tensor] = {}
+    for stored_name, tensor in _tensors(stored):
+        if "original_module." in stored_name:  # PEFT's copy of what the training began with
             continue
-        name = RENAMED.get(given, given)
-        if name in found:
+        name = RENAMED.get(stored_name, stored_name)
+        if name in tensors:
             raise ValueError(f"{file} has {name} twice; leave one copy of each module in it.")
-        found[name] = tensor
+        tensors[name] = tensor
     targets = {name: model.base_model.get_parameter(name) for name in ASLR_PARAMETERS}
     for name, target in targets.items():
-        if name not in found:
+        if name not in tensors:
             raise ValueError(f"{file} lacks {name}; it is not a whole m3po_modules.bin.")
-        if found[name].shape != target.shape:
+        if tensors[name].shape != target.shape:
             raise ValueError(
-                f"{file} has {name} of shape {tuple(found[name].shape)} and the model {tuple(target.shape)}; load the "
-                "model with the aslr_num_paths and the hidden size of the file."
+                f"{file} has {name} of shape {tuple(tensors[name].shape)} and the model {tuple(target.shape)}; load "
+                "the model with the aslr_num_paths and the hidden size of the file."
             )
-    unexpected = sorted(found.keys() - targets.keys())
+    unexpected = sorted(tensors.keys() - targets.keys())
     if unexpected:
         raise ValueError(f"{file} has {unexpected[0]}, which no ASLR module has.")
     for name, target in targets.items():
-        value = found[name].float()
+        value = tensors[name].float()
         if name == "m3po_path_aggregator.weight_proj.weight":
             value = value - torch.eye(len(value))
         target.copy_(value)
@@ -78,3 +80,6 @@ def _tensors(stored: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             continue
         start = next((name.index(module) for module in ASLR_MODULES if module in name), 0)
         yield name[start:].replace(WRAPPER, ""), value
+
+
+load_seed_modules = load_prototype_modules  # its name before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft thoughts as bags (HRPO, arXiv 2505.18454, section 3), and their blend across a group (mode h3po of seed 1).
+"""Soft thoughts as bags (HRPO, arXiv 2505.18454, section 3), and their blend across a group (mode h3po).
 
 A soft thought is h = (p E) / ||p||_2, p the distribution that a token was sampled from. Its bag holds the k likeliest
 tokens with the weights p_k / ||p||_2, the norm being that of the whole p: what a bag leaves out is the tail of the sum,
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 
-class Likeliest(NamedTuple):
+class TopKTokens(NamedTuple):
     """The likeliest tokens of distributions.
 
     Attributes:
@@ -27,8 +27,8 @@ class Likeliest(NamedTuple):
     norm: torch.Tensor
 
 
-def likeliest(probs: torch.Tensor, top_k: int, num_embeddings: int) -> Likeliest:
-    """What a bag or a learnable gate keeps of distributions.
+def top_k_tokens(probs: torch.Tensor, top_k: int, num_embeddings: int) -> TopKTokens:
+    """What a bag or a learnable gating function keeps of distributions.
 
     Args:
         probs: p (B, V) float32.
@@ -41,23 +41,23 @@ def likeliest(probs: torch.Tensor, top_k: int, num_embeddings: int) -> Likeliest
     """
     norm = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
     if top_k and top_k < probs.shape[-1]:
-        kept, ids = probs.topk(top_k, dim=-1)
+        top, ids = probs.topk(top_k, dim=-1)
     else:
-        kept, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+        top, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
     if num_embeddings < probs.shape[-1]:
         known = ids < num_embeddings
-        kept, ids = kept * known, ids * known
-    return Likeliest(ids.int(), kept, norm)
+        top, ids = top * known, ids * known
+    return TopKTokens(ids.int(), top, norm)
 
 
 def thought_bags(probs: torch.Tensor, top_k: int, num_embeddings: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The soft thoughts of distributions; arguments as `likeliest`.
+    """The soft thoughts of distributions; arguments as `top_k_tokens`.
 
     Returns:
         ids (B, K) int32 and weights (B, K) float32.
     """
-    kept = likeliest(probs, top_k, num_embeddings)
-    return kept.ids, kept.probs / kept.norm
+    top = top_k_tokens(probs, top_k, num_embeddings)
+    return top.ids, top.probs / top.norm
 
 
 def blend_thoughts(
@@ -80,12 +80,12 @@ def blend_thoughts(
     """
     all_ids, token, merged = _merge(ids, weights, peers, peer_rows, cross_path_lambda)
     merged_ids = torch.zeros_like(all_ids).scatter(-1, token, all_ids)
-    kept, place = merged.topk(ids.shape[-1], dim=-1)
+    top, place = merged.topk(ids.shape[-1], dim=-1)
     listens = (peers > 0).any(-1, keepdim=True)
-    return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, kept, weights)
+    return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, top, weights)
 
 
-def blended_weights(
+def recompute_blend_weights(
     bag_ids: torch.Tensor,
     bag_weights: torch.Tensor,
     ids: torch.Tensor,
@@ -105,9 +105,9 @@ def blended_weights(
     """
     all_ids, token, merged = _merge(ids, weights, peers, peer_rows, cross_path_lambda)
     place = torch.searchsorted(all_ids, bag_ids.contiguous()).clamp_max(all_ids.shape[-1] - 1)
-    found = merged.gather(-1, token.gather(-1, place))
+    chosen = merged.gather(-1, token.gather(-1, place))
     listens = (peers > 0).any(-1, keepdim=True)
-    return torch.where(listens & (bag_weights > 0), found, bag_weights)
+    return torch.where(listens & (bag_weights > 0), chosen, bag_weights)
 
 
 def _merge(
