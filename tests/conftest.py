@@ -83,6 +83,20 @@ def tiny(config_name: str, model_name: str) -> Callable[..., Any]:
     return make
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`family` is Llama, and Qwen2 as well in tests that are marked `both_families`: the two patched model files."""
+    if "family" in metafunc.fixturenames:
+        both = metafunc.definition.get_closest_marker("both_families") is not None
+        qwen2 = pytest.param("qwen2", marks=pytest.mark.slow)
+        metafunc.parametrize("family", ["llama", qwen2] if both else ["llama"], indirect=True)
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """`tiny_llama`, or `tiny_qwen2` in the second case of a test that is marked `both_families`."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
 @pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
     """`tiny_llama(seed=0, **config)`: LlamaForCausalLM, 2 layers, hidden 32, vocabulary 256, pad 0, bos 1, eos 2."""

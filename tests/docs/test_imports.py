@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrows point one way (design section 2), and importing our code does nothing: read from the source, not run."""
+"""Arrows point one way, and importing our code does nothing: read from the source, not run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 1-4, for every gate that is registered, at its own temperature and matched: λ = 0, groups, lonely
+"""What must hold with every gate that is registered, at its own temperature and matched: λ = 0, groups, lonely
 paths, padding, agreement with the scoring pass, statistics; and where a model keeps a gate that learns."""
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ SIZE = {"luong": {"rank": 8}, "bahdanau": {"attention_dim": 16}}
 LEARNABLE = [name for name in list_gating_functions() if gate_class(name).learnable]
 GATES = [*list_gating_functions(), *(f"{name} behind the embeddings" for name in LEARNABLE)]
 MATCH = {"cross_path_temp": "match"}
-PAIRS = [pytest.param("m3po", {}, id="m3po"), pytest.param("h3po", MATCH, id="h3po matched")]
+MODES = pytest.mark.parametrize(("mode", "sharpness"), [("m3po", {}), ("h3po", MATCH)], ids=["m3po", "h3po matched"])
+
+
+def by_turns(first):
+    """Every gate once, at its own temperature (0) or matched (1) by turns; tests begin with either."""
+    pairs = [(gate, MATCH if (first + number) % 2 else {}) for number, gate in enumerate(GATES)]
+    return pytest.mark.parametrize(("gate", "sharpness"), pairs, ids=GATES)
 
 
 @pytest.fixture(params=GATES)
 def gate(request):
     return request.param
-
-
-@pytest.fixture(params=["own temperature", "matched"])
-def sharpness(request):
-    return MATCH if request.param == "matched" else {}
 
 
 @pytest.fixture
@@ -114,6 +115,7 @@ def completions(output):
     return output.sequences[:, -output.rollout_logps.shape[1] :]
 
 
+@by_turns(1)
 def test_at_lambda_zero_no_gate_changes_plain_decoding(make, gate, sharpness):
     model, states = make(gate), [M3POGenerationState(), M3POGenerationState()]
     outputs, randoms = [], []
@@ -130,6 +132,7 @@ def test_at_lambda_zero_no_gate_changes_plain_decoding(make, gate, sharpness):
     assert not torch.equal(blended.sequences, off.sequences), "the test cannot tell"
 
 
+@by_turns(0)
 def test_no_gate_lets_groups_mix(make, gate, sharpness):
     model, prompts = make(gate), left_padded([9, 9, 9])
     other = {name: value.clone() for name, value in prompts.items()}
@@ -145,7 +148,7 @@ def test_no_gate_lets_groups_mix(make, gate, sharpness):
     assert not torch.equal(together[0].bag_weights[:4], together[1].bag_weights[:4]), "the test cannot tell"
 
 
-@pytest.mark.parametrize(("mode", "sharpness"), PAIRS)
+@MODES
 def test_with_every_gate_a_path_whose_peers_have_left_keeps_its_own_vector(make, gate, mode, sharpness):
     model = make(gate, mode)
     output = rollout(model, gate, return_thinking_embeds=True, output_scores=True, max_new_tokens=40, **sharpness)
@@ -162,6 +165,7 @@ def test_with_every_gate_a_path_whose_peers_have_left_keeps_its_own_vector(make,
     assert all(value.isfinite() for value in output.statistics.values())
 
 
+@by_turns(1)
 def test_with_every_gate_a_group_of_one_decodes_as_if_alone(make, gate, sharpness):
     """Among larger groups, whose size the record has, and where all groups are of one."""
     model = make(gate)
@@ -175,6 +179,7 @@ def test_with_every_gate_a_group_of_one_decodes_as_if_alone(make, gate, sharpnes
     assert torch.equal(ones.sequences, alone.sequences) and ones.bag_ids is None
 
 
+@by_turns(0)
 def test_the_order_of_the_rows_makes_no_difference_to_any_gate(make, gate, sharpness):
     """Greedy, of a prompt for each row: of paths, nothing but who they listen to depends on the others."""
     model, prompts = make(gate), left_padded([9, 4, 7, 9, 5, 8, 6, 9])
@@ -192,6 +197,7 @@ def test_the_order_of_the_rows_makes_no_difference_to_any_gate(make, gate, sharp
     assert (first.bag_weights[..., 1:] > 0.05).any() and not first.bag_weights[6].any()
 
 
+@by_turns(1)
 def test_padding_on_the_left_makes_no_difference_to_any_gate(make, gate, sharpness):
     model, prompts = make(gate), left_padded([4, 9, 7])
     wider = {name: torch.nn.functional.pad(value, (5, 0)) for name, value in prompts.items()}
@@ -201,7 +207,7 @@ def test_padding_on_the_left_makes_no_difference_to_any_gate(make, gate, sharpne
     torch.testing.assert_close(first.bag_weights, second.bag_weights, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("mode", "sharpness"), PAIRS)
+@MODES
 def test_with_every_gate_rollout_and_scoring_pass_agree_to_1e_4(make, gate, mode, sharpness):
     model, prompts = make(gate, mode), left_padded([4, 9, 7])
     output = rollout(model, gate, prompts, cross_path_top_k=2, **sharpness)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 1 and 2: everything off is upstream, and λ = 0 is the mode without cross-path, bit for bit."""
+"""Everything off is upstream, and λ = 0 is the mode without cross-path, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference.tiny import LIVELY, left_padded, small_tokenizer
-from transformers.m3po import M3POGenerationState
-from transformers.m3po.thinking import bags
+from transformers.m3po import M3POGenerationState, hooks
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "cross_path", "gating", "answer_start", "thinking", "m3po", "mhc"
@@ -85,10 +84,10 @@ def sampled(model, **overrides):
     return output, torch.get_rng_state()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.both_families
 @pytest.mark.parametrize("phase", ["thinking", "all"])
-def test_lambda_zero_is_the_mode_without_cross_path_bit_for_bit(tiny_llama, tiny_qwen2, family, phase):
-    model = {"llama": tiny_llama, "qwen2": tiny_qwen2}[family](**LIVELY)
+def test_lambda_zero_is_the_mode_without_cross_path_bit_for_bit(family, phase):
+    model = family(**LIVELY)
     off, zero_state = M3POGenerationState(), M3POGenerationState()
     plain, plain_rng = sampled(model)
     recorded, recorded_rng = sampled(model, m3po=off)
@@ -104,12 +103,12 @@ def test_lambda_zero_is_the_mode_without_cross_path_bit_for_bit(tiny_llama, tiny
 
 def test_a_forward_without_bags_gets_the_very_embeddings_of_upstream(tiny_llama, monkeypatch):
     model, seen = tiny_llama(), []
-    original = bags.mix_thinking_inputs
+    original = hooks.mix_thinking_inputs
 
     def watched(base, inputs_embeds, kwargs):
         seen.append((inputs_embeds, original(base, inputs_embeds, kwargs)))
         return seen[-1][1]
 
-    monkeypatch.setattr(bags, "mix_thinking_inputs", watched)
+    monkeypatch.setattr(hooks, "mix_thinking_inputs", watched)
     model(torch.full((2, 4), 130))
     assert len(seen) == 1 and seen[0][0] is seen[0][1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Design section 5, 2-5 and 7, for generation in every mode: agreement with the scoring pass, groups, lonely paths,
+"""What must hold for generation in every mode: agreement with the scoring pass, groups, lonely paths,
 gradients, decoding cost."""
 
 from __future__ import annotations
@@ -29,11 +29,6 @@ def mode(request):
     return request.param
 
 
-@pytest.fixture(params=["llama", "qwen2"])
-def family(request, tiny_llama, tiny_qwen2):
-    return {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param]
-
-
 @pytest.fixture
 def model(family, mode):
     return family(**LIVELY, **GATE[mode])
@@ -57,23 +52,22 @@ def rollout(model, mode, prompts=None, seed=2, **overrides):
     return model.generate(**(arguments | overrides))
 
 
+# By mode: the phase, what is kept and the cache, so that each pair of them meets in some call.
+EVERYWHERE = {"cross_path_phase": "all", "cache_implementation": "static"}
 WAYS = {
-    "m3po": ["thinking", "all", "top_k", "static", "uncached"],
-    "hrpo": ["thinking", "all", "whole", "static", "uncached"],
-    "h3po": ["thinking", "all", "whole", "top_k", "static", "uncached"],
+    "m3po": [{}, EVERYWHERE, {"cross_path_top_k": 1, "use_cache": False}],
+    "hrpo": [{}, EVERYWHERE, {"thought_top_k": 0, "use_cache": False}],
+    "h3po": [{}, {**EVERYWHERE, "thought_top_k": 0}, {"cross_path_top_k": 1, "thought_top_k": 0, "use_cache": False}],
 }
 
 
-@pytest.mark.parametrize(("mode", "way"), [(mode, way) for mode, ways in WAYS.items() for way in ways])
-def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withheld(model, mode, way):
-    overrides = {
-        "thinking": {},
-        "all": {"cross_path_phase": "all"},
-        "whole": {"thought_top_k": 0},
-        "top_k": {"cross_path_top_k": 1},
-        "static": {"cache_implementation": "static"},
-        "uncached": {"use_cache": False},
-    }[way]
+@pytest.mark.both_families
+def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withheld(family, mode):
+    for overrides in WAYS[mode]:
+        check_agreement(family(**LIVELY, **GATE[mode]), mode, overrides)
+
+
+def check_agreement(model, mode, overrides):
     prompts = left_padded([4, 9, 7])
     output = rollout(model, mode, prompts, **overrides)
     prompt_mask = prompts["attention_mask"]
@@ -91,6 +85,7 @@ def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withh
     assert largest_difference(**off_by_one) > 0.05
 
 
+@pytest.mark.both_families
 def test_the_vectors_handed_out_are_those_the_model_was_fed(model, mode):
     prompts = left_padded([4, 9, 7])
     output = rollout(model, mode, prompts, return_thinking_embeds=True)
@@ -175,6 +170,7 @@ def test_the_gradient_of_a_scoring_pass_is_finite_where_a_path_was_alone(model, 
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in gradients.values())
 
 
+@pytest.mark.both_families
 @pytest.mark.parametrize("mode", GATED)
 def test_gradient_reaches_the_gate_at_every_position_it_acts_on_from_the_first_pass(family, mode):
     """At HRPO's start, where a thought is a hundredth of an input: no position and no parameter is left out."""
@@ -229,7 +225,7 @@ def test_the_record_is_allocated_once_and_no_history_of_distributions_is_kept(ti
 
 
 def test_what_is_alive_beyond_the_record_does_not_grow_with_the_steps(tiny_llama, mode):
-    """Design 5.7, exactly: the peak of all tensors, less that of plain generation, less the preallocated record."""
+    """The peak of all tensors, less that of plain generation, less the preallocated record."""
 
     def added(steps):
         lengths = {"max_new_tokens": steps, "min_new_tokens": steps, "eos_token_id": 2}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with everything off is upstream's, and λ = 0 is the control, bit for bit (design 5.1 and 5.2)."""
+"""Training with everything off is upstream's, and λ = 0 is the control, bit for bit."""
 
 from __future__ import annotations
 

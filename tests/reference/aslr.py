@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ASLR, slowly, in float64: one row, position, latent path and head at a time, the noise in Python's integers.
 
-Written from the equations of errata E8 and E9 (as `m3po/aslr/modules.py` and `m3po/aslr/noise.py` state them) and from
+Written from the equations (as `m3po/aslr/modules.py` and `m3po/aslr/noise.py` state them) and from
 nothing else, to have something to hold the vectorised code against. Two readings of theirs: the spread of the latent
 paths is the root of the mean over units of their variance over paths; a state of zeros, whose z is 0 / 0, has z = 0.
 
@@ -40,7 +40,7 @@ class Modules(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Seed 2's numbers, in its order and with its defaults."""
+    """The hyperparameters of ASLR with their defaults."""
 
     num_paths: int = 4
     max_iterations: int = 2

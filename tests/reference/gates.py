@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter-free gates and their attention in float64, pair by pair from the formulas (seeds 3 and 4, E16)."""
+"""The parameter-free gates and their attention in float64, pair by pair from the formulas."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyper-connections, slowly, in float64: one position and one entry at a time, written from the equations (E22-E25).
+"""Hyper-connections, slowly, in float64: one position and one entry at a time, written from the equations.
 
 Equations 3 and 7-9 of arXiv 2512.24880 with row normalisation before column normalisation, H_res applied transposed,
 H_pre shifted to 1/S and the start of `hyper_connections/connections.py`; permutations weighed by a softmax (mHC-lite).

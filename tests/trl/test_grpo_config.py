@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of `GRPOConfig`: help, YAML and command line, what is derived, what is refused (design 4 and 5.8)."""
+"""The flags of `GRPOConfig`: help, YAML and command line, what is derived, what is refused."""
 
 from __future__ import annotations
 
@@ -225,17 +225,17 @@ REFUSED = [
         "cross_path_temp=0.2 and gating_config temperature=0.3",
         "set one of them",
     ),
-    ({"aslr_num_paths": 0}, "aslr_num_paths=0 is no whole number from 1 on", "seed 2 uses 4"),
-    ({"aslr_num_paths": 2.5}, "aslr_num_paths=2.5 is no whole number from 1 on", "seed 2 uses 4"),
-    ({"aslr_max_iterations": -1}, "aslr_max_iterations=-1 is no whole number from 0 on", "seed 2 uses 2"),
-    ({"aslr_threshold": 1.1}, "aslr_threshold=1.1 is outside [0, 1]", "seed 2 uses 0.5"),
-    ({"aslr_threshold": float("nan")}, "aslr_threshold=nan is outside [0, 1]", "seed 2 uses 0.5"),
-    ({"aslr_gumbel_temp": -0.1}, "aslr_gumbel_temp=-0.1 is not 0 or a positive number", "seed 2 uses 1.0"),
-    ({"aslr_gumbel_temp": float("inf")}, "aslr_gumbel_temp=inf is not 0 or a positive number", "seed 2 uses 1.0"),
-    ({"aslr_cross_path_lambda": -0.1}, "aslr_cross_path_lambda=-0.1 is outside [0, 1]", "seed 2 uses 0.1"),
-    ({"aslr_cross_path_lambda": 1.5}, "aslr_cross_path_lambda=1.5 is outside [0, 1]", "seed 2 uses 0.1"),
-    ({"aslr_cross_path_temp": 0.0}, "aslr_cross_path_temp=0.0 is not above 0", "seed 2 uses 0.1"),
-    ({"aslr_cross_path_temp": float("nan")}, "aslr_cross_path_temp=nan is not above 0", "seed 2 uses 0.1"),
+    ({"aslr_num_paths": 0}, "aslr_num_paths=0 is no whole number from 1 on", "4."),
+    ({"aslr_num_paths": 2.5}, "aslr_num_paths=2.5 is no whole number from 1 on", "4."),
+    ({"aslr_max_iterations": -1}, "aslr_max_iterations=-1 is no whole number from 0 on", "2."),
+    ({"aslr_threshold": 1.1}, "aslr_threshold=1.1 is outside [0, 1]", "0.5."),
+    ({"aslr_threshold": float("nan")}, "aslr_threshold=nan is outside [0, 1]", "0.5."),
+    ({"aslr_gumbel_temp": -0.1}, "aslr_gumbel_temp=-0.1 is not 0 or a positive number", "1.0."),
+    ({"aslr_gumbel_temp": float("inf")}, "aslr_gumbel_temp=inf is not 0 or a positive number", "1.0."),
+    ({"aslr_cross_path_lambda": -0.1}, "aslr_cross_path_lambda=-0.1 is outside [0, 1]", "0.1."),
+    ({"aslr_cross_path_lambda": 1.5}, "aslr_cross_path_lambda=1.5 is outside [0, 1]", "0.1."),
+    ({"aslr_cross_path_temp": 0.0}, "aslr_cross_path_temp=0.0 is not above 0", "0.1."),
+    ({"aslr_cross_path_temp": float("nan")}, "aslr_cross_path_temp=nan is not above 0", "0.1."),
     ({"use_vllm": True}, "use_vllm=True", "vLLM does not let paths interact"),
     (
         {"use_transformers_continuous_batching": True},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets gradient, and how much: all that acts on the thinking inputs (design 4 and 5.5), under LoRA as well.
+"""Who gets gradient, and how much: all that acts on the thinking inputs, under LoRA as well.
 
 The residual gate starts with a decay of 0.3 to 0.6: near 1, where HRPO starts it, sqrt(1 - a²) loses in float32 the
 digits that the comparison with float64 is about.
@@ -24,7 +24,7 @@ GATE = {
     "thinking_residual_gate_i.bias",
     "thinking_residual_Lambda.Lambda",
 }
-MODES = [("m3po", "llama"), ("m3po", "qwen2"), ("hrpo", "llama"), ("h3po", "llama"), ("h3po", "qwen2")]
+MODES = [("m3po", "qwen2"), ("hrpo", "llama"), ("h3po", "llama")]
 
 
 def plain_name(name: str) -> str:
@@ -109,21 +109,19 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("mode", "kind"), MODES)
-def test_full_fine_tuning_has_the_gradient_of_the_dense_float64_loss(tiny: Any, tmp_path: Path, mode: str, kind: str):
+def test_full_fine_tuning_has_the_gradient_of_the_dense_float64_loss_through_the_bags_too(
+    tiny: Any, tmp_path: Path, mode: str, kind: str
+):
     run, gradients, batch, before = first_step(tiny, tmp_path, kind, mode)
     assert not gradients.missing
     assert ({plain_name(name) for name in gradients.first} >= GATE) == (mode != "m3po")
-    expected = dense_gradients(before, batch, run.args.temperature)
+    assert not batch["rollout_bag_weights"].requires_grad and not batch["rollout_logps"].requires_grad
+    expected = dense_gradients(copy.deepcopy(before), batch, run.args.temperature)
     for name, gradient in gradients.first.items():
         assert relative(gradient, expected[name]) < 1e-4, name
-
-
-@pytest.mark.parametrize(("mode", "kind"), MODES)
-def test_full_fine_tuning_reaches_the_embeddings_through_the_bags(tiny: Any, tmp_path: Path, mode: str, kind: str):
-    run, gradients, batch, before = first_step(tiny, tmp_path, kind, mode)
-    name = "model.embed_tokens.weight"
+    embeddings = "model.embed_tokens.weight"
     cut = dense_gradients(before, batch, run.args.temperature, keep_bag_graph=False)
-    assert relative(gradients.first[name], cut[name]) > 0.1
+    assert relative(gradients.first[embeddings], cut[embeddings]) > 0.1
 
 
 @pytest.mark.parametrize(("mode", "kind"), MODES)
@@ -154,9 +152,3 @@ def test_under_lora_only_the_adapters_and_the_gate_get_gradient_and_move(
     start = tiny.model(kind).state_dict()
     base = {name.replace(".base_layer", ""): value for name, value in run.model.get_base_model().state_dict().items()}
     assert all(torch.equal(base[name], value) for name, value in start.items())
-
-
-@pytest.mark.parametrize("mode", ["m3po", "h3po"])
-def test_the_bags_of_a_batch_carry_no_gradient(tiny: Any, tmp_path: Path, mode: str):
-    _, _, batch, _ = first_step(tiny, tmp_path, "llama", mode)
-    assert not batch["rollout_bag_weights"].requires_grad and not batch["rollout_logps"].requires_grad

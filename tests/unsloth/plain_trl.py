@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's own GRPO on the tiny models, in a process that never imports Unsloth: what its trainer is compared with.
 
-python plain_trl.py RESULT.pt     writes, per kind and case: a batch, its log-probs, the loss, the gradients
+python plain_trl.py RESULT.pt     writes, per case: a batch, its log-probs, the loss, the gradients
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ def main(argv: list[str]) -> int:
     """argv: the file for the results."""
     torch.set_num_threads(1)
     cases.tiny_grpo.use_plain_scoring()
-    every = [(kind, case) for kind in cases.KINDS for case in cases.CASES]
-    torch.save({f"{kind} {case}": plain(kind, case, f"{argv[0]}.run") for kind, case in every}, argv[0])
+    torch.save({f"{kind} {case}": plain(kind, case, f"{argv[0]}.run") for kind, case in cases.BY_TURNS}, argv[0])
     return 0
 
 

@@ -137,7 +137,8 @@ def main(argv: list[str]) -> int:
         results[f"{kind} trained"] = [name for name, value in net.named_parameters() if value.requires_grad]
         results[f"{kind} rollouts"] = rollouts(net)
         results[f"{kind} forward"] = forward(net, results[f"{kind} rollouts"]["sampled"])
-        results[f"{kind} training"] = training(net, f"{argv[0]}.{kind}.run")
+        if kind == "llama":  # the trainer does not ask for the family
+            results[f"{kind} training"] = training(net, f"{argv[0]}.{kind}.run")
     torch.save(results, argv[0])
     return 0
 

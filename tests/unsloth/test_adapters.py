@@ -16,13 +16,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 SIZES = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
-def test_an_adapter_trains_and_saves_our_modules_in_float32(
-    kind: str, fast: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_an_adapter_trains_and_saves_our_modules_in_float32(fast: Callable[..., Any], tmp_path: Path) -> None:
     from unsloth import FastLanguageModel
 
-    net = cases.model(kind, "h3po-aslr")
+    net = cases.model("qwen2", "h3po-aslr")
     names, loaded = cases.own_names(net), fast(net, dtype=torch.bfloat16)
     for name in names:  # as a load in bf16 leaves them; upstream casts fp16 alone
         getattr(loaded.model, name).bfloat16()

@@ -3,106 +3,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-
 import pytest
 import torch
-from reference.gated import STRONG, narrow_tokenizer
-from reference.latent import positions_of, with_aslr
-from reference.tiny import alive_before, left_padded, teacher_forced_logps
-from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    StaticCache,
+from reference.aslr_rollouts import (
+    EOS,
+    GROUPS,
+    LEFT_OUT,
+    LENGTHS,
+    MODES,
+    STATISTICS,
+    TEMPERATURE,
+    assert_agrees,
+    completions_of,
+    rollout,
+    scored,
 )
-from transformers.generation import ContinuousBatchingManager
+from reference.latent import CLOSE, logged_warnings, positions_of, with_aslr
+from reference.tiny import alive_before, left_padded
+from transformers import StaticCache
 from transformers.m3po import M3POGenerateOutput, M3POGenerationState
 
-EOS = [2, 11, 20, 25]
-GROUPS = [4, 4, 1, 4, 1, 9]
-LENGTHS = [3, 6, 4, 5, 6, 2]
-TEMPERATURE = 0.8
-CROSS = {"enable_cross_path": True, "cross_path_lambda": 0.4, "cross_path_temp": 0.5}
-MODES = {"none": {}, "m3po": CROSS, "hrpo": {}, "h3po": CROSS}
-STATISTICS = {"router_weight_mean", "activation_rate_actual", "latent_diversity_before", "latent_diversity_after"}
-CLOSE = 1e-5
-LEFT_OUT = object()  # of an argument that a rollout has by default
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(params=["llama", "qwen2"])
-def make(request, tiny_llama, tiny_qwen2):
-    """Makes tiny models without ASLR for a mode: 28 tokens, weights so large that a refinement moves the logits."""
-    build = {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param]
-
-    def make_for(mode="none", **config):
-        gate = STRONG if mode in ("hrpo", "h3po") else {}
-        return build(**{"vocab_size": 28, "initializer_range": 0.2, "intermediate_size": 32, **gate, **config})
-
-    return make_for
-
-
-def rollout(model, mode="none", seed=1, **overrides):
-    """Six left-padded prompts of several lengths, groups of three, two and one in disorder; ASLR running."""
-    arguments = {
-        **left_padded(LENGTHS, first=3, last=28),
-        "tokenizer": narrow_tokenizer(),
-        "do_sample": True,
-        "temperature": TEMPERATURE,
-        "top_k": 0,
-        "max_new_tokens": 8,
-        "eos_token_id": EOS,
-        "pad_token_id": 0,
-        "return_dict_in_generate": True,
-        "is_m3po_inference": False,
-        **MODES[mode],
-    }
-    if "m3po" not in overrides and "num_return_sequences" not in overrides and mode in ("m3po", "h3po"):
-        overrides["m3po"] = M3POGenerationState(group_ids=torch.tensor(GROUPS))
-    torch.manual_seed(seed)
-    given = {name: value for name, value in (arguments | overrides).items() if value is not LEFT_OUT}
-    return model.generate(**given)
-
-
-def completions_of(output):
-    return output.sequences[:, -output.rollout_logps.shape[1] :]
-
-
-def scored(model, output, mask=None, temperature=TEMPERATURE, **inputs):
-    """Log-probs of one teacher-forced pass with the seeds and the bags of a rollout; 0 after the end of a row."""
-    mask = left_padded(LENGTHS)["attention_mask"] if mask is None else mask
-    inputs = {"is_m3po_inference": False, "aslr_row_seeds": output.row_seeds, **inputs}
-    if output.bag_ids is not None:
-        inputs |= {"thinking_bag_ids": output.bag_ids, "thinking_bag_weights": output.bag_weights}
-    logps = teacher_forced_logps(model, output.sequences, mask, temperature, **inputs)
-    return torch.where(alive_before(completions_of(output), EOS), logps, 0.0)
-
-
-def assert_agrees(model, output, tolerance=CLOSE, **given):
-    torch.testing.assert_close(output.rollout_logps, scored(model, output, **given), atol=tolerance, rtol=tolerance)
-
-
-@contextlib.contextmanager
-def heard():
-    """The warnings of `transformers.m3po.aslr.modules` as a list that fills; what was said once may be said again."""
-    logger, messages, handler = (
-        logging.getLogger("transformers.m3po.aslr.modules"),
-        [],
-        logging.Handler(logging.WARNING),
-    )
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.Logger.warning_once.cache_clear()
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
 
 
 # --- rollout and scoring pass
@@ -110,8 +31,9 @@ def heard():
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("how", ["sampled", "greedy"])
-def test_a_rollout_has_the_log_probs_of_one_teacher_forced_pass(make, mode, how):
-    model = with_aslr(make(mode))
+@pytest.mark.both_families
+def test_a_rollout_has_the_log_probs_of_one_teacher_forced_pass(make_for_mode, mode, how):
+    model = with_aslr(make_for_mode(mode))
     greedy = {"do_sample": False, "temperature": None, "top_k": None}
     output = rollout(model, mode, **(greedy if how == "greedy" else {}))
     tokens = completions_of(output)
@@ -138,14 +60,14 @@ def test_a_rollout_has_the_log_probs_of_one_teacher_forced_pass(make, mode, how)
         {"threshold": 0.0, "cross_path_temp": 2.0},
     ],
 )
-def test_other_numbers_agree_as_well(make, numbers):
-    model = with_aslr(make(), **numbers)
+def test_other_numbers_agree_as_well(make_for_mode, numbers):
+    model = with_aslr(make_for_mode(), **numbers)
     assert_agrees(model, rollout(model))
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_the_paths_of_a_prompt_have_seeds_of_their_own_and_agree(make, mode):
-    model, mask = with_aslr(make(mode)), left_padded([3, 5])["attention_mask"]
+def test_the_paths_of_a_prompt_have_seeds_of_their_own_and_agree(make_for_mode, mode):
+    model, mask = with_aslr(make_for_mode(mode)), left_padded([3, 5])["attention_mask"]
     prompts = left_padded([3, 5], first=3, last=28)
     output = rollout(model, mode, **prompts, num_return_sequences=3)
     assert output.row_seeds.shape == (6,) and output.row_seeds.unique().numel() == 6
@@ -156,8 +78,8 @@ def test_the_paths_of_a_prompt_have_seeds_of_their_own_and_agree(make, mode):
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("cache", ["static", "given", "none", "chunks", "chunks of one"])
-def test_every_cache_and_every_prefill_gives_the_same_rollout(make, mode, cache):
-    model = with_aslr(make(mode))
+def test_every_cache_and_every_prefill_gives_the_same_rollout(make_for_mode, mode, cache):
+    model = with_aslr(make_for_mode(mode))
     arguments = {
         "static": {"cache_implementation": "static"},
         "given": {"past_key_values": StaticCache(config=model.config, max_cache_len=64)},
@@ -173,13 +95,13 @@ def test_every_cache_and_every_prefill_gives_the_same_rollout(make, mode, cache)
         torch.testing.assert_close(output.statistics[name], value, atol=CLOSE, rtol=CLOSE)
 
 
-def test_the_model_may_be_in_bfloat16(make):
-    model = with_aslr(make(initializer_range=0.05).to(torch.bfloat16))
+def test_the_model_may_be_in_bfloat16(make_for_mode):
+    model = with_aslr(make_for_mode(initializer_range=0.05).to(torch.bfloat16))
     assert_agrees(model, rollout(model), tolerance=0.1)
 
 
-def test_a_prompt_padded_further_gives_the_same_rollout(make):
-    model = with_aslr(make())
+def test_a_prompt_padded_further_gives_the_same_rollout(make_for_mode):
+    model = with_aslr(make_for_mode())
     prompts = left_padded(LENGTHS, first=3, last=28)
     wider = {name: torch.nn.functional.pad(value, (3, 0)) for name, value in prompts.items()}
     one, other = rollout(model, **prompts), rollout(model, **wider)
@@ -187,9 +109,9 @@ def test_a_prompt_padded_further_gives_the_same_rollout(make):
     torch.testing.assert_close(one.rollout_logps, other.rollout_logps, atol=CLOSE, rtol=CLOSE)
 
 
-def test_at_the_start_a_rollout_is_that_of_the_plain_model(make):
+def test_at_the_start_a_rollout_is_that_of_the_plain_model(make_for_mode):
     """But for the seeds, which are drawn from the same generator before the first token."""
-    plain = make()
+    plain = make_for_mode()
     model, state = with_aslr(plain, random=False), M3POGenerationState(row_seeds=torch.arange(6))
     one, other = rollout(model, m3po=state), rollout(plain)
     assert torch.equal(one.sequences, other.sequences)
@@ -200,8 +122,8 @@ def test_at_the_start_a_rollout_is_that_of_the_plain_model(make):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_given_seeds_are_used_and_reported(make, mode):
-    model, seeds = with_aslr(make(mode)), torch.tensor([5, 2**31 - 1, 0, 7, 7, 1])
+def test_given_seeds_are_used_and_reported(make_for_mode, mode):
+    model, seeds = with_aslr(make_for_mode(mode)), torch.tensor([5, 2**31 - 1, 0, 7, 7, 1])
     groups = {"group_ids": torch.tensor(GROUPS)} if "enable_cross_path" in MODES[mode] else {}
     state = M3POGenerationState(row_seeds=seeds, **groups)
     output = rollout(model, mode, m3po=state)
@@ -212,8 +134,8 @@ def test_given_seeds_are_used_and_reported(make, mode):
     assert again.row_seeds.dtype == torch.long
 
 
-def test_drawn_seeds_come_from_torchs_generator_and_are_recorded(make):
-    model, state = with_aslr(make()), M3POGenerationState()
+def test_drawn_seeds_come_from_torchs_generator_and_are_recorded(make_for_mode):
+    model, state = with_aslr(make_for_mode()), M3POGenerationState()
     output = rollout(model, seed=5, m3po=state)
     rng = torch.get_rng_state()
     torch.manual_seed(5)
@@ -226,8 +148,8 @@ def test_drawn_seeds_come_from_torchs_generator_and_are_recorded(make):
     assert state.row_seeds.shape == (2,), "a state that is used again draws again"
 
 
-def test_the_seeds_alone_tell_greedy_rollouts_apart(make):
-    model, logps = with_aslr(make()), []
+def test_the_seeds_alone_tell_greedy_rollouts_apart(make_for_mode):
+    model, logps = with_aslr(make_for_mode()), []
     for seeds in (torch.arange(6), torch.arange(6), torch.arange(6) + 1):
         state = M3POGenerationState(row_seeds=seeds)
         logps.append(rollout(model, do_sample=False, temperature=None, top_k=None, m3po=state).rollout_logps[:, 0])
@@ -235,8 +157,8 @@ def test_the_seeds_alone_tell_greedy_rollouts_apart(make):
 
 
 @pytest.mark.parametrize("count", [1, 5, 7])
-def test_there_is_a_seed_for_each_row_or_an_error(make, count):
-    model = with_aslr(make())
+def test_there_is_a_seed_for_each_row_or_an_error(make_for_mode, count):
+    model = with_aslr(make_for_mode())
     with pytest.raises(ValueError, match=rf"^aslr_row_seeds of shape \({count},\) .* for 6 rows: give a 1-D tensor"):
         rollout(model, m3po=M3POGenerationState(row_seeds=torch.arange(count)))
     with pytest.raises(ValueError, match=rf"^aslr_row_seeds of shape \({count},\) .* for 12 rows"):
@@ -248,8 +170,9 @@ def test_there_is_a_seed_for_each_row_or_an_error(make, count):
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("way", ["argument", "generation config"])
-def test_at_inference_a_rollout_is_that_of_the_plain_model_bit_for_bit(make, mode, way):
-    plain = make(mode)
+@pytest.mark.both_families
+def test_at_inference_a_rollout_is_that_of_the_plain_model_bit_for_bit(make_for_mode, mode, way):
+    plain = make_for_mode(mode)
     model, random_states, outputs = with_aslr(plain), [], []
     for net in (plain, model):
         if way == "argument":
@@ -269,18 +192,18 @@ def test_at_inference_a_rollout_is_that_of_the_plain_model_bit_for_bit(make, mod
     assert not torch.equal(rollout(model, mode, is_m3po_inference=False).sequences, one.sequences)
 
 
-def test_a_state_at_inference_records_neither_seeds_nor_statistics(make):
+def test_a_state_at_inference_records_neither_seeds_nor_statistics(make_for_mode):
     state = M3POGenerationState(row_seeds=torch.arange(6))
-    output = rollout(with_aslr(make()), m3po=state, is_m3po_inference=True)
+    output = rollout(with_aslr(make_for_mode()), m3po=state, is_m3po_inference=True)
     assert state.row_seeds is None and state.statistics == {} and type(output) is not M3POGenerateOutput
 
 
-def test_unset_runs_and_says_so_once(make):
-    model = with_aslr(make())
-    with heard() as messages:
+def test_unset_runs_and_says_so_once(make_for_mode):
+    model = with_aslr(make_for_mode())
+    with logged_warnings() as messages:
         silent = rollout(model)
         rollout(model, is_m3po_inference=True)
-        rollout(make(), is_m3po_inference=None)
+        rollout(make_for_mode(), is_m3po_inference=None)
         assert messages == []
         unset = rollout(model, is_m3po_inference=None)
         rollout(model, is_m3po_inference=None)
@@ -297,8 +220,8 @@ def test_unset_runs_and_says_so_once(make):
         {"aslr_cross_path_lambda": 0.9, "aslr_cross_path_temp": 1},
     ],
 )
-def test_an_override_holds_for_its_call_only(make, way, changed):
-    plain = make()
+def test_an_override_holds_for_its_call_only(make_for_mode, way, changed):
+    plain = make_for_mode()
     model = with_aslr(plain)
     other = with_aslr(plain, **{name.removeprefix("aslr_"): value for name, value in changed.items()})
     before = rollout(model)
@@ -315,16 +238,16 @@ def test_an_override_holds_for_its_call_only(make, way, changed):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_an_override_goes_with_every_mode(make, mode):
-    model, prompts = with_aslr(make(mode)), left_padded([3, 5], first=3, last=28)
+def test_an_override_goes_with_every_mode(make_for_mode, mode):
+    model, prompts = with_aslr(make_for_mode(mode)), left_padded([3, 5], first=3, last=28)
     output = rollout(model, mode, **prompts, num_return_sequences=3, aslr_gumbel_temp=4.0)
     assert_agrees(model, output, mask=prompts["attention_mask"], aslr_gumbel_temp=4.0)
     spread = output.statistics["latent_diversity_before"]
     assert abs(spread / (0.4 * 0.75**0.5) - 1) < 0.1
 
 
-def test_without_rounds_a_greedy_rollout_is_that_of_the_plain_model(make):
-    plain = make()
+def test_without_rounds_a_greedy_rollout_is_that_of_the_plain_model(make_for_mode):
+    plain = make_for_mode()
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "output_logits": True}
     expected, model = rollout(plain, **greedy), with_aslr(plain)
     for output in (rollout(model, aslr_max_iterations=0, **greedy), rollout(with_aslr(plain, num_paths=1), **greedy)):
@@ -334,8 +257,8 @@ def test_without_rounds_a_greedy_rollout_is_that_of_the_plain_model(make):
 
 
 @pytest.mark.parametrize("how", ["P = 1", "R = 0", "R = 0 for the call"])
-def test_without_a_loop_nothing_is_drawn_and_samples_are_those_of_the_plain_model(make, how):
-    plain = make()
+def test_without_a_loop_nothing_is_drawn_and_samples_are_those_of_the_plain_model(make_for_mode, how):
+    plain = make_for_mode()
     expected = rollout(plain)
     rng = torch.get_rng_state()
     model = with_aslr(plain, **{"P = 1": {"num_paths": 1}, "R = 0": {"max_iterations": 0}}.get(how, {}))
@@ -343,12 +266,12 @@ def test_without_a_loop_nothing_is_drawn_and_samples_are_those_of_the_plain_mode
     assert torch.equal(output.sequences, expected.sequences) and torch.equal(torch.get_rng_state(), rng)
 
 
-def test_nothing_is_drawn_and_recorded_on_a_model_without_aslr(make):
-    model = with_aslr(make(), random=False)
+def test_nothing_is_drawn_and_recorded_on_a_model_without_aslr(make_for_mode):
+    model = with_aslr(make_for_mode(), random=False)
     model.config.aslr_enabled = False
     state = M3POGenerationState()
     output, rng = rollout(model, m3po=state), torch.get_rng_state()
-    assert torch.equal(output.sequences, rollout(make()).sequences) and torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(output.sequences, rollout(make_for_mode()).sequences) and torch.equal(torch.get_rng_state(), rng)
     assert state.row_seeds is None and state.statistics == {}
 
 
@@ -356,9 +279,9 @@ def test_nothing_is_drawn_and_recorded_on_a_model_without_aslr(make):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_the_statistics_are_the_means_over_the_sampled_tokens(make, mode):
+def test_the_statistics_are_the_means_over_the_sampled_tokens(make_for_mode, mode):
     """Measured again in one teacher-forced pass, at the states that the completion's tokens were sampled from."""
-    model = with_aslr(make(mode), threshold=0.7)
+    model = with_aslr(make_for_mode(mode), threshold=0.7)
     output = rollout(model, mode, seed=2)
     tokens = completions_of(output)
     steps, sampled = tokens.shape[1], alive_before(tokens, EOS)
@@ -379,19 +302,19 @@ def test_the_statistics_are_the_means_over_the_sampled_tokens(make, mode):
         torch.testing.assert_close(output.statistics[name].double(), value, atol=CLOSE, rtol=0)
 
 
-def test_the_threshold_of_the_call_decides_which_positions_are_active(make):
-    model = with_aslr(make())
+def test_the_threshold_of_the_call_decides_which_positions_are_active(make_for_mode):
+    model = with_aslr(make_for_mode())
     for threshold, rate in ((0.0, 1.0), (1.0, 0.0)):
         assert rollout(model, aslr_threshold=threshold).statistics["activation_rate_actual"] == rate
 
 
-def test_without_noise_the_latent_paths_of_a_rollout_are_equal(make):
-    statistics = rollout(with_aslr(make()), aslr_gumbel_temp=0.0).statistics
+def test_without_noise_the_latent_paths_of_a_rollout_are_equal(make_for_mode):
+    statistics = rollout(with_aslr(make_for_mode()), aslr_gumbel_temp=0.0).statistics
     assert max(statistics["latent_diversity_before"], statistics["latent_diversity_after"]) < 1e-6
 
 
-def test_the_object_comes_when_it_is_asked_for_and_holds_the_states_record(make):
-    model, state = with_aslr(make()), M3POGenerationState()
+def test_the_object_comes_when_it_is_asked_for_and_holds_the_states_record(make_for_mode):
+    model, state = with_aslr(make_for_mode()), M3POGenerationState()
     output = rollout(model, m3po=state)
     assert type(output) is M3POGenerateOutput
     assert output.thinking_mask is None and output.bag_ids is None and output.embeds_ratio is None
@@ -403,126 +326,9 @@ def test_the_object_comes_when_it_is_asked_for_and_holds_the_states_record(make)
     assert state.record_bytes >= 6 * steps * 4 + 6 * 8 + 6 * steps * 3 * 4
 
 
-# --- what is refused
-
-
-@pytest.fixture
-def no_manager(monkeypatch):
-    """A call that is not refused must not begin continuous batching: its warm-up and threads take minutes."""
-
-    def started(*args, **kwargs):
-        raise AssertionError("continuous batching was started")
-
-    monkeypatch.setattr(ContinuousBatchingManager, "__init__", started)
-
-
-def refusal(model, mode="none", **overrides):
-    """The message of the ValueError that the call raises, one line."""
-    with pytest.raises(ValueError) as error:
-        rollout(model, mode, **overrides)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("way", ["argument", "state"])
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"aslr_num_paths": 2}, ["aslr_num_paths=2", "built for 4", "aslr_max_iterations=0"]),
-        ({"aslr_num_paths": 1}, ["aslr_num_paths=1", "built for 4"]),
-        ({"aslr_max_iterations": -1}, ["aslr_max_iterations=-1", "whole number from 0 on"]),
-        ({"aslr_max_iterations": 1.5}, ["aslr_max_iterations=1.5", "whole number from 0 on"]),
-        ({"aslr_threshold": 2}, ["aslr_threshold=2", "[0, 1]"]),
-        ({"aslr_gumbel_temp": -1.0}, ["aslr_gumbel_temp=-1.0", "not 0 or a positive number"]),
-        ({"aslr_cross_path_lambda": float("nan")}, ["aslr_cross_path_lambda=nan", "[0, 1]"]),
-        ({"aslr_cross_path_temp": 0.0}, ["aslr_cross_path_temp=0.0", "not above 0"]),
-    ],
-)
-def test_an_override_that_the_model_cannot_use_is_refused(make, way, wrong, words):
-    given = wrong if way == "argument" else {"m3po": M3POGenerationState(aslr_overrides=wrong)}
-    message = refusal(with_aslr(make()), **given)
-    assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize("way", ["argument", "state"])
-@pytest.mark.parametrize("name", ["aslr_num_paths", "aslr_max_iterations", "aslr_threshold"])
-def test_an_override_on_a_plain_model_is_refused(make, way, name):
-    given = {name: 1} if way == "argument" else {"m3po": M3POGenerationState(aslr_overrides={name: 1})}
-    message = refusal(make(), **given)
-    assert message.startswith(f"{name} does nothing on a model without ASLR") and "aslr_enabled=True" in message
-
-
-def test_an_override_that_is_none_is_none(make):
-    assert torch.equal(rollout(make(), aslr_threshold=None).sequences, rollout(make()).sequences)
-    model = with_aslr(make())
-    assert torch.equal(rollout(model, aslr_threshold=None).sequences, rollout(model).sequences)
-    state = M3POGenerationState()
-    assert torch.equal(rollout(model, aslr_threshold=None, m3po=state).sequences, rollout(model).sequences)
-
-
-def test_an_override_beside_a_state_is_refused(make):
-    message = refusal(with_aslr(make()), aslr_threshold=0.2, m3po=M3POGenerationState())
-    assert "aslr_threshold stands beside m3po=" in message and "aslr_overrides={'aslr_threshold': 0.2}" in message
-
-
-@pytest.mark.parametrize(
-    ("how", "named"),
-    [
-        ({"num_beams": 2, "do_sample": False}, "beam_search"),
-        ({"num_beams": 2, "do_sample": True}, "beam_sample"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
-        ({"custom_generate": lambda model, input_ids, **kwargs: input_ids}, "a decoding loop other than upstream's"),
-        ({"cache_implementation": "paged"}, "continuous batching"),
-    ],
-)
-def test_a_model_with_aslr_decodes_in_upstreams_sampling_loop_or_not_at_all(make, no_manager, how, named):
-    message = refusal(with_aslr(make()), **how)
-    assert f"a model with ASLR does not work with {named}" in message
-    assert "num_beams=1" in message and "config.aslr_enabled=False" in message
-
-
-@pytest.mark.parametrize("how", [{"num_beams": 2, "do_sample": False}, {"custom_generate": lambda model, input_ids: 0}])
-def test_an_override_on_a_plain_model_is_refused_by_its_name_however_it_decodes(make, how):
-    assert "aslr_threshold" in refusal(make(), aslr_threshold=0.2, **how)
-
-
-@pytest.mark.parametrize("wrong", [{"aslr_num_paths": 9}, {"aslr_threshold": 2.0}])
-def test_an_override_that_the_model_cannot_use_is_refused_at_inference_too(make, wrong):
-    model = with_aslr(make())
-    with pytest.raises(ValueError):
-        model(torch.tensor([[5, 6]]), is_m3po_inference=True, **wrong)
-    assert next(iter(wrong)) in refusal(model, is_m3po_inference=True, **wrong)
-
-
-def test_a_state_refuses_an_override_that_it_does_not_know():
-    with pytest.raises(ValueError, match="^aslr_overrides has aslr_treshold; it takes aslr_num_paths, "):
-        M3POGenerationState(aslr_overrides={"aslr_treshold": 0.9})
-
-
-def test_seeds_that_are_not_whole_numbers_are_refused(make):
-    assert "row_seeds" in refusal(with_aslr(make()), m3po=M3POGenerationState(row_seeds=torch.rand(6)))
-
-
-def test_assisted_generation_by_another_model_is_refused(make):
-    for main, assistant in ((with_aslr(make()), make(seed=1)), (with_aslr(make()), with_aslr(make(seed=1)))):
-        message = refusal(main, assistant_model=assistant, tokenizer=None)
-        assert "a model with ASLR does not work with assisted_generation" in message
-
-
-def test_continuous_batching_of_a_model_with_aslr_is_refused(make, no_manager):
-    model = with_aslr(make())
-    for call in (
-        lambda: model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2)),
-        lambda: model.init_continuous_batching(GenerationConfig(max_new_tokens=2)),
-    ):
-        with pytest.raises(ValueError, match="a model with ASLR does not work with continuous") as error:
-            call()
-        assert "\n" not in str(error.value)
-
-
-def test_the_position_ids_of_a_scoring_pass_are_those_of_the_rollout(make):
-    """Without them the noise of a padded row would be another (erratum E9): what the agreement above rests on."""
-    model = with_aslr(make())
+def test_the_position_ids_of_a_scoring_pass_are_those_of_the_rollout(make_for_mode):
+    """Without them the noise of a padded row would be another: what the agreement above rests on."""
+    model = with_aslr(make_for_mode())
     output = rollout(model)
     mask = torch.cat([left_padded(LENGTHS)["attention_mask"], torch.ones_like(completions_of(output))], dim=1)
     inputs = {"attention_mask": mask, "is_m3po_inference": False, "aslr_row_seeds": output.row_seeds}
@@ -533,35 +339,3 @@ def test_the_position_ids_of_a_scoring_pass_are_those_of_the_rollout(make):
     assert (right - wrong)[real].abs().max() > 1e-2
     unpadded = real.all(1)
     torch.testing.assert_close(right[unpadded], wrong[unpadded], atol=CLOSE, rtol=CLOSE)
-
-
-def test_numbers_in_a_generation_config_are_refused(make):
-    model = with_aslr(make())
-    config = GenerationConfig(aslr_max_iterations=0, max_new_tokens=2)
-    with pytest.raises(ValueError, match="^aslr_max_iterations in a generation config is not read"):
-        model.generate(**left_padded([4, 2, 3]), generation_config=config, is_m3po_inference=False)
-
-
-def test_seeds_on_a_plain_model_are_refused(make):
-    assert "row_seeds do nothing" in refusal(make(), m3po=M3POGenerationState(row_seeds=torch.arange(6)))
-
-
-def test_an_override_of_a_loop_that_is_skipped_is_refused(make):
-    said = refusal(with_aslr(make()), is_m3po_inference=True, aslr_threshold=0.25)
-    assert "aslr_threshold does nothing with is_m3po_inference=True" in said
-
-
-def test_aslr_inside_a_composite_model_is_refused():
-    text = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        aslr_enabled=True,
-    )
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63))
-    with pytest.raises(ValueError, match="aslr_enabled=True in the text_config of a 'llava' model"):
-        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=1, is_m3po_inference=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of seed 2's `m3po_modules.bin` (E13): files as `torch.save` writes them, of modules as seed 2 has them."""
+"""The reader of the prototype's `m3po_modules.bin`: files as `torch.save` writes them, of the prototype's modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(num_paths: int = P, **more: Any) -> LlamaForCausalLM:
 
 
 def seed_weights() -> dict[str, dict[str, torch.Tensor]]:
-    """The state dicts of seed 2's three modules, random."""
+    """The state dicts of the prototype's three modules, random."""
     torch.manual_seed(1)
     attention = nn.MultiheadAttention(H, 8, batch_first=True)
     return {
@@ -76,7 +76,7 @@ def test_the_copy_that_peft_keeps_of_the_start_is_left_out(tmp_path: Path) -> No
     assert torch.equal(net.model.m3po_router.gate.weight, seed_weights()["m3po_router"]["gate.weight"])
 
 
-def test_collaborator_computes_what_the_seeds_attention_does(tmp_path: Path) -> None:
+def test_collaborator_computes_what_the_prototypes_attention_does(tmp_path: Path) -> None:
     """At temperature 1, where ours is `nn.MultiheadAttention`."""
     torch.save(seed_weights(), tmp_path / "m3po_modules.bin")
     net = model()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter-free gates against their formulas in float64, and what all gates have in common (E16, E19)."""
+"""The parameter-free gates against their formulas in float64, and what all gates have in common."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_a_gate_without_a_temperature_cannot_be_registered() -> None:
         register_gating_function("function", lambda probs: probs)  # type: ignore[arg-type]
 
 
-def test_the_seeds_import_path_leads_here() -> None:
+def test_the_prototypes_import_path_leads_here() -> None:
     from transformers.m3po import gating
     from transformers.models.qwen2 import m3po_gating
     from transformers.models.qwen2.m3po_gating.base import BaseM3POGating as base

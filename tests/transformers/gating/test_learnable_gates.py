@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gates with parameters against their formulas in float64: values, gradients, options (E17)."""
+"""The gates with parameters against their formulas in float64: values, gradients, options."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`temperature="match"`: every gate as sharp as the baseline in each group, by a bisection in float64 (E16)."""
+"""`temperature="match"`: every gate as sharp as the baseline in each group, by a bisection in float64."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from importlib import import_module
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_nothing_is_logged_and_nothing_read_back_while_debugging_is_off(tiny_lla
 
     for place in (
         debugging,
-        *(__import__(f"transformers.m3po.{name}", fromlist=["x"]) for name in ("rollout", "aslr")),
+        *(import_module(f"transformers.m3po.{name}") for name in ("generation.rollout", "aslr.modules")),
     ):
         for name in ("log_attention", "log_thoughts", "log_latent_paths"):
             if hasattr(place, name):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`generate` with cross-path interaction: seed 1's call, what it returns, and the batches and caches it works with."""
+"""`generate` with cross-path interaction: its call, what it returns, and the batches and caches it works with."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 import torch
 from reference import cross_path
 from reference.tiny import LIVELY, Script, alive_after, alive_before, left_padded, small_tokenizer, text_of
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 from transformers.m3po import M3POGenerateOutput, M3POGenerationState, ThinkingSettings, generate_with_m3po
 
 FIELDS = ["sequences", "thinking_embeds", "thinking_mask", "embeds_ratio"]
 EOS = [2, 60, 61, 62, 63]
 
 
-@pytest.fixture(params=["llama", "qwen2"])
-def model(request, tiny_llama, tiny_qwen2):
-    return {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param](**LIVELY)
+@pytest.fixture
+def model(family):
+    return family(**LIVELY)
 
 
 def rollout(model, seed=1, lengths=(5, 9), paths=4, **overrides):
@@ -48,7 +48,7 @@ def completions_of(output):
     return output.sequences[:, -output.rollout_logps.shape[1] :]
 
 
-def test_the_call_of_seed_1_returns_the_fields_in_its_order(smollm2_tokenizer, tiny_llama):
+def test_the_shortest_call_returns_the_fields_in_their_order(smollm2_tokenizer, tiny_llama):
     tok = smollm2_tokenizer
     model = tiny_llama(vocab_size=len(tok), bos_token_id=1, eos_token_id=2, pad_token_id=2)
     prompt = "Calculate 23 × 17. Show your reasoning step by step."
@@ -76,6 +76,7 @@ def test_the_call_of_seed_1_returns_the_fields_in_its_order(smollm2_tokenizer, t
     assert blended.any() and (outputs.embeds_ratio[~blended] == 1).all()
 
 
+@pytest.mark.both_families
 def test_every_recorded_vector_mask_and_log_prob_follows_from_the_formulas(model):
     output, tokenizer = rollout(model), small_tokenizer()
     tokens, embedding = completions_of(output), model.get_input_embeddings().weight.detach()
@@ -138,11 +139,10 @@ def test_dense_vectors_and_the_object_come_only_when_asked_for(model):
     assert torch.equal(plain, recorded.sequences) and torch.equal(plain, dense.sequences)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "given", "none"])
+@pytest.mark.parametrize("cache", ["static", "given", "none"])
 def test_every_cache_gives_the_same_tokens_and_bags(model, cache):
     expected = rollout(model)
     arguments = {
-        "dynamic": {"past_key_values": DynamicCache(config=model.config)},
         "static": {"cache_implementation": "static"},
         "given": {"past_key_values": StaticCache(config=model.config, max_cache_len=64)},
         "none": {"use_cache": False},
@@ -259,7 +259,7 @@ def test_a_state_alone_records_log_probs_and_leaves_the_tokens_and_the_answer_as
     assert state.bag_ids is None and state.thinking_mask is None and state.rollout_logps.min() < -1
 
 
-def test_the_wrapper_of_seed_3_is_the_same_call(model):
+def test_generate_with_m3po_is_the_same_call(model):
     prompts = left_padded([5, 9])
     common = {"tokenizer": small_tokenizer(), "eos_token_id": EOS, "pad_token_id": 0, "top_k": 0}
     expected = rollout(model, return_thinking_embeds=None, output_scores=False, max_new_tokens=12)
@@ -288,6 +288,7 @@ def test_both_entries_ask_for_a_tokenizer_in_the_same_words(model):
     assert output.thinking_mask[:, :2].all()
 
 
+@pytest.mark.both_families
 def test_the_answer_marker_of_the_model_is_the_default_of_the_argument(model):
     default = rollout(model).thinking_mask
     model.answer_start = "a"

@@ -102,7 +102,7 @@ def test_a_decoding_loop_of_somebody_else_is_refused(tiny_llama):
 
 
 def test_a_callable_of_the_caller_still_gets_its_own_processing_class(tiny_llama):
-    """An argument that upstream hands to the callable must not be taken for seed 1's name of `tokenizer`."""
+    """An argument that upstream hands to the callable must not be taken for another name of `tokenizer`."""
 
     def loop(model, input_ids, processing_class=None, **kwargs):
         return processing_class
@@ -223,7 +223,7 @@ def test_one_state_serves_one_call_after_the_other_with_the_numbers_of_each(tiny
     assert state.bag_weights is None and state.rollout_logps.shape == (4, 6)
 
 
-def test_the_seeds_name_of_the_tokenizer_argument_is_accepted(tiny_llama):
+def test_the_tokenizer_may_be_given_as_processing_class(tiny_llama):
     arguments = {"num_return_sequences": 2, "max_new_tokens": 3, "do_sample": True, "return_dict_in_generate": True}
     output = tiny_llama().generate(PROMPT, processing_class=small_tokenizer(), enable_cross_path=True, **arguments)
     assert output.thinking_mask.shape == (4, 3)

@@ -20,11 +20,10 @@ MODES = {"hrpo": {}, "h3po": {"enable_cross_path": True, "cross_path_lambda": LA
 CLOSE = 1e-5
 
 
-@pytest.fixture(params=["llama", "qwen2"])
-def make(request, tiny_llama, tiny_qwen2):
+@pytest.fixture
+def make(family):
     """Makes tiny models with a gate: 28 tokens, weights large enough that what is thought moves the logits."""
-    build = {"llama": tiny_llama, "qwen2": tiny_qwen2}[request.param]
-    return lambda **config: build(**{"vocab_size": 28, "initializer_range": 0.2, **STRONG, **config})
+    return lambda **config: family(**{"vocab_size": 28, "initializer_range": 0.2, **STRONG, **config})
 
 
 def rollout(model, mode, seed=1, **overrides):
@@ -88,8 +87,11 @@ def assert_follows(model, output, expected, mixed, tolerance=CLOSE):
         assert abs(output.embeds_ratio[row, t].item() - ratio.item()) < CLOSE
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize(("tied", "vocabulary", "top_k"), [(False, 28, 6), (True, 28, 0), (True, 36, 6)])
+@pytest.mark.both_families
+@pytest.mark.parametrize(
+    ("mode", "tied", "vocabulary", "top_k"),
+    [("hrpo", False, 28, 6), ("hrpo", True, 36, 6), ("h3po", True, 28, 0), ("h3po", True, 36, 6)],
+)
 def test_a_rollout_is_that_of_the_reference(make, mode, tied, vocabulary, top_k):
     """Inputs, bags and log-probs; then the log-probs of one teacher-forced pass, the model's and the reference's.
 
@@ -129,8 +131,7 @@ def test_an_embedding_that_was_widened_later_is_read_to_its_end(make):
     assert_follows(model, output, *replay(model, output, "h3po", top_k=0))
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("where", ["state", "generation config", "neither"])
+@pytest.mark.parametrize(("mode", "where"), [("h3po", "state"), ("hrpo", "generation config"), ("h3po", "neither")])
 def test_greedy_decoding_thinks_at_the_temperature_it_is_told(make, mode, where):
     """Its log-probs are those of what it chose from; its thoughts have the temperature that training sampled at."""
     model = make()
@@ -223,7 +224,7 @@ def test_the_token_that_completes_the_marker_and_all_after_it_are_plain(make, mo
     assert torch.equal((output.thinking_embeds != own).any(-1), mixed)
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("mode", ["h3po"])
 def test_phase_all_thinks_to_the_end_of_each_row_and_needs_no_tokenizer(make, mode):
     output = rollout(make(), mode, cross_path_phase="all", tokenizer=None)
     tokens = completions_of(output)
@@ -232,8 +233,7 @@ def test_phase_all_thinks_to_the_end_of_each_row_and_needs_no_tokenizer(make, mo
     assert not torch.equal(output.thinking_mask, thinking_by_the_text(tokens)), "a poor case"
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("cache", ["static", "given", "none"])
+@pytest.mark.parametrize(("mode", "cache"), [("hrpo", "static"), ("h3po", "given"), ("h3po", "none")])
 def test_every_cache_gives_the_same_rollout(make, mode, cache):
     model = make()
     arguments = {
@@ -253,6 +253,7 @@ def assert_same_rollout(one, other):
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
+@pytest.mark.both_families
 def test_h3po_at_lambda_zero_is_hrpo_bit_for_bit(make, top_k):
     model, random_states = make(), []
     outputs = []
@@ -371,10 +372,9 @@ def test_thought_top_k_on_a_plain_model_is_refused(make, mode):
         ({"cache_implementation": "paged"}, "continuous batching"),
     ],
 )
-@pytest.mark.parametrize("mode", list(MODES))
-def test_a_gated_model_decodes_in_upstreams_sampling_loop_or_not_at_all(make, no_manager, mode, how, named):
+def test_a_gated_model_decodes_in_upstreams_sampling_loop_or_not_at_all(make, no_manager, how, named):
     """Elsewhere it would be read without its thoughts, and without a word."""
-    message = refusal(make(), mode, **how)
+    message = refusal(make(), "h3po", **how)
     assert f"a model with a residual gate does not work with {named}" in message
     assert "num_beams=1" in message and "config.thinking_residual_enabled=False" in message
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import hyper_connections as reference
-from reference.hyper_start import SEEDS_TAU, put_in_the_seeds_start
+from reference.hyper_start import BAD_TAU, put_in_the_start_that_cannot_learn
 from transformers import DeepseekV4Config
 from transformers.m3po.hyper_connections.connections import (
     DynamicMHC,
@@ -65,10 +65,10 @@ def test_sinkhorns_matrices_lie_as_a_batched_product_wants_them():
 
 
 def test_a_low_temperature_leaves_the_manifold():
-    """Why tau is 1.0: with logits of this size, 20 rounds at the seed's 0.05 miss the row sums by far."""
+    """Why tau is 1.0: with logits of this size, 20 rounds at 0.05 miss the row sums by far."""
     logits = 0.55 * torch.randn(2000, 4, 4)
-    errors = {tau: (sinkhorn(logits, 20, tau).sum(-1) - 1).abs().max().item() for tau in (1.0, SEEDS_TAU)}
-    assert errors[1.0] < 1e-4 and errors[SEEDS_TAU] > 0.1
+    errors = {tau: (sinkhorn(logits, 20, tau).sum(-1) - 1).abs().max().item() for tau in (1.0, BAD_TAU)}
+    assert errors[1.0] < 1e-4 and errors[BAD_TAU] > 0.1
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e30])
@@ -119,7 +119,7 @@ def test_birkhoff_is_exactly_doubly_stochastic_and_the_references(streams):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_matrices_reads_and_writes_are_the_references(kind, streams):
-    """H_res is not symmetric here, so a transposed or mislaid one would show (E25)."""
+    """H_res is not symmetric here, so a transposed or mislaid one would show."""
     mixer = lively(DynamicMHC(6, streams, sinkhorn_iters=7, residual=kind).double())
     x, y = torch.randn(2, 3, streams, 6).double(), torch.randn(2, 3, 6).double()
     layer = torch.nn.Module()
@@ -261,11 +261,11 @@ def test_the_default_start_learns_to_permute_the_streams(kind):
     assert 1.5 < before < 2.5 and after < before / 2
 
 
-def test_the_seeds_start_learns_nothing():
-    mixer = put_in_the_seeds_start(DynamicMHC(16, 4, sinkhorn_tau=SEEDS_TAU))
+def test_a_start_at_the_edge_of_saturation_learns_nothing():
+    mixer = put_in_the_start_that_cannot_learn(DynamicMHC(16, 4, sinkhorn_tau=BAD_TAU))
     before, after = learns_a_permutation(mixer)
     assert after > 0.95 * before
-    assert not mixer.bias.grad[8:].any(), "erratum E22: the gradient of H_res is exactly 0"
+    assert not mixer.bias.grad[8:].any(), "at a uniform start the gradient of H_res is exactly 0"
 
 
 # --- the gate

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`regated_weights` and `blended_weights`: the bags of a rollout once more, from what it recorded (E18)."""
+"""`regated_weights` and `blended_weights`: the bags of a rollout once more, from what it recorded."""
 
 from __future__ import annotations
 

@@ -84,22 +84,22 @@ def test_the_open_part_gets_gradient_at_once_the_rest_from_the_second_step_and_a
         assert (blind_key(name, value - start[name]).abs() > 1e-4).float().mean() > 0.95, name
 
 
-def test_refining_the_last_position_alone_as_the_seed_did_leaves_the_modules_without_gradient(
+def test_refining_the_last_position_alone_leaves_the_modules_without_gradient(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The logit of that position is dropped in a policy pass (E8): the loss does not see the modules at all."""
+    """The logit of that position is dropped in a policy pass: the loss does not see the modules at all."""
     loop = aslr._inner_loop
 
     def last_alone(*args: Any) -> torch.Tensor:
         return torch.cat([args[-1][:, :-1], loop(*args)[:, -1:]], 1)
 
     steps = {}
-    for name in ("ours", "the seed's"):
+    for name in ("every position", "the last position alone"):
         run = tiny.trainer(tmp_path, flags={**ON, "max_grad_norm": 0.0}, model=tiny.with_aslr())
         steps[name] = tiny.aslr_gradients(run)
         monkeypatch.setattr(aslr, "_inner_loop", last_alone)
-    assert not any(value.any() for gradients in steps["the seed's"] for value in gradients.values())
-    assert all(value.any() for gradients in steps["ours"] for value in gradients.values())
+    assert not any(value.any() for gradients in steps["the last position alone"] for value in gradients.values())
+    assert all(value.any() for gradients in steps["every position"] for value in gradients.values())
 
 
 # The start
@@ -136,8 +136,9 @@ def test_the_random_state_and_the_adapter_do_not_depend_on_aslr(tiny: Any, tmp_p
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize("skipped", [{"aslr_num_paths": 1}, {"aslr_max_iterations": 0}])
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("skipped", "adapted"), [({"aslr_num_paths": 1}, False), ({"aslr_max_iterations": 0}, True)], ids=["full", "lora"]
+)
 def test_one_latent_path_or_no_round_is_a_run_without_the_loop(
     tiny: Any, tmp_path: Path, adapted: bool, skipped: dict[str, int]
 ):
@@ -210,8 +211,9 @@ def test_distance_from_the_start_is_logged_for_each_module(tiny: Any, tmp_path: 
 # Beside the model's dtype and an adapter
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "bf16 autocast"])
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("adapted", "autocast"), [(True, False), (False, True)], ids=["lora, bf16 weights", "full, bf16 autocast"]
+)
 def test_the_modules_are_float32_and_train_whatever_the_dtype_of_the_model(
     tiny: Any, tmp_path: Path, adapted: bool, autocast: bool
 ):
@@ -272,7 +274,7 @@ def test_a_plain_model_stays_plain_unless_asked(tiny: Any, tmp_path: Path, said:
         assert "aslr" not in (tmp_path / file).read_text(encoding="utf-8")
 
 
-def test_what_is_left_open_on_a_plain_model_is_the_seeds(tiny: Any, tmp_path: Path):
+def test_what_is_left_open_on_a_plain_model_gets_the_defaults(tiny: Any, tmp_path: Path):
     run = tiny.trainer(tmp_path, flags=ON)
     assert {name: getattr(run.args, name) for name in ASLR_NUMBERS} == ASLR_DEFAULTS
     assert {name: getattr(run.model.config, name) for name in ASLR_NUMBERS} == ASLR_DEFAULTS
@@ -285,11 +287,11 @@ def test_a_run_without_aslr_refuses_a_model_that_has_it(tiny: Any, tmp_path: Pat
             tiny.trainer(tmp_path, flags={"mode": mode, "aslr_enabled": False}, model=tiny.with_aslr(), **given)
 
 
-@pytest.mark.parametrize("said", [None, False])
-@pytest.mark.parametrize("name", ASLR_NUMBERS)
-def test_a_number_of_aslr_without_it_is_refused(tiny: Any, tmp_path: Path, name: str, said: Any):
-    with pytest.raises(ValueError, match=f"^{name} does nothing without ASLR: set aslr_enabled=True, or leave it out"):
-        tiny.trainer(tmp_path, flags={"aslr_enabled": said, name: ASLR_DEFAULTS[name]})
+def test_a_number_of_aslr_without_it_is_refused(tiny: Any, tmp_path: Path):
+    for name, enabled in zip(ASLR_NUMBERS, (None, False) * 3, strict=True):
+        expected = f"^{name} does nothing without ASLR: set aslr_enabled=True, or leave it out"
+        with pytest.raises(ValueError, match=expected):
+            tiny.trainer(tmp_path, flags={"aslr_enabled": enabled, name: ASLR_DEFAULTS[name]})
 
 
 def test_another_number_of_latent_paths_than_the_models_is_refused(tiny: Any, tmp_path: Path):
@@ -328,8 +330,7 @@ def test_an_adapter_with_aslr_on_a_base_model_without_is_refused(tiny: Any, tmp_
 # What is saved
 
 
-@pytest.mark.parametrize("mode", ["none", "m3po"])
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("mode", "adapted"), [("none", True), ("m3po", False)], ids=["none, lora", "m3po, full"])
 def test_what_is_saved_has_the_logits_of_the_run_and_its_numbers(tiny: Any, tmp_path: Path, adapted: bool, mode: str):
     """Numbers that override those of the start model, in m3po.json and, of a whole model, in config.json."""
     other = {"aslr_threshold": 0.7, "aslr_gumbel_temp": 0.5}
