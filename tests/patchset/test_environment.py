@@ -310,18 +310,12 @@ def test_an_extra_is_added_to_a_complete_environment_which_then_keeps_it(
     assert environment.choose_extras((), environment.read_stamp(project)) == set()  # --rebuild starts from nothing
 
 
-def test_a_fresh_environment_with_the_extra_is_made_in_one_go(project: Path) -> None:
-    done = make_env(project, "--extra=unsloth")
-    assert done.returncode == 0 and "adding" not in done.stdout
-    assert python_says(project, "import importlib.metadata as m; print(m.version('addon'))") == "0.1.0"
-    assert make_env(project).stdout == "env: up to date\n"
-
-
-def test_a_machine_with_a_gpu_gets_the_extra_with_a_line_that_says_so_once(project: Path) -> None:
+def test_a_machine_with_a_gpu_gets_the_extra_in_one_go_with_a_line_that_says_so_once(project: Path) -> None:
     (project / "gpu").touch()
     done = make_env(project)
     assert done.stdout.splitlines()[0] == "env: this machine has an NVIDIA GPU: the extra unsloth is taken"
-    assert "with the extra unsloth" in last_line(done)
+    assert "with the extra unsloth" in last_line(done) and "adding" not in done.stdout
+    assert python_says(project, "import importlib.metadata as m; print(m.version('addon'))") == "0.1.0"
     assert make_env(project).stdout == "env: up to date\n"
 
 
