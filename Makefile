@@ -7,14 +7,17 @@ BENCH := . scripts/isolated.sh; PYTHONPATH=benchmarks .venv/bin/python benchmark
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env env-unsloth apply-patches status export-patches check-patches upgrade bundle compatibility lint format \
-	test bench export-model clean
+.PHONY: help env env-docs env-unsloth apply-patches status export-patches check-patches upgrade bundle compatibility lint format \
+	reference docs test bench export-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env: ## make or complete .venv and vendor/ (a no-op when up to date) [PYTHON=python3.12, EXTRA=unsloth]
+env: ## make or complete .venv and vendor/ (a no-op when up to date) [PYTHON=python3.12, EXTRA=unsloth or docs]
 	@$(TOOL) patchset.environment $(addprefix --extra=,$(EXTRA))
+
+env-docs: env
+	@$(TOOL) patchset.environment --extra=docs
 
 env-unsloth: env
 	@$(TOOL) patchset.environment --extra=unsloth
@@ -49,11 +52,17 @@ format: env ## let ruff write the formatting and the simple fixes
 	@$(ENV) -m ruff check --fix
 	@$(ENV) -m ruff format
 
+reference: env ## write the tables of docs/flags.md and docs/metrics.md from the code
+	@$(ENV) -m m3po_lab.documentation.reference
+
+docs: env-docs ## site/: the pages as a site with search; a dead link or anchor is an error
+	@export NO_MKDOCS_2_WARNING=1; $(ENV) -m mkdocs build --quiet --strict
+
 test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own: importing Unsloth patches the other libraries
 	@$(ENV) -m pytest -n 2 --dist loadfile
 	@$(ENV) -m pytest tests/unsloth
 
-bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gates
+bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gating functions
 	@$(BENCH)/rollout.py
 	@$(BENCH)/policy_pass.py
 	@$(BENCH)/thoughts.py

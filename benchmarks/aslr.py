@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from rollout import commit, in_turn, machine, peak_bytes, write_results
 from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
-from transformers.m3po.aslr.settings import ASLRNumbers
+from transformers.m3po.aslr.settings import ASLRHyperparameters
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 KIB = 1 << 10
 
 
-def loop_flops(config: Any, numbers: ASLRNumbers) -> int:
+def loop_flops(config: Any, numbers: ASLRHyperparameters) -> int:
     """Multiplications and additions of the loop for one token: router, R rounds of P paths, aggregation."""
     size, paths = config.hidden_size, numbers.num_paths
     a_round = 8 * paths * size**2 + 4 * paths**2 * size  # four projections of each path; scores and values
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_model(ModelConfig(model_name_or_path=args.model_name_or_path, dtype=args.dtype))
     attach_aslr(model, aslr_num_paths=args.aslr_num_paths, aslr_max_iterations=args.aslr_max_iterations)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    numbers = ASLRNumbers.of(model.config, {})
+    numbers = ASLRHyperparameters.of(model.config, {})
     torch.manual_seed(0)
     most = max(args.rows)
     ids = torch.randint(100, len(tokenizer) - 100, (most, 24 + args.length), device=model.device)

@@ -106,16 +106,13 @@ def model_of(engine: str, settings: dict[str, Any], args: Any) -> tuple[Any, Any
         sizes = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": sorted(LORA)}
         net = FastLanguageModel.get_peft_model(net, use_gradient_checkpointing=False, random_state=0, **sizes)
         return net, words, None
-    from m3po_lab.grpo.config import Run, RunArguments
-    from m3po_lab.grpo.engine import Engine
     from m3po_lab.models.loading import load_model
     from m3po_lab.models.unsloth_model import load_with_unsloth
 
     flags = {"use_peft": True, "lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "lora_target_modules": LORA}
     model = trl.ModelConfig(model_name_or_path=place, dtype=dtype, **flags)
     if engine == "unsloth":
-        run = Run(RunArguments(), args, model, Path(), Engine("unsloth", "benchmark"))
-        return (*load_with_unsloth(run), None)
+        return (*load_with_unsloth(model, args), None)
     return (*load_model(model), trl.get_peft_config(model))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rollout import commit, in_turn, machine, write_results
 from transformers.m3po.gating import create_gating_function, list_gating_functions
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K
 
 # Bytes from which glibc maps memory anew, and from which it gives some back: its defaults at the start, and 1 GiB.
@@ -37,7 +37,7 @@ def measure(pairs: int, groups: int, paths: int, vocabulary: int) -> dict[str, d
     probs = logits.softmax(-1).view(groups, paths, -1)
     found = {}
     for name in list_gating_functions():
-        if gate_class(name).learnable:
+        if gating_class(name).learnable:
             gate = create_gating_function(name, {"vocab_size": vocabulary})
             call = partial(_likeliest, gate, probs)
         else:

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM
 from transformers.m3po import M3POGenerationState, ThinkingSettings
 from transformers.m3po.gating import create_gating_function, list_gating_functions
 from transformers.m3po.gating.base import attention_weights
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.gating.module import attach_gating
 from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K
 from trl import ModelConfig
 
-from m3po_lab.grpo.config import PROJECT_ROOT
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.core.errors import PROJECT_ROOT
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 CONFIG = "configs/demo_short.yaml"
 
@@ -78,20 +79,20 @@ def main(argv: list[str] | None = None) -> int:
     probs, ids = real_distributions(model.eval(), tokenizer, args.num_paths)
     embed = model.get_input_embeddings()
     rows: list[dict[str, Any]] = []
-    for gate_name in (name for name in list_gating_functions() if gate_class(name).learnable):
+    for gating_name in (name for name in list_gating_functions() if gating_class(name).learnable):
         for projects in (False, True):
             options = {"project_embeddings": projects}
-            attach_gating(model, gate_name, options, seed=0)
+            attach_gating(model, gating_name, options, seed=0)
             start: Any = model.base_model.m3po_gating
             before = attention(start, embed, probs, ids)
             named = {name: value.detach().clone() for name, value in start.named_parameters()}
             exact = attention(start.double(), lambda rows: embed(rows).double(), probs.double(), ids)
             noise = (before - exact).abs().max().item()
             for training in ("embeddings", "logits"):
-                folder = args.folder / f"{gate_name}-{'embeddings' if projects else 'vocabulary'}-{training}"
+                folder = args.folder / f"{gating_name}-{'embeddings' if projects else 'vocabulary'}-{training}"
                 if not (folder / "summary.json").is_file():
                     words = [sys.executable, "-m", "m3po_lab.train", CONFIG, "--mode", "m3po", "--overwrite", "true"]
-                    words += ["--gating_type", gate_name, "--gating_config", json.dumps(options)]
+                    words += ["--gating_type", gating_name, "--gating_config", json.dumps(options)]
                     words += ["--gating_training", training, "--max_steps", str(args.steps), "--save_steps", "20"]
                     words += ["--per_device_train_batch_size", str(2 * args.num_paths), "--num_eval_problems", "2"]
                     words += ["--num_generations", str(args.num_paths), "--output_dir", str(folder)]
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                 size = torch.stack([value.norm() for value in named.values()]).norm()
                 rows.append(
                     {
-                        "gate": gate_name,
+                        "gate": gating_name,
                         "reads": "embeddings" if projects else "vocabulary",
                         "gating_training": training,
                         "gate_moved": (torch.stack([*steps.values()]).norm() / size).item(),

@@ -21,11 +21,12 @@ from rollout import RESULTS, commit, machine, write_results
 from transformers.m3po import M3POGenerationState, ThinkingSettings
 from transformers.m3po.gating import LearnableGating, create_gating_function, list_gating_functions
 from transformers.m3po.gating.base import attention_weights
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 TEMPERATURES = np.logspace(-4.5, 1, 67)
@@ -37,7 +38,7 @@ def all_gates(model: Any) -> dict[str, Any]:
     gates: dict[str, Any] = {}
     sizes = {"vocab_size": model.config.vocab_size, "hidden_size": model.config.hidden_size}
     for name in list_gating_functions():
-        if not gate_class(name).learnable:
+        if not gating_class(name).learnable:
             gates[name] = create_gating_function(name)
             continue
         for projects in (False, True):
@@ -145,7 +146,7 @@ def draw_group(kept: dict[str, torch.Tensor], file: Path) -> int:
 
 
 def _default(name: str) -> float:
-    return gate_class(name.split(",")[0]).default_temperature
+    return gating_class(name.split(",")[0]).default_temperature
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,8 @@ from transformers.m3po.settings import RESIDUAL_MODES
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 
 def scoring_pass(model: Any, inputs: dict[str, torch.Tensor], completion: int, gated: bool) -> None:

@@ -27,7 +27,8 @@ from transformers.m3po.settings import RESIDUAL_MODES
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 RESULTS = Path(__file__).parent / "results"
 KIB = 1 << 10

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from rollout import RESULTS, commit, machine
 from transformers.m3po.bag_vectors import bag_vectors
-from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.thinking.residual_gate import RESIDUAL_GATE_MODULES, attach_residual_gate
 from transformers.m3po.thinking.thoughts import thought_bags
 from trl import ModelConfig
 
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 BOUNDS = ((0.95, 0.999), (0.98, 0.999), (0.99, 0.999))
@@ -102,7 +103,7 @@ def closeness(model: Any, output: Any, probs: torch.Tensor, args: argparse.Names
     for r_min, r_max in BOUNDS:
         attach_residual_gate(model, r_min, r_max, args.seed)
         gated = distribution(**bags)
-        for name in GATE_MODULES:
+        for name in RESIDUAL_GATE_MODULES:
             delattr(model.base_model, name)
         model.config.thinking_residual_enabled = False
         apart = (gated.gather(-1, chosen) - plain.gather(-1, chosen)).abs()

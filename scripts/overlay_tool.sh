@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a module of scripts/patchset, which comes before the environment: bash scripts/overlay_tool.sh patchset status
-# By PYTHON where it is given, else by the Python of .venv (the choice stays until rebuild_env.sh), else by python3.
+# By PYTHON where it is set, else by the Python of .venv (the choice stays until rebuild_env.sh), else by python3.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/isolated.sh

@@ -2,7 +2,7 @@
 """Entry point of a training in several processes: ``ACCELERATE_CONFIG=X.yaml bash scripts/train_grpo.sh ...``.
 
 `accelerate launch` starts `m3po_lab.train` as often as the config file says. Added to it: a wrong file is one line, the
-exit code is that of the process which ended first, and what that process has said is not buried under the launcher's
+exit code is that of the process which ended first, and the message of that process is not buried under the launcher's
 traceback.
 """
 
@@ -29,13 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m3po_lab.core.processes import VARIABLE, launch_arguments, launch_config
 
     try:
-        found = launch_config()
-        if found is None:
+        launched = launch_config()
+        if launched is None:
             raise UserError(f"set {VARIABLE} to a config file of accelerate, e.g. configs/accelerate/cpu2.yaml.")
-        file, config = found
+        file, config = launched
         if config.use_cpu:
-            os.environ["ACCELERATE_USE_CPU"] = "true"  # torchrun is not told, and would take a GPU where there is one
-        logging.disable(logging.ERROR)  # of this process, which would say in ten lines what is said below in one
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # torchrun does not learn of it, and would take a GPU
+        logging.disable(logging.ERROR)  # this process would log ten lines for the one that is printed below
         with failures_said():
             launch_command(launch_arguments(file, words))
     except (UserError, ConnectionError, DistNetworkError, ValueError) as error:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say_end(who: str, code: int) -> int:
-    """Name the process that ended first and how, unless it has said so itself; returns the exit code."""
+    """Name the process that ended first and how, unless it has printed why itself; returns the exit code."""
     if code not in SPOKEN:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         print(f"error: {who} {how}; the others were stopped.", file=sys.stderr)

@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     silence_known_noise()
     from m3po_lab.core.errors import exit_code, failures_said
-    from m3po_lab.pretraining.run import parse, run_pretraining
+    from m3po_lab.pretraining.arguments import parse
+    from m3po_lab.pretraining.run import run_pretraining
 
     words = list(sys.argv[1:] if argv is None else argv)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from m3po_lab.command_line.entry import start
 
 if TYPE_CHECKING:
-    from m3po_lab.grpo.config import Run
+    from m3po_lab.grpo.arguments import Run
 
 # What to lower where memory is short: the same run, but for the order in which sums are made.
 BATCH_FLAGS = (
@@ -83,11 +83,11 @@ def way_on(words: Sequence[str], run: Run | None) -> str:
     from m3po_lab.command_line.commands import CONTINUE, train_command
     from m3po_lab.grpo.checkpoints import checkpoints, missing_part
 
-    found = checkpoints(run.folder) if run else []
-    whole = [path for path in found if missing_part(path) is None]
+    folders = checkpoints(run.folder) if run else []
+    whole = [path for path in folders if missing_part(path) is None]
     if whole:
         return f"Continue from {whole[-1].name} with: {train_command(words, CONTINUE)}"
-    half_written = bool(found) and run is not None and run.training.resume_from_checkpoint is None
+    half_written = bool(folders) and run is not None and run.training.resume_from_checkpoint is None
     again = train_command(words, {"overwrite": "true"} if half_written else {})
     return f"No checkpoint yet. Start again with: {again}"
 

@@ -64,11 +64,14 @@ def apply_series(repo: git.Git, up: Upstream, pristine: str, patches: list[Patch
     return Built(pristine, commit, tree)
 
 
-def _conflict(repo: git.Git, up: Upstream, patch: Patch, said: str) -> str:
+def _conflict(repo: git.Git, up: Upstream, patch: Patch, output: str) -> str:
     """What git said, the hunk it means, the likely cause, and what to do."""
     where = f"patches/{up.name}/{patch.name}"
-    lines = [f"{up.name}: conflict: {where} does not apply", *(f"  git: {line}" for line in said.strip().splitlines())]
-    for file, number in re.findall(r"patch failed: (.+):(\d+)", said):
+    lines = [
+        f"{up.name}: conflict: {where} does not apply",
+        *(f"  git: {line}" for line in output.strip().splitlines()),
+    ]
+    for file, number in re.findall(r"patch failed: (.+):(\d+)", output):
         part = patch.diff.partition(f"+++ b/{file}".encode())[2].partition(b"\ndiff --git ")[0]
         for hunk in re.findall(rb"^@@ -%d[, ].*" % int(number), part, re.MULTILINE):
             lines.append(f"  hunk: {file}: {hunk.decode('utf-8', 'replace')}")

@@ -42,8 +42,8 @@ def bundle(root: Path, ups: list[Upstream]) -> list[str]:
             tree = full_tree(repo, up, built)
             name = f"{up.name}-{local[up.name]}"
             (staged / f"{name}.patch").write_bytes(complete_diff(repo, up, built.pristine, tree, local[up.name]))
-            made = wheel(repo, up, tree, local, Path(temp, up.name))
-            (staged / f"{name}-{up.wheel.split('-', 2)[2]}").write_bytes(made)
+            content = wheel(repo, up, tree, local, Path(temp, up.name))
+            (staged / f"{name}-{up.wheel.split('-', 2)[2]}").write_bytes(content)
         for file in sorted(staged.iterdir()):
             lines.append(f"dist/{file.name}  {wheels.digest(file)}")
         dist = root / "dist"
@@ -81,8 +81,8 @@ def wheel(repo: git.Git, up: Upstream, tree: str, local: dict[str, str], temp: P
     folder = check.write_tree(up, repo, tree, [], temp)
     executable = {entry.path for entry in wheels.read(up) if entry.mode == "100755"}
     old, new = (f"{up.name}-{version}.dist-info/" for version in (up.version, local[up.name]))
-    rows, made = [], io.BytesIO()
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+    rows, buffer = [], io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()):
             if name.startswith(".git/") or name == f"{old}RECORD":
                 continue
@@ -95,7 +95,7 @@ def wheel(repo: git.Git, up: Upstream, tree: str, local: dict[str, str], temp: P
             rows.append(f"{name},sha256={hashed},{len(data)}")
         rows.append(f"{new}RECORD,,")
         _add(archive, f"{new}RECORD", "100644", ("\n".join(rows) + "\n").encode())
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def metadata(data: bytes, up: Upstream, local: dict[str, str]) -> bytes:
@@ -105,8 +105,8 @@ def metadata(data: bytes, up: Upstream, local: dict[str, str]) -> bytes:
         Drift: there is no line with the version.
     """
     head, gap, body = data.partition(b"\n\n")
-    head, found = re.subn(rb"(?m)^Version: .*$", f"Version: {local[up.name]}".encode(), head)
-    if found != 1:
+    head, count = re.subn(rb"(?m)^Version: .*$", f"Version: {local[up.name]}".encode(), head)
+    if count != 1:
         raise Drift(f"{up.name}: METADATA of {up.wheel} does not have one line with the version")
     for name, version in local.items():
         # Only the unconditional requirement: extras keep theirs, which the pinned version satisfies.

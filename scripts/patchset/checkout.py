@@ -39,12 +39,12 @@ class View:
 
 def recover(root: Path) -> None:
     """Finish or undo what a killed command left: the old tree comes back when the new one was not in place yet."""
-    for left in sorted((root / "vendor" / ".patchset").glob("*")):
-        what, _, name = left.name.partition("-")
+    for remainder in sorted((root / "vendor" / ".patchset").glob("*")):
+        what, _, name = remainder.name.partition("-")
         if what == "old" and not (root / "vendor" / name).exists():
-            left.rename(root / "vendor" / name)
+            remainder.rename(root / "vendor" / name)
         else:
-            shutil.rmtree(left.rename(left.with_name(f"trash-{name}.{os.getpid()}")))
+            shutil.rmtree(remainder.rename(remainder.with_name(f"trash-{name}.{os.getpid()}")))
     reached("recovered")
 
 
@@ -85,12 +85,12 @@ def differences(up: Upstream, record: state.Record, commit: str) -> dict[str, st
         fields = repo.names("diff-files", "-z", "--name-status", "--no-renames")
         tracked = set(repo.names("ls-files", "-z")) if record.inputs.overlay else set()
         others = repo.names("ls-files", "-z", "--others", *(f"--exclude={glob}" for glob in EXCLUDES))
-    found = dict(zip(fields[1::2], fields[::2], strict=True))
-    found |= {p: mark for p in record.inputs.overlay if p not in tracked and (mark := _link_fault(up, p))}
+    edits = dict(zip(fields[1::2], fields[::2], strict=True))
+    edits |= {p: mark for p in record.inputs.overlay if p not in tracked and (mark := _link_fault(up, p))}
     for path in others:
         linked = path in record.inputs.overlay or ((up.overlay / path).is_file() and not _link_fault(up, path))
-        found |= {} if linked else {path: "?"}
-    return found
+        edits |= {} if linked else {path: "?"}
+    return edits
 
 
 def target(up: Upstream, path: str) -> str:
@@ -110,10 +110,10 @@ def _link_fault(up: Upstream, path: str) -> str:
 
 def require_free(repo: git.Git, up: Upstream, pristine: str, paths: list[str]) -> None:
     """Refuse new files where upstream has a file, or a file in place of a folder."""
-    taken = set(repo.names("ls-tree", "-r", "-z", "--name-only", pristine)) if paths else set()
-    folders = {str(parent) for name in taken for parent in Path(name).parents} if paths else set()
+    tracked_paths = set(repo.names("ls-tree", "-r", "-z", "--name-only", pristine)) if paths else set()
+    folders = {str(parent) for name in tracked_paths for parent in Path(name).parents} if paths else set()
     for path in paths:
-        if path in taken | folders or any(str(parent) in taken for parent in Path(path).parents):
+        if path in tracked_paths | folders or any(str(parent) in tracked_paths for parent in Path(path).parents):
             raise Refused(f"overlay/{up.name}/{path}: upstream {up.version} has that path; rename it or write a patch")
 
 
@@ -125,12 +125,12 @@ def sync_links(up: Upstream, tree: Path, old: dict[str, str], new: dict[str, str
         with contextlib.suppress(OSError):
             os.removedirs(link.parent)
     for path in sorted(new):
-        link, wanted = tree / path, target(up, path)
-        if not (link.is_symlink() and os.readlink(link) == wanted):
+        link, destination = tree / path, target(up, path)
+        if not (link.is_symlink() and os.readlink(link) == destination):
             link.parent.mkdir(parents=True, exist_ok=True)
             temp = link.with_name(f".{link.name}.pyc")  # an ignored name, should it be left behind
             temp.unlink(missing_ok=True)
-            temp.symlink_to(wanted)
+            temp.symlink_to(destination)
             os.replace(temp, link)
     lines = [*EXCLUDES, *("/" + re.sub(r"([\\*?\[ ])", r"\\\1", path) for path in sorted(new))]
     (tree / ".git" / "info" / "exclude").write_text("\n".join(lines) + "\n", encoding="utf-8")

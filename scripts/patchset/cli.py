@@ -74,14 +74,14 @@ def main(argv: list[str]) -> int:
 
 def _run(options: argparse.Namespace, root: Path, ups: list[pins.Upstream]) -> int:
     if options.command == "status":
-        found = {up.name: status.look(up) for up in ups}
-        text = [line for name, one in found.items() for line in status.lines(name, one)]
+        statuses = {up.name: status.look(up) for up in ups}
+        text = [line for name, one in statuses.items() for line in status.lines(name, one)]
         print(
-            json.dumps({name: asdict(one) for name, one in found.items()}, indent=1)
+            json.dumps({name: asdict(one) for name, one in statuses.items()}, indent=1)
             if options.json
             else "\n".join(text)
         )
-        return 0 if all(one.ok for one in found.values()) else 1
+        return 0 if all(one.ok for one in statuses.values()) else 1
     if options.command == "table":
         print(table.render(ups), end="")
         return 0

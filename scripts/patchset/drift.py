@@ -53,18 +53,18 @@ class Outcome:
 
     def counts(self) -> str:
         """E.g. "2 clean, 1 moved"."""
-        found = Counter(verdict.word for verdict in self.verdicts)
-        return ", ".join(f"{number} {word}" for word, number in found.items()) or "nothing to apply"
+        numbers = Counter(verdict.word for verdict in self.verdicts)
+        return ", ".join(f"{number} {word}" for word, number in numbers.items()) or "nothing to apply"
 
 
 def against(up: Upstream, version: str) -> list[str]:
     """The report on one release; Drift when a patch or a new file conflicts."""
     with tempfile.TemporaryDirectory(prefix="patchset-") as temp:
-        found = judge(up, wheels.release(up, version, Path(temp, "wheels")), Path(temp))
-    lines = [f"{up.name} {up.version} against {version}: {found.counts()}"]
-    lines += [f"  {one.word:9} {one.name}{f' ({one.detail})' if one.detail else ''}" for one in found.verdicts]
-    lines.append(f"  imports   {found.imports}")
-    if not found.applies:
+        outcome = judge(up, wheels.release(up, version, Path(temp, "wheels")), Path(temp))
+    lines = [f"{up.name} {up.version} against {version}: {outcome.counts()}"]
+    lines += [f"  {one.word:9} {one.name}{f' ({one.detail})' if one.detail else ''}" for one in outcome.verdicts]
+    lines.append(f"  imports   {outcome.imports}")
+    if not outcome.applies:
         raise Drift("\n".join(lines))
     return lines
 
@@ -110,9 +110,9 @@ def _lay_on(repo: git.Git, patch: series.Patch) -> Verdict:
     before = repo.line("write-tree")
     if _applies(repo, patch, "--reverse", "--check") is not None:
         return Verdict(patch.name, "upstream")
-    said = _applies(repo, patch, "--verbose")
-    if said is not None:
-        offsets = sorted(map(int, re.findall(r"\(offset (-?\d+) lines?\)", said)))
+    output = _applies(repo, patch, "--verbose")
+    if output is not None:
+        offsets = sorted(map(int, re.findall(r"\(offset (-?\d+) lines?\)", output)))
         if not offsets:
             return Verdict(patch.name, "clean")
         return Verdict(patch.name, "moved", f"by {' to '.join(map(str, sorted({offsets[0], offsets[-1]})))} lines")
@@ -140,16 +140,16 @@ def compatibility(root: Path, ups: list[Upstream]) -> list[str]:
         rows = [f"## {up.name}\n", "| release | patches | what | imports |", "|---|---|---|---|"]
         for version in wheels.newest(up, RELEASES):
             with tempfile.TemporaryDirectory(prefix="patchset-") as temp:
-                found = judge(up, wheels.release(up, version, Path(temp, "wheels")), Path(temp))
-            lines.append(f"{up.name} {version}: {found.counts()}; imports {found.imports}")
+                outcome = judge(up, wheels.release(up, version, Path(temp, "wheels")), Path(temp))
+            lines.append(f"{up.name} {version}: {outcome.counts()}; imports {outcome.imports}")
             progress(lines[-1])
             what = "<br>".join(
                 f"{one.word}: `{one.name}`{f', {one.detail}' if one.detail else ''}"
-                for one in found.verdicts
+                for one in outcome.verdicts
                 if one.word != "clean"
             )
             pinned = " (pinned)" if version == up.version else ""
-            rows.append(f"| {version}{pinned} | {found.counts()} | {what} | {found.imports} |")
+            rows.append(f"| {version}{pinned} | {outcome.counts()} | {what} | {outcome.imports} |")
         blocks.append("\n".join(rows) + "\n")
     page = root / PAGE
     page.parent.mkdir(exist_ok=True)

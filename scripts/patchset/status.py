@@ -30,29 +30,29 @@ class Status:
 
 def look(up: Upstream) -> Status:
     """The status of one upstream; never raises for what the project holds, so that every upstream gets its line."""
-    found = Status(up.version, "missing", 0, 0, {}, [], None)
+    status = Status(up.version, "missing", 0, 0, {}, [], None)
     try:
         wheels.verify(up)
         inputs, view = state.current(up), checkout.inspect(up)
     except Refused as error:
-        found.state, found.wrong = "refused", str(error)
-        return found
-    found.patches, found.new_files = len(inputs.patches), len(inputs.overlay)
+        status.state, status.wrong = "refused", str(error)
+        return status
+    status.patches, status.new_files = len(inputs.patches), len(inputs.overlay)
     if view.record is not None:
-        found.edited = view.edited
-        found.stale = state.reasons(view.record.inputs, inputs, up.name)
+        status.edited = view.edited
+        status.stale = state.reasons(view.record.inputs, inputs, up.name)
         edited = view.edited or view.committed or view.busy
-        found.state = "edited" if edited else "stale" if found.stale else "patched"
+        status.state = "edited" if edited else "stale" if status.stale else "patched"
         if not view.record.applied and not edited:
-            found.state = "pristine"
-            found.stale = []
-    return found
+            status.state = "pristine"
+            status.stale = []
+    return status
 
 
-def lines(name: str, found: Status) -> list[str]:
+def lines(name: str, status: Status) -> list[str]:
     """The report of one upstream for people."""
-    text = f"{name} {found.version}: {found.state} ({found.patches} patches, {found.new_files} new files)"
-    if found.wrong:
-        return [f"{name} {found.version}: {found.state}", f"  {found.wrong}"]
-    edits = [f"  {mark} {path}" for path, mark in sorted(found.edited.items())]
-    return [text, *edits, *(f"  stale: {reason}" for reason in found.stale)]
+    text = f"{name} {status.version}: {status.state} ({status.patches} patches, {status.new_files} new files)"
+    if status.wrong:
+        return [f"{name} {status.version}: {status.state}", f"  {status.wrong}"]
+    edits = [f"  {mark} {path}" for path, mark in sorted(status.edited.items())]
+    return [text, *edits, *(f"  stale: {reason}" for reason in status.stale)]

@@ -38,9 +38,9 @@ def upgrade(up: Upstream, version: str) -> list[str]:
     with tempfile.TemporaryDirectory(dir=up.wheel_file.parent, prefix="tmp-") as temp:
         target = wheels.release(up, version, Path(temp))
         commit, tree = _import(up, target, record)
-        kept = up.wheel_file.with_name(target.wheel)
-        if target.wheel_file != kept:
-            os.replace(target.wheel_file, kept)
+        destination = up.wheel_file.with_name(target.wheel)
+        if target.wheel_file != destination:
+            os.replace(target.wheel_file, destination)
     inputs = state.Inputs(state.pin(target), record.inputs.patches, record.inputs.overlay)
     state.save(up.git_dir, state.Record(inputs, commit, commit, tree, applied=True))
     _pin(up, target)
@@ -52,7 +52,7 @@ def upgrade(up: Upstream, version: str) -> list[str]:
     except git.GitError:
         stopped = repo("log", "-1", "--format=%s", "REBASE_HEAD", ok=(0, 128)).decode().strip()
         raise Drift(STEPS.format(name=up.name, version=version, patch=f"the patch {stopped!r}")) from None
-    moved = Upstream(**(vars(target) | {"wheel_file": kept}))
+    moved = Upstream(**(vars(target) | {"wheel_file": destination}))
     return [f"{up.name}: {up.version} -> {version}", *export.export([moved]), "Next: make check-patches, env, test"]
 
 

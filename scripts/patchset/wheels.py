@@ -80,11 +80,11 @@ def newest(up: Upstream, count: int) -> list[str]:
     """The newest `count` versions that the index offers for this Python, newest first, without pre-releases."""
     command = [*PIP, "index", "versions", up.name]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", close_fds=False)
-    found = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
-    if done.returncode or not found:
-        said = (done.stderr.strip().splitlines() or ["it named no versions"])[-1]
-        raise Refused(f"{up.name}: could not ask the package index for its versions: {said}")
-    return found[1].split(", ")[:count]
+    match = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
+    if done.returncode or not match:
+        reason = (done.stderr.strip().splitlines() or ["it named no versions"])[-1]
+        raise Refused(f"{up.name}: could not ask the package index for its versions: {reason}")
+    return match[1].split(", ")[:count]
 
 
 def _download(requirement: str, folder: Path, *options: str) -> Path:
@@ -97,9 +97,9 @@ def _download(requirement: str, folder: Path, *options: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", close_fds=False)
     got = set(folder.glob("*.whl")) - before
     if done.returncode or len(got) != 1:
-        said = (done.stderr.strip().splitlines() or ["no such file was offered"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no such file was offered"])[-1]
         raise Refused(
-            f"could not download {requirement.split(' ')[0]}: {said} "
+            f"could not download {requirement.split(' ')[0]}: {reason} "
             "(without a network, put the wheel into .cache/wheels by hand)"
         )
     return got.pop()
@@ -144,7 +144,7 @@ def _check_record(up: Upstream, files: dict[str, bytes]) -> None:
     odd = set(listed) ^ set(files)
     if odd or len(rows) != len(listed):
         raise Refused(f"{up.name}: RECORD and contents of {up.wheel} disagree about {min(odd, default='a name twice')}")
-    for name, wanted in listed.items():
-        found = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest()).rstrip(b"=").decode()
-        if name != records[0] and wanted != f"sha256={found}":
+    for name, recorded in listed.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest()).rstrip(b"=").decode()
+        if name != records[0] and recorded != f"sha256={digest}":
             raise Refused(f"{up.name}: {name} in {up.wheel} differs from the wheel's own RECORD")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrows point one way, and importing our code does nothing: read from the source, not run."""
+"""Imports point one way, and importing our code does nothing: read from the source, not run."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
+import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TREES = {"overlay": ROOT / "overlay", "patchset": ROOT / "scripts/patchset", "m3po_lab": ROOT / "scripts/m3po_lab"}
 MODULES = [(tree, path) for tree, folder in TREES.items() for path in sorted(folder.rglob("*.py"))]
+SOURCES = [ROOT / "overlay/transformers/src", ROOT / "overlay/trl", ROOT / "overlay/unsloth", ROOT / "scripts"]
 LOOKUPS = {"getattr", "setattr", "hasattr", "delattr"}
 
 
@@ -78,7 +81,7 @@ def acts_at_import(statement: ast.stmt) -> bool:
     return not isinstance(statement, allowed)
 
 
-@cache
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -109,6 +112,61 @@ def test_the_lab_uses_no_private_name_of_an_upstream() -> None:
 def test_importing_a_module_does_nothing() -> None:
     acts = broken(lambda tree: [line.lineno for line in tree.body if acts_at_import(line)], *TREES)
     assert acts == {}
+
+
+@functools.cache
+def module_imports() -> dict[str, set[str]]:
+    """Each of our modules with those of our modules that it imports, also within functions and under TYPE_CHECKING."""
+    paths = {}
+    for source in SOURCES:
+        for path in source.rglob("*.py"):
+            parts = path.relative_to(source).with_suffix("").parts
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for name, path in paths.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        names: set[str] = set()
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                if node.level:
+                    module = importlib.util.resolve_name("." * node.level + module, package)
+                names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        found[name] = names & paths.keys() - {name}
+    return found
+
+
+def room(module: str) -> str:
+    """The sub-package of m3po_lab that a module lies in; a module beside the sub-packages is its own."""
+    return ".".join(module.split(".")[:2])
+
+
+def cycle(imports: Mapping[str, set[str]]) -> list[str]:
+    """The modules of an import cycle in order; none where there is no cycle."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_import_cycle_between_modules() -> None:
+    assert cycle(module_imports()) == []
+
+
+def test_no_import_cycle_between_the_rooms_of_the_lab() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, names in module_imports().items():
+        if module.startswith("m3po_lab."):
+            others = {room(name) for name in names if name.startswith("m3po_lab.")}
+            rooms.setdefault(room(module), set()).update(others - {room(module)})
+    assert len(rooms) > 8 and cycle(rooms) == []
+
+
+def test_a_cycle_is_seen() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) and cycle({"a": {"b"}, "b": set()}) == []
 
 
 @pytest.mark.parametrize(

@@ -1,55 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pages claim about the code and the runs is what the code and the runs say."""
 
-import dataclasses
 import re
-from pathlib import Path
 
 import pytest
-from transformers.m3po.aslr.modules import ASLR_MODULES
-from trl.trainer.m3po.config import M3POArguments
+from docs.pages import PAGES, ROOT, page
+from trl.trainer.m3po.metrics import METRICS
 
 from m3po_lab.compare import main as compare
 from m3po_lab.core.files import read_json
+from m3po_lab.documentation import reference
+from m3po_lab.eval_gsm8k import parser
+from m3po_lab.grpo.config import RunParser
+from patchset import pins, series
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "overlay/transformers/src/transformers/m3po"
 RESULTS = sorted((ROOT / "docs" / "results").glob("*/*.json"))
 
 
-def page(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
+def test_the_tables_of_flags_and_metrics_are_what_the_code_says() -> None:
+    assert reference.stale() == {}
 
 
-def logged_metrics() -> set[str]:
-    """The names after `m3po/` in the trainer's glue and in the statistics it passes on."""
-    glue = page("overlay/trl/trl/trainer/m3po/rollouts.py")
-    statistics = page(f"{PACKAGE}/statistics.py")
-    names = re.findall(r'_log\("(\w+)"', glue) + re.findall(r'"m3po/(\w+)"', glue)
-    latent = page(f"{PACKAGE}/latent_rollout.py").split("means = {")[1]
-    names += re.findall(r'^            "(\w+)": ', latent, flags=re.MULTILINE)
-    names += re.findall(r'"(similarity_error)": ', page(f"{PACKAGE}/gating/parameter_free_gates.py"))
-    names += re.findall(r'"(gating_\w+)": ', page("overlay/trl/trl/trainer/m3po/gating.py"))
-    names += re.findall(r'found\["(\w+)"\] = ', statistics)
-    names += [
-        "aggregator_weight_entropy",
-        *(f"{name.removeprefix('m3po_')}_{what}" for name in ASLR_MODULES for what in ("grad_norm", "distance")),
-    ]
-    return set(names) | set(re.findall(r'^ {8}(?: {4})?"(\w+)": ', statistics, flags=re.MULTILINE))
+def test_a_table_that_is_out_of_date_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "thinking_length", METRICS["thinking_length"]._replace(unit="words"))
+    assert [path.name for path in reference.stale()] == ["metrics.md"]
 
 
-def test_every_logged_metric_is_defined_on_the_metrics_page() -> None:
-    text = page("docs/metrics.md").replace("`, `_min`, `_max`", "` `m3po/similarity_min` `m3po/similarity_max`")
-    defined = set(re.findall(r"`m3po/(\w+)`", text))
-    assert len(logged_metrics()) == 31
-    assert logged_metrics() == defined
+def test_every_generation_flag_that_the_patches_declare_stands_on_the_page_of_flags() -> None:
+    transformers = next(up for up in pins.load(ROOT) if up.name == "transformers")
+    start = "+        self."
+    lines = [line for patch in series.load(transformers) for line in patch.diff.decode().splitlines()]
+    declared = {
+        line.split()[1].removeprefix("self.") for line in lines if line.startswith(start) and "kwargs.pop" in line
+    }
+    assert len(declared) == 12
+    assert declared <= {row[0].strip("`") for row in reference.generate_arguments()}
 
 
-def test_every_flag_stands_in_the_table_of_flags() -> None:
-    listed = set(re.findall(r"`(\w+)`", page("docs/modes.md").split("## Flags")[1].split("## In Python")[0]))
-    flags = {entry.name for entry in dataclasses.fields(M3POArguments)}
-    assert len(flags) == 25
-    assert flags <= listed
+def test_every_logged_number_that_a_page_names_exists() -> None:
+    named = {metric for name in PAGES for metric in re.findall(r"`m3po/(\w+)`", page(name))}
+    assert named == METRICS.keys()
+
+
+def test_every_flag_of_a_training_or_evaluation_that_a_page_shows_exists() -> None:
+    """Looks at the words behind the name of a script; the commands of other tools have flags of their own."""
+    evaluation = re.findall(r"--\w+", parser().format_help())
+    for script, flags in (("train_grpo.sh", {*RunParser().flags(), "--help"}), ("eval_gsm8k.sh", {*evaluation})):
+        shown = [words for name in PAGES for words in re.findall(rf"{script}([^`#\n]*)", page(name))]
+        assert len(shown) > 5
+        assert {flag for words in shown for flag in re.findall(r"--\w+", words)} <= flags
+
+
+def test_the_readme_is_short() -> None:
+    assert len(page("README.md").encode()) <= 9000
 
 
 @pytest.mark.parametrize(
@@ -70,8 +73,8 @@ def test_a_table_of_results_is_what_compare_prints(name: str, where: str, capsys
     ("name", "marker"), [("gates-cpu", "gates"), ("gate-step-cpu", "gate-step"), ("gate-training-cpu", "gate-training")]
 )
 def test_a_table_of_a_benchmark_is_what_it_wrote(name: str, marker: str) -> None:
-    shown = page("docs/gates.md").split(f"<!-- begin: {marker} -->")[1].split(f"<!-- end: {marker} -->")[0]
-    assert shown.strip() == page(f"benchmarks/results/{name}.md").strip()
+    table = page("docs/gates.md").split(f"<!-- begin: {marker} -->")[1].split(f"<!-- end: {marker} -->")[0]
+    assert table.strip() == page(f"benchmarks/results/{name}.md").strip()
 
 
 def test_the_run_shown_in_the_readme_is_the_recorded_one() -> None:
@@ -80,6 +83,19 @@ def test_the_run_shown_in_the_readme_is_the_recorded_one() -> None:
     readme = page("README.md")
     assert f"{run['accuracy_before']:.1%}" in readme and f"{run['accuracy_after']:.1%}" in readme
     assert run["verdict"] in readme
+
+
+def test_the_differences_in_the_readme_are_those_of_the_pages() -> None:
+    rows = [
+        line.split("|")[2:4]
+        for line in page("README.md").splitlines()
+        if re.search(r"\| -?[0-9.]+ to \+[0-9.]+ \|$", line)
+    ]
+    assert len(rows) == 5
+    pages = page("docs/results.md") + page("docs/hyper-connections.md")
+    for difference, interval in rows:
+        number = difference.split()[0]
+        assert re.search(rf"{re.escape(number)} [^:]*95 % interval {re.escape(interval.strip())}", pages)
 
 
 def test_recorded_runs_come_from_commits_without_changes() -> None:

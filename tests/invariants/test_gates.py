@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold with every gate that is registered, at its own temperature and matched: λ = 0, groups, lonely
-paths, padding, agreement with the scoring pass, statistics; and where a model keeps a gate that learns."""
+paths, padding, agreement with the scoring pass, statistics; and where a model keeps a learnable gating function."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.m3po import M3POGenerationState, attach_gating
 from transformers.m3po.gating import list_gating_functions
-from transformers.m3po.gating.factory import gate_class
-from transformers.m3po.gating.module import gate_of_model
+from transformers.m3po.gating.factory import gating_class
+from transformers.m3po.gating.module import gating_of_model
 from transformers.m3po.thinking.thoughts import thought_bags
 
 EOS = [2, 60, 61, 62]
@@ -26,7 +26,7 @@ ENDLESS = {"eos_token_id": 255, "suppress_tokens": [255]}  # every row draws at 
 TEMPERATURE = 0.7
 ENTRIES = 64  # the default of thought_top_k
 SIZE = {"luong": {"rank": 8}, "bahdanau": {"attention_dim": 16}}
-LEARNABLE = [name for name in list_gating_functions() if gate_class(name).learnable]
+LEARNABLE = [name for name in list_gating_functions() if gating_class(name).learnable]
 GATES = [*list_gating_functions(), *(f"{name} behind the embeddings" for name in LEARNABLE)]
 MATCH = {"cross_path_temp": "match"}
 MODES = pytest.mark.parametrize(("mode", "sharpness"), [("m3po", {}), ("h3po", MATCH)], ids=["m3po", "h3po matched"])
@@ -259,12 +259,12 @@ def entropies(weights):
 def test_statistics_are_those_of_the_attention_and_the_cut_is_the_weight_left_out(make, gate):
     model = make(gate)
     output = rollout(model, gate, output_scores=True, max_new_tokens=8, cross_path_top_k=1)
-    weights = attention_of(model, gate, output, gate_class(name_of(gate)).default_temperature)
+    weights = attention_of(model, gate, output, gating_class(name_of(gate)).default_temperature)
     listens = weights.sum(-1) > 0
     cut = (1.0 - weights.max(-1))[listens].mean()
     assert output.statistics["attention_cut"].item() == pytest.approx(cut, abs=1e-3) and cut > 1e-3
     whole = rollout(model, gate, output_scores=True, max_new_tokens=8)
-    weights = attention_of(model, gate, whole, gate_class(name_of(gate)).default_temperature)
+    weights = attention_of(model, gate, whole, gating_class(name_of(gate)).default_temperature)
     listens = weights.sum(-1) > 0
     told = {"attention_entropy": entropies(weights)[listens].mean(), "attention_max": weights.max(-1)[listens].mean()}
     for name, value in told.items():
@@ -375,7 +375,7 @@ def test_a_plain_checkpoint_gets_a_gate_in_its_start(tiny_llama, tiny_qwen2, lea
     options = {**size, "project_embeddings": "behind" in learnable}
     fields = {"m3po_gating_type": name_of(learnable), "m3po_gating_config": options}
     model = kind.from_pretrained(tmp_path, m3po_gating_enabled=True, **fields)
-    gate = gate_of_model(model, name_of(learnable))
+    gate = gating_of_model(model, name_of(learnable))
     for name, weight in gate.named_parameters():
         assert weight.dtype == torch.float32 and weight.isfinite().all() and (weight != 0).all(), name
     if "behind" in learnable:
@@ -399,7 +399,7 @@ def test_a_token_without_an_embedding_does_not_blow_up_a_gate(tiny_llama):
     with torch.no_grad():
         assert not model.get_input_embeddings().weight[0].any()
         model.get_input_embeddings().weight[0] = 1e-3
-    similarity = gate_of_model(model, "luong")(torch.randn(4, 256).softmax(-1), embed_tokens=model.model.embed_tokens)
+    similarity = gating_of_model(model, "luong")(torch.randn(4, 256).softmax(-1), embed_tokens=model.model.embed_tokens)
     assert similarity.isfinite().all() and similarity.abs().max() < 10
 
 

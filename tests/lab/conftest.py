@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from m3po_lab.models.loading import PLAIN_CHATML
+from m3po_lab.models.embedded import PLAIN_CHATML
 from m3po_lab.train import main
 
 WORDS = ["<unk>", "<|im_end|>", "<|im_start|>", "####", "What", "is", "+", "-", "?", "user", "assistant", *"0123456789"]

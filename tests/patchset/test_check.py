@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""check and table: the proof from wheels alone, and README blocks that cannot go stale."""
+"""check and table: the proof from wheels alone, and pages whose generated blocks cannot go stale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from patchset import table
+from patchset import pins, table
 
 
 @pytest.fixture
@@ -82,20 +82,32 @@ def test_table_names_every_file_with_its_counts_patch_and_why(project, one, crlf
     file.parent.mkdir(parents=True)
     file.write_text('"""What it is | for.\n\nMore."""\n')
     text = project.ok("table").out
-    assert "**alpha 1.0**: 2 patches, +2 −2 lines; 1 new file" in text
+    assert "### alpha\n\n1.0: 2 patches, +2 −2 lines; 1 new file\n" in text
     assert "| `src/alpha/core.py` | 1 | 1 | [one](/patches/alpha/one.patch) | core: change a line |" in text
     assert "| `src/alpha/more.py` | new | | [overlay](/overlay/alpha/src/alpha/more.py) | What it is \\| for. |" in text
-    assert "**beta 1.0**: 0 patches" in text
+    assert "### beta\n\n1.0: 0 patches, +0 −0 lines; 0 new files\n" in text
 
 
-def test_a_readme_block_that_is_out_of_date_fails_check_and_export_renews_it(project, one):
-    page = project.root / "README.md"
-    page.write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n")
+def test_the_summary_has_one_line_for_each_upstream(project, one):
+    project.series(("one.patch", one))
+    assert table.summary(pins.load(project.root)) == (
+        "- [**alpha 1.0**](patches/README.md#alpha): 1 patch, +1 −1 lines; 0 new files\n"
+        "- [**beta 1.0**](patches/README.md#beta): 0 patches, +0 −0 lines; 0 new files\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), [("README.md", "**alpha 1.0**"), ("patches/README.md", "core: change a line")]
+)
+def test_a_generated_block_that_is_out_of_date_fails_check_and_export_renews_it(project, one, page, line):
+    file, (begin, end) = project.root / page, table.marks(page)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     project.series(("one.patch", one))
     result = project.run("check")
-    assert result.code == 1 and "README.md: the table of patches is out of date" in result.err
+    assert result.code == 1 and f"{page}: the list of patches is out of date" in result.err
     project.ok("apply")
-    assert "README.md: table of patches written" in project.ok("export").out
-    assert page.read_text().startswith("above\n") and page.read_text().endswith("below\n")
-    assert "core: change a line" in page.read_text()
+    assert f"{page}: list of patches written" in project.ok("export").out
+    text = file.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n") and line in text and "old" not in text
     project.ok("check")

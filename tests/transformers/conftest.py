@@ -16,7 +16,7 @@ def smollm2_tokenizer() -> Any:
     """The tokenizer of the embedded model, with the repair that the training script gives it."""
     from transformers import AutoTokenizer
 
-    from m3po_lab.models.loading import embedded_gguf, repair_embedded
+    from m3po_lab.models.embedded import embedded_gguf, repair_embedded
 
     file = embedded_gguf()
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learnable gates in training: gradient, whole groups, learning rate, warm-up, numbers, saving, resuming."""
+"""Learnable gating functions in training: gradient, whole groups, learning rate, warm-up, saving, resuming."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.m3po.gating import list_gating_functions
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.gating.module import attach_gating
 from trl.trainer.m3po.checks import check_trainer
 from trl.trainer.m3po.gating import as_groups, as_rows
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 BOUND = 1e-4
-LEARNABLE = [name for name in list_gating_functions() if gate_class(name).learnable]
+LEARNABLE = [name for name in list_gating_functions() if gating_class(name).learnable]
 SIZE = {"luong": "rank", "bahdanau": "attention_dim"}
 FLAGS = {"answer_start": "#", "cross_path_lambda": 0.5, "cross_path_temp": 0.1}
 ADAPTER = {"r": 2, "target_modules": "all-linear"}
@@ -353,10 +353,13 @@ def with_gate(tiny: Any) -> Any:
     [
         (
             {"mode": "none"},
-            "the model has the learnable gate 'luong'.*set gating_type='luong' in mode 'm3po' or 'h3po'",
+            "the model has the learnable gating function 'luong'.*set gating_type='luong' in mode 'm3po' or 'h3po'",
         ),
-        (flags_of("bahdanau"), "the model has the learnable gate 'luong'.*gating_type='bahdanau' does not train it"),
-        ({**FLAGS, "mode": "m3po"}, "the model has the learnable gate 'luong'.*gating_type='baseline'"),
+        (
+            flags_of("bahdanau"),
+            "the model has the learnable gating function 'luong'.*gating_type='bahdanau' does not train it",
+        ),
+        ({**FLAGS, "mode": "m3po"}, "the model has the learnable gating function 'luong'.*gating_type='baseline'"),
         (flags_of("luong") | {"gating_config": {"rank": 4}}, "gating_config rank=4, and the gate of the model has 8"),
     ],
 )
@@ -372,7 +375,9 @@ def test_an_adapter_without_a_gate_is_refused(tiny: Any, tmp_path: Path):
     first = tiny.trainer(tmp_path, flags={"mode": "none", "max_steps": 1}, peft_config=LoraConfig(**ADAPTER))
     first.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter", is_trainable=True)
-    with pytest.raises(ValueError, match="the adapter was trained without a learnable gate, which gating_type='luong'"):
+    with pytest.raises(
+        ValueError, match="the adapter was trained without a learnable gating function, which gating_type='luong'"
+    ):
         tiny.trainer(tmp_path, flags=flags_of("luong"), model=loaded)
 
 

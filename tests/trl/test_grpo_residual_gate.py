@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
+from transformers.m3po.thinking.residual_gate import RESIDUAL_GATE_MODULES, attach_residual_gate
 from trl.trainer.m3po.modules import prepare_policy
 
 EVEN = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
@@ -25,7 +25,7 @@ def gate_of(model: Any) -> dict[str, torch.Tensor]:
     return {
         name.split("model.")[-1].replace("modules_to_save.default.", ""): value.detach().clone()
         for name, value in model.named_parameters()
-        if any(module in name for module in GATE_MODULES) and "original_module" not in name
+        if any(module in name for module in RESIDUAL_GATE_MODULES) and "original_module" not in name
     }
 
 
@@ -131,7 +131,7 @@ def test_a_pattern_that_matches_the_gate_lays_no_lora_on_it(tiny: Any, tmp_path:
 def test_modules_that_the_user_saves_stay_among_the_saved_ones(tiny: Any, tmp_path: Path):
     given = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     run = tiny.trainer(tmp_path, flags={"mode": "h3po"}, peft_config=given)
-    assert set(run.model.peft_config["default"].modules_to_save) == {"lm_head", *GATE_MODULES}
+    assert set(run.model.peft_config["default"].modules_to_save) == {"lm_head", *RESIDUAL_GATE_MODULES}
     assert given.modules_to_save == ["lm_head"]
 
 
@@ -298,7 +298,11 @@ def test_an_adapter_whose_gate_the_base_model_lacks_is_refused(tiny: Any, tmp_pa
 def test_an_optimizer_in_the_deepspeed_configuration_is_refused(tiny: Any):
     plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
     args = SimpleNamespace(
-        mode="hrpo", gating_type="baseline", deepspeed_plugin=plugin, aslr_enabled=None, **dict.fromkeys(ASLR_NUMBERS)
+        mode="hrpo",
+        gating_type="baseline",
+        deepspeed_plugin=plugin,
+        aslr_enabled=None,
+        **dict.fromkeys(ASLR_HYPERPARAMETERS),
     )
     with pytest.raises(ValueError, match="^the DeepSpeed configuration has an optimizer.*leave it out and set optim"):
         prepare_policy(tiny.model(), args, None)

@@ -223,7 +223,7 @@ def test_the_start_of_a_run_says_its_mode_and_numbers_in_one_line(
         tiny.trainer(tmp_path, flags={"aslr_enabled": True, "aslr_threshold": 0.25})
     said = [record.getMessage() for record in caplog.records if record.name == "trl.trainer.m3po.rollouts"]
     assert said == [
-        "mode=m3po: lambda=0.2, temperature=0.1, gate=baseline, phase=thinking, answer marker '####'",
+        "mode=m3po: lambda=0.2, temperature=0.1, gating_type=baseline, phase=thinking, answer marker '####'",
         "mode=none",
         "mode=none; ASLR: aslr_num_paths=4, aslr_max_iterations=2, aslr_threshold=0.25, aslr_gumbel_temp=1.0, "
         "aslr_cross_path_lambda=0.1, aslr_cross_path_temp=0.1",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
 from transformers.m3po.gating.module import GATING_MODULE, attach_gating
-from transformers.m3po.modules import OWN_MODULES
+from transformers.m3po.modules import ADDED_MODULES
 from transformers.m3po.settings import ThinkingSettings
-from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.thinking.residual_gate import RESIDUAL_GATE_MODULES, attach_residual_gate
 
 _spec = importlib.util.spec_from_file_location("tiny_grpo", Path(__file__).parents[1] / "trl" / "tiny_grpo.py")
 assert _spec is not None and _spec.loader is not None
@@ -66,7 +66,7 @@ def model(kind: str, case: str) -> Any:
     names: tuple[str, ...] = ()
     if CASES[case]["mode"] in ("hrpo", "h3po"):
         attach_residual_gate(net, 0.5, 0.9, seed=0)
-        names += GATE_MODULES
+        names += RESIDUAL_GATE_MODULES
     if CASES[case].get("aslr_enabled"):
         attach_aslr(net)
         names += ASLR_MODULES
@@ -82,7 +82,7 @@ def model(kind: str, case: str) -> Any:
 
 def own_names(net: Any) -> list[str]:
     """The names of our modules that a model has."""
-    return [name for own in OWN_MODULES if own.on(net) for name in own.names]
+    return [name for modules in ADDED_MODULES if modules.on(net) for name in modules.names]
 
 
 def lively(net: Any) -> None:

@@ -29,7 +29,7 @@ RUN = {
     "gradient_accumulation_steps": 1,
     "max_completion_length": 6,
     "max_steps": 1,
-    "seed": 6,  # with it paths of a group differ enough for a learnable gate to have a gradient
+    "seed": 6,  # with it paths of a group differ enough for a learnable gating function to have a gradient
 }
 
 

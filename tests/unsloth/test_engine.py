@@ -44,7 +44,9 @@ def parsed(trainer_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("loss_type", BY_UNSLOTH)
 def test_the_arguments_are_those_of_trl(loss_type: str, parsed: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from m3po_lab.grpo.config import GRPOConfig, RunParser, trls_config
+    from trl import GRPOConfig
+
+    from m3po_lab.grpo.config import RunParser, trls_config
 
     assert GRPOConfig is not trls_config() and issubclass(GRPOConfig, trls_config())
     run = parsed("--loss_type", loss_type)

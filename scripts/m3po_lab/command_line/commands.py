@@ -18,17 +18,17 @@ def shown_command(script: str, words: Sequence[str], changes: Mapping[str, str |
     Args:
         script: its path in the project, e.g. `scripts/train_grpo.sh`; one of `.sh` is started by bash.
         words: of its command line.
-        changes: flags whose value is another one than in `words`; None leaves the flag out.
+        changes: flags that get another value than in `words`; None leaves the flag out.
     """
     changes = changes or {}
-    left = without_flags(words, changes)
-    left += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
+    remaining = without_flags(words, changes)
+    remaining += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
     start = ["bash"] if script.endswith(".sh") else []
-    return shlex.join([*start, shown_path(PROJECT_ROOT / script), *left])
+    return shlex.join([*start, shown_path(PROJECT_ROOT / script), *remaining])
 
 
 def train_command(words: Sequence[str], changes: Mapping[str, str | None] | None = None) -> str:
-    """That of a training, in as many processes as this one."""
+    """The shell command that starts a training, in as many processes as this one; see `shown_command`."""
     from m3po_lab.core.processes import VARIABLE
 
     processes = os.environ.get(VARIABLE)
@@ -38,15 +38,15 @@ def train_command(words: Sequence[str], changes: Mapping[str, str | None] | None
 
 def without_flags(words: Sequence[str], names: Iterable[str]) -> list[str]:
     """Command-line words without these flags and their values, however they are written."""
-    names, left, at = set(names), [], 0
+    names, remaining, at = set(names), [], 0
     while at < len(words):
         word = words[at]
         at += 1
         if flag_name(word) not in names:
-            left.append(word)
+            remaining.append(word)
         elif "=" not in word and at < len(words) and not words[at].startswith("--"):
             at += 1
-    return left
+    return remaining
 
 
 def flag_name(word: str) -> str | None:

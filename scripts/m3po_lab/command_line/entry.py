@@ -30,9 +30,9 @@ def unpatched() -> str | None:
         places = list(spec.submodule_search_locations or ()) if spec else []
         *below, name = ours.split("/")
         if PathFinder.find_spec(name, [str(Path(place, *below)) for place in places]) is None:
-            found = f"{package} in {places[0]} lacks this project's patches" if places else f"there is no {package}"
+            reason = f"{package} in {places[0]} lacks this project's patches" if places else f"there is no {package}"
             return (
-                f"{found}: start by a script (bash scripts/run.sh python -m ... runs any module), which leaves out "
+                f"{reason}: start by a script (bash scripts/run.sh python -m ... runs any module), which leaves out "
                 "PYTHONPATH and the current folder; if that says the same, bash scripts/rebuild_env.sh."
             )
     return None

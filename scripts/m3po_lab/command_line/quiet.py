@@ -21,7 +21,7 @@ def silence_known_noise() -> None:
         "bitsandbytes.backends.cpu.ops",  # which of its parts a CPU lacks
         "torch.utils._pytree",
         "trl.trainer.m3po.rollouts",  # says the mode and its numbers, which the start line of a run says too
-        "lm_eval",  # what it would change is refused in evaluate.py
+        "lm_eval",  # what it would change is refused in evaluation/model.py
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar  # its import is when the first of them speak

@@ -49,7 +49,7 @@ def check_training(training: TrainingArguments) -> None:
 
 
 def _check_optimizer(training: TrainingArguments) -> None:
-    """Refuse an optimizer or a schedule that cannot be made; the same error."""
+    """Refuse an optimizer or a schedule that cannot be made; the error of `check_training`."""
     weight = torch.nn.Parameter(torch.zeros(1))
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training)
@@ -57,9 +57,9 @@ def _check_optimizer(training: TrainingArguments) -> None:
             kind([weight], **options)
     except REFUSALS as error:
         if "need to pass a" not in str(error):  # GaLore, APOLLO and LOMO look at the model, after all else
-            told = f"--optim {training.optim.value}"
-            told += f" --optim_args {training.optim_args}" if training.optim_args else ""
-            raise UserError(f"{told} cannot be used here: {short(error)} (the default is adamw_torch)") from error
+            flags = f"--optim {training.optim.value}"
+            flags += f" --optim_args {training.optim_args}" if training.optim_args else ""
+            raise UserError(f"{flags} cannot be used here: {short(error)} (the default is adamw_torch)") from error
     steps = max(1, training.max_steps)
     try:
         get_scheduler(

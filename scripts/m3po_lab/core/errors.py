@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong besides bugs is one line: a wrong input, or an environment that fails.
+"""What goes wrong besides bugs is one line: a wrong input, or an environment that fails. Nothing large is imported."""
 
-The YAML file that an input names is found here too, since everything else depends on it. Nothing large is imported.
-"""
-
-import argparse
 import errno
 import os
 import re
@@ -15,14 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
-DEFAULT_CONFIG = "configs/demo.yaml"
-OF_OTHER_COMMANDS = ("accelerate", "eval")  # folders in configs/ whose files are no runs
-OF_PRETRAINING = "mhc_"  # how the files of scripts/train_mhc.sh begin
-YAML_ENDINGS = (".yaml", ".yml")
-ERROR_LOG = "error.log"  # in the run folder: the traceback of a failure that was said in one line
+ERROR_LOG = "error.log"  # in the run folder: the traceback of a failure that was printed in one line
 OWN_PACKAGES = ("m3po_lab", "patchset")
 
 # What to do about an error of the operating system.
@@ -50,16 +41,6 @@ HUB_MEND = (
 
 class UserError(Exception):
     """What its user can mend. Its text is one line that names the flag or file, the rule and what to do."""
-
-
-class OneLineFlags(argparse.ArgumentParser):
-    """A parser of a command's flags whose errors are one line and which takes no abbreviated flags."""
-
-    def __init__(self, **given: Any) -> None:
-        super().__init__(allow_abbrev=False, **given)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (all flags: --help).")
 
 
 def one_line(error: BaseException | str) -> str:
@@ -99,8 +80,8 @@ def failure(error: BaseException, batch_flag: str | None = None) -> str | None:
         text = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror or text
     elif "safetensors._safetensors_rust.SafetensorError" not in kinds:
         return None
-    found = re.search(r"\(os error (\d+)\)", text)  # of a library written in Rust
-    number = getattr(error, "errno", None) or (int(found[1]) if found else 0)
+    match = re.search(r"\(os error (\d+)\)", text)  # of a library written in Rust
+    number = getattr(error, "errno", None) or (int(match[1]) if match else 0)
     mend = f"; {MENDS[number]}" if number in MENDS else ""
     return f"{short(text).rstrip('.')}{mend}."
 
@@ -109,7 +90,7 @@ def _missing_package(error: ImportError) -> str | None:
     """The line for a package that is not installed; None where a module of ours or a name in a module is missing."""
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in OWN_PACKAGES:
         return f"the package {error.name} is not installed: run 'make env', or .venv/bin/pip install it."
-    if error.name is None:  # said by a library that looked for one
+    if error.name is None:  # from a library that looked for one
         return f"{short(error).rstrip('.')}."
     return None
 
@@ -128,10 +109,10 @@ def failures_said(
     try:
         yield
     except Exception as error:  # a UserError, and all that `failure` does not know, go on
-        said = failure(error, batch_flag)
-        if said is None:
+        line = failure(error, batch_flag)
+        if line is None:
             raise
-        raise UserError(" ".join(filter(None, [said, way_on(), keep_traceback(error, folder)]))) from error
+        raise UserError(" ".join(filter(None, [line, way_on(), keep_traceback(error, folder)]))) from error
 
 
 def keep_traceback(error: BaseException, folder: Path | None) -> str:
@@ -168,58 +149,3 @@ def exit_code(action: Callable[[], int | None], when_stopped: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{when_stopped}", file=sys.stderr)
         return 130
-
-
-def find_config(given: str, folder: str = "configs", begins: str = "") -> Path:
-    """The YAML file `given`, seen from the current folder or else from the project's root.
-
-    Args:
-        given: its path.
-        folder: has the known ones, which an error names.
-        begins: how their names begin; empty leaves out those of pretraining.
-
-    Raises:
-        UserError: neither is a file, or it is not UTF-8.
-    """
-    from m3po_lab.core.user_files import read_text
-
-    places = (Path(given), PROJECT_ROOT / given)
-    for candidate in places:
-        if candidate.is_file():
-            read_text(candidate)  # what reads it later would not say where it is wrong
-            return candidate.resolve()
-    files = [
-        path.relative_to(PROJECT_ROOT / folder)
-        for path in (PROJECT_ROOT / folder).rglob("*.yaml")
-        if path.name.startswith(begins) and (begins or not path.name.startswith(OF_PRETRAINING))
-    ]
-    known = sorted(f"{folder}/{path.as_posix()}" for path in files if path.parts[0] not in OF_OTHER_COMMANDS)
-    what = "is a folder" if any(place.is_dir() for place in places) else "does not exist"
-    raise UserError(f"Config file {given} {what}. Give the path of a YAML file; the project has {', '.join(known)}.")
-
-
-def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Take the YAML out of the arguments: the value of ``--config``, the first word, or a later one that ends in .yaml.
-
-    Such a word right behind a flag is the value of that flag.
-
-    Raises:
-        UserError: there are two, or ``--config`` has no value.
-    """
-    found: list[str] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        of_a_flag = bool(rest) and rest[-1].startswith("--") and "=" not in rest[-1]
-        if flag == "--config":
-            found.append(value if equals else next(words, ""))
-        elif not word.startswith("-") and not of_a_flag and (word.endswith(YAML_ENDINGS) or not (rest or found)):
-            found.append(word)
-        else:
-            rest.append(word)
-    if "" in found:
-        raise UserError("--config needs the path of a YAML file.")
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(found)} are two YAML files: give one, and flags for what differs from it.")
-    return (found[0] if found else None), rest

@@ -17,7 +17,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from m3po_lab.core.errors import UserError, find_config, one_line
+from m3po_lab.core.config_files import find_config
+from m3po_lab.core.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from trl import GRPOConfig  # a slow import, which the launcher can do without
@@ -31,19 +32,19 @@ def launch_config() -> tuple[Path, ClusterConfig] | None:
     Raises:
         UserError: when the file does not exist, is not one of accelerate's or does not say the number of processes.
     """
-    given = os.environ.get(VARIABLE)
-    if not given:
+    path = os.environ.get(VARIABLE)
+    if not path:
         return None
-    file = find_config(given, "configs/accelerate")
+    file = find_config(path, "configs/accelerate")
     try:
         config = load_config_from_file(str(file))
     except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{VARIABLE}={given} is not a config file of accelerate: {one_line(error)}") from error
+        raise UserError(f"{VARIABLE}={path} is not a config file of accelerate: {one_line(error)}") from error
     if not isinstance(config, ClusterConfig) or config.num_processes < 1:
-        raise UserError(f"{VARIABLE}={given} does not say how many processes to start; set num_processes in it.")
+        raise UserError(f"{VARIABLE}={path} does not say how many processes to start; set num_processes in it.")
     if config.distributed_type == DistributedType.MULTI_CPU:
         raise UserError(
-            f"{VARIABLE}={given} has distributed_type: MULTI_CPU, of which 'accelerate launch' starts one process "
+            f"{VARIABLE}={path} has distributed_type: MULTI_CPU, of which 'accelerate launch' starts one process "
             "only; set MULTI_GPU and use_cpu: true, as configs/accelerate/cpu2.yaml does."
         )
     return file, config
@@ -67,14 +68,14 @@ def check_started() -> None:
     Raises:
         UserError: with both numbers.
     """
-    found = launch_config()
+    config = launch_config()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and on_cpus():
         # accelerate would name it "cpu:0", onto which torch.load cannot put the optimizer of a checkpoint.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    if found is not None and found[1].num_processes != started:
+    if config is not None and config[1].num_processes != started:
         raise UserError(
-            f"{VARIABLE}={os.environ[VARIABLE]} asks for num_processes: {found[1].num_processes}, and there "
+            f"{VARIABLE}={os.environ[VARIABLE]} asks for num_processes: {config[1].num_processes}, and there "
             f"{'is' if started == 1 else 'are'} {started}; start the run with 'bash scripts/train_grpo.sh', or unset "
             f"{VARIABLE}."
         )

@@ -70,7 +70,7 @@ def difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values after Holm's correction, in the order given.
+    """The p-values after Holm's correction, in their order.
 
     The smallest of n is multiplied by n, the next by n - 1 and so on; none may be below one that came before it, or
     above 1. Calling significant what is below a level keeps the chance of any false claim among them below that level.

@@ -38,7 +38,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file; the same errors."""
+    """The text of a file; the errors of `read_lines`."""
     return "\n".join(line for _, line in read_lines(file))
 
 

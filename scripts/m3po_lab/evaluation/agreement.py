@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po_lab.core.files import read_json, shown_path
-from m3po_lab.models.loading import EMBEDDED_MODEL
+from m3po_lab.models.embedded import EMBEDDED_MODEL
 
 VERDICTS = {"after": "correct", "before": "correct_before"}  # completion and verdict in a line of completions.jsonl
 
@@ -22,31 +22,31 @@ def agreement(model: str, problems_of: str | None, samples: Sequence[dict[str, A
 
     Args:
         model: what was evaluated: `final/` of a run, or the model that the run of `problems_of` started from.
-        problems_of: the checkpoint whose problems were asked, None for those of the model.
+        problems_of: the checkpoint that the problems came from; None if it is the model.
     """
-    found = _report_of(model, problems_of)
-    if found is None:
+    report = _report_of(model, problems_of)
+    if report is None:
         return None
-    run, column = found
+    run, column = report
     lines = (run / "completions.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     pairs = list(zip(samples, (json.loads(line) for line in lines), strict=False))  # --limit: the first ones
-    if len(pairs) < len(samples) or any(row["doc"]["question"] != told["question"] for row, told in pairs):
+    if len(pairs) < len(samples) or any(row["doc"]["question"] != line["question"] for row, line in pairs):
         return None
-    verdicts = [(row["strict_match"] == 1.0) == told[VERDICTS[column]] for row, told in pairs]
+    verdicts = [(row["strict_match"] == 1.0) == line[VERDICTS[column]] for row, line in pairs]
     return {
         "run": shown_path(run),
         "training": column,
         "problems": len(pairs),
         "same_verdict": sum(verdicts),
-        "same_completion": sum(row["resps"][0][0] == told[column] for row, told in pairs),
+        "same_completion": sum(row["resps"][0][0] == line[column] for row, line in pairs),
     }
 
 
-def agreement_line(found: dict[str, Any]) -> str:
+def agreement_line(counts: dict[str, Any]) -> str:
     """An agreement in one line."""
     return (
-        f"report of {found['run']}, {found['training']} training: the same verdict on {found['same_verdict']} and the "
-        f"same text for {found['same_completion']} of {found['problems']} problems"
+        f"report of {counts['run']}, {counts['training']} training: the same verdict on {counts['same_verdict']} and "
+        f"the same text for {counts['same_completion']} of {counts['problems']} problems"
     )
 
 

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `m3po.json` says of a checkpoint to evaluate, and whether the flags agree with it."""
+"""What a checkpoint to evaluate is: its `m3po.json`, whether the flags and the model agree with it, how it decodes."""
 
-from dataclasses import fields
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from transformers.m3po import ThinkingSettings, read_checkpoint_info
-from transformers.m3po.aslr.settings import ASLR_NUMBERS, ASLRNumbers, check_aslr_numbers
+from transformers.m3po.aslr.settings import ASLRHyperparameters, check_aslr_hyperparameters
 from transformers.m3po.checkpoint import CHECKPOINT_FILE
 from transformers.m3po.flags import has_aslr
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
+from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.evaluation.decoding import LatentPaths, Paths, Thoughts
-from m3po_lab.grpo.config import UserError, one_line
+from m3po_lab.evaluation.tasks import MARKER
 
-# How each mode decodes when it is evaluated (design, section 4).
+# How each mode decodes when it is evaluated.
 INFERENCE = {
     "none": "plain, one path",
     "m3po": "plain, one path: the mode acts in training only (M3PO paper, section 6)",
@@ -24,164 +28,183 @@ INFERENCE = {
 }
 
 
-def checkpoint_numbers(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The mode and numbers of a checkpoint; of a model without `m3po.json`, mode `none` or what the flags say.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to evaluate, by what its `m3po.json` says; without that file, by what the flags say.
 
     Args:
-        given: the flags that name such numbers, None where one is not set.
-
-    Raises:
-        UserError: for the first flag that contradicts the checkpoint, and for a mode that is not known here.
+        name: folder, file or Hub id of the model.
+        mode: a key of `INFERENCE`.
+        settings: how the mode thinks; None in mode `none`.
+        sampling_temperature: the temperature that the completions of the training were sampled at; 1 by default.
+        answer_start: the answer marker.
+        stored: the content of `m3po.json`, or the mode and the flags.
     """
-    flags = {name: value for name, value in given.items() if value is not None}
-    if (Path(model) / CHECKPOINT_FILE).is_file():
-        try:
-            numbers = read_checkpoint_info(model)
-        except ValueError as error:
-            raise UserError(one_line(error)) from error
-        for name, value in flags.items():
-            if value != numbers.get(name):
+
+    name: str
+    mode: str
+    settings: ThinkingSettings | None
+    sampling_temperature: float
+    answer_start: str
+    stored: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, name: str, flags: Mapping[str, Any]) -> Checkpoint:
+        """A checkpoint, or a model without `m3po.json`: mode `none` or what the flags say.
+
+        Args:
+            name: of the model.
+            flags: those that name a hyperparameter, None where one is not set.
+
+        Raises:
+            UserError: for the first flag that contradicts the checkpoint, for a mode that is not known here, and for
+                hyperparameters that break a rule.
+        """
+        flags = {flag: value for flag, value in flags.items() if value is not None}
+        stored = _read_file(name, flags) if (Path(name) / CHECKPOINT_FILE).is_file() else _from_flags(name, flags)
+        mode = stored["mode"]
+        if mode not in INFERENCE:
+            raise UserError(f"mode {mode} is unknown here; the modes are {', '.join(INFERENCE)}.")
+        return cls(
+            name=name,
+            mode=mode,
+            settings=_thinking_settings(stored),
+            sampling_temperature=float(stored.get("sampling_temperature", 1.0)),
+            answer_start=stored.get("answer_start", MARKER),
+            stored=stored,
+        )
+
+    @property
+    def thoughts(self) -> Thoughts | None:
+        """The soft thoughts of a greedy path; None in the modes without."""
+        return Thoughts.of_mode(self.settings, self.sampling_temperature)
+
+    def paths(self, number: int, seed: int) -> Paths | None:
+        """How N paths of each problem are sampled; None for one path."""
+        return None if number == 1 else Paths(number, self.sampling_temperature, self.settings, seed)
+
+    def check_modules(self, model: Any, paths: Paths | None) -> None:
+        """Refuse a model whose modules are not those of the checkpoint.
+
+        Args:
+            model: as loaded.
+            paths: how N paths are sampled, if they are; they need the learnable gating function, which one path does
+                not use.
+
+        Raises:
+            UserError: it names what the file says and what the model has.
+        """
+        if RESIDUAL_GATE.difference(model, self.stored) is not None:
+            raise UserError(
+                f"{self.name} has {'a' if RESIDUAL_GATE.on(model) else 'no'} residual gate, which does not fit mode "
+                f"{self.mode}: evaluate the folder that its run saved, with its m3po.json."
+            )
+        gating = GATING.difference(model, self.stored) if self.mode in CROSS_PATH_MODES else None
+        if gating is not None and not GATING.on(model):
+            if paths is not None:
                 raise UserError(
-                    f"--{name} {value}: {Path(model) / CHECKPOINT_FILE} says mode {numbers['mode']} with {name} "
-                    f"{numbers.get(name)}; a checkpoint is evaluated as what it is, so leave the flag out."
+                    f"--num_paths {paths.number}: {self.name} has not the gating function that its group interacts "
+                    f"through ({gating[1]}), as after make export-model ... GATING=off; take the checkpoint of its "
+                    "run, or leave the flag out."
                 )
-    else:
-        numbers = {"mode": "none", **flags}
-        interacting = [name for name in flags if name.startswith(("cross_path", "gating"))]
-        if numbers["mode"] in RESIDUAL_MODES:
+        elif gating is not None:
+            name, stored, value = gating
             raise UserError(
-                f"--mode {numbers['mode']}: {model} is no checkpoint of that mode, and a residual gate that nobody "
-                "trained would be random; train it first, or leave the flag out."
-            )
-        if numbers["mode"] == "none" and interacting:
-            raise UserError(f"--{interacting[0]} goes with --mode m3po; {model} is evaluated in mode none.")
-    if numbers["mode"] not in INFERENCE:
-        raise UserError(f"mode {numbers['mode']} is unknown here; the modes are {', '.join(INFERENCE)}.")
-    return numbers
-
-
-def aslr_of(
-    numbers: dict[str, Any], name: str, model: Any, how: str, seed: int, rounds: int | None
-) -> dict[str, LatentPaths | None]:
-    """How ASLR runs in each evaluation that was asked for, by name: `off`, `on`, and `R=1` for reduced rounds.
-
-    Args:
-        numbers: of `checkpoint_numbers`.
-        name: of the model.
-        model: as loaded; its configuration says what ASLR it has.
-        how: `--aslr`: off, on or both.
-        seed: of the noise.
-        rounds: R in place of the model's; with `both` an evaluation of its own.
-
-    Raises:
-        UserError: `m3po.json` or a flag says another number than the model's configuration, or the model has no ASLR
-            to turn on, or `rounds` breaks its rule.
-    """
-    has = {"aslr_enabled": has_aslr(model), **{key: getattr(model.config, key, None) for key in ASLR_NUMBERS}}
-    told = {key: numbers[key] for key in has if key in numbers}
-    if (Path(name) / CHECKPOINT_FILE).is_file():
-        told.setdefault("aslr_enabled", False)
-    for key, value in told.items():
-        if value != has[key]:
-            raise UserError(
-                f"{key}: {name} was trained with {value}, and the configuration of the model says {has[key]}; evaluate "
-                "the folder that its run saved, as it is."
-            )
-    if how == "off":
-        return {"off": None}
-    if not has_aslr(model):
-        raise UserError(f"--aslr {how}: {name} has no ASLR; leave the flag out, or train with --aslr_enabled true.")
-    try:
-        check_aslr_numbers({"aslr_max_iterations": rounds})
-    except ValueError as error:
-        raise UserError(f"--{one_line(error)}") from error
-    if how == "on":
-        return {"on": LatentPaths(seed, rounds)}
-    reduced = {} if rounds in (None, model.config.aslr_max_iterations) else {f"R={rounds}": LatentPaths(seed, rounds)}
-    return {"off": None, **reduced, "on": LatentPaths(seed)}
-
-
-def aslr_line(model: Any, found: dict[str, LatentPaths | None]) -> str:
-    """Whether ASLR runs in the evaluations, to follow `mode_line`; empty on a model without it."""
-    if not has_aslr(model):
-        return ""
-    told = []
-    for name, aslr in found.items():
-        numbers = ASLRNumbers.of(model.config, {} if aslr is None else aslr.overrides).describe()
-        told.append(f"; ASLR {name} (is_m3po_inference={aslr is None}): {numbers}")
-    return "".join(told)
-
-
-def paths_of(numbers: dict[str, Any], num_paths: int, seed: int) -> Paths | None:
-    """How N paths of each problem are sampled; None for one path.
-
-    Raises:
-        UserError: for numbers that break a rule of cross-path interaction.
-    """
-    if num_paths == 1:
-        return None
-    return Paths(num_paths, sampling_temperature(numbers), thinking_settings(numbers), seed)
-
-
-def check_gate(numbers: dict[str, Any], model: Any, name: str, paths: Paths | None) -> None:
-    """Refuses a gate that is not the one `m3po.json` tells of, and a group of paths whose gate was left out.
-
-    Raises:
-        UserError: it names both.
-    """
-    settings = thinking_settings(numbers)
-    config = model.config
-    has = config.m3po_gating_type if getattr(config, "m3po_gating_enabled", False) else None
-    if settings is None or settings.mode not in CROSS_PATH_MODES or not (settings.learns or has):
-        return
-    if has is None:
-        if paths is not None:
-            raise UserError(
-                f"--num_paths {paths.number}: {name} has not the gate that its group interacts through "
-                f"({settings.gating_type}), as after make export-model ... GATING=off; take the checkpoint of its run, "
-                "or leave the flag out."
-            )
-        return
-    told = {"gating_type": settings.gating_type, **gate_class(settings.gating_type).structure(settings.gating_config)}
-    found = {"gating_type": has, **gate_class(has).structure(config.m3po_gating_config)}
-    for key, value in found.items():
-        if told.get(key) != value:
-            raise UserError(
-                f"{name}: its {CHECKPOINT_FILE} says {key} {told.get(key)} and its model has {value}; take the folder "
+                f"{self.name}: its {CHECKPOINT_FILE} says {name} {stored} and its model has {value}; take the folder "
                 "as its run saved it."
             )
+        without = {ASLR.switch: False} if (Path(self.name) / CHECKPOINT_FILE).is_file() else {}
+        aslr = ASLR.difference(model, without | dict(self.stored))
+        if aslr is not None:
+            name, stored, value = aslr
+            raise UserError(
+                f"{name}: {self.name} was trained with {stored}, and the configuration of the model says {value}; "
+                "evaluate the folder that its run saved, as it is."
+            )
+
+    def latent_paths(self, model: Any, aslr: str, seed: int, rounds: int | None) -> dict[str, LatentPaths | None]:
+        """How ASLR runs in each evaluation that was asked for, by name: `off`, `on`, and `R=1` for reduced rounds.
+
+        Args:
+            model: as loaded.
+            aslr: `--aslr`: off, on or both.
+            seed: of the noise.
+            rounds: R in place of the model's; with `both` an evaluation of its own.
+
+        Raises:
+            UserError: the model has no ASLR to turn on, or `rounds` breaks its rule.
+        """
+        if aslr == "off":
+            return {"off": None}
+        if not has_aslr(model):
+            raise UserError(
+                f"--aslr {aslr}: {self.name} has no ASLR; leave the flag out, or train with --aslr_enabled true."
+            )
+        try:
+            check_aslr_hyperparameters({"aslr_max_iterations": rounds})
+        except ValueError as error:
+            raise UserError(f"--{one_line(error)}") from error
+        if aslr == "on":
+            return {"on": LatentPaths(seed, rounds)}
+        usual = (None, model.config.aslr_max_iterations)
+        reduced = {} if rounds in usual else {f"R={rounds}": LatentPaths(seed, rounds)}
+        return {"off": None, **reduced, "on": LatentPaths(seed)}
+
+    def describe(self, paths: Paths | None) -> str:
+        """The mode, its hyperparameters and how it decodes here, in one line."""
+        mode = f"mode {self.mode}" + (f" ({self.settings.describe()})" if self.settings else "")
+        if paths is None:
+            return f"{mode}; evaluated {INFERENCE[self.mode]}, greedy"
+        kind = "a cross-path group" if self.mode in CROSS_PATH_MODES else "independent samples"
+        return f"{mode}; {paths.number} paths of each problem as {kind}, sampling temperature {paths.temperature:g}"
 
 
-def thoughts_of(numbers: dict[str, Any]) -> Thoughts | None:
-    """The soft thoughts of a greedy path; None in the modes without."""
-    return Thoughts.of_mode(thinking_settings(numbers), sampling_temperature(numbers))
+def describe_aslr(model: Any, evaluations: Mapping[str, LatentPaths | None]) -> str:
+    """How ASLR runs in each evaluation, to follow `Checkpoint.describe`; empty on a model without it."""
+    if not has_aslr(model):
+        return ""
+    parts = []
+    for name, aslr in evaluations.items():
+        numbers = ASLRHyperparameters.of(model.config, {} if aslr is None else aslr.overrides).describe()
+        parts.append(f"; ASLR {name} (is_m3po_inference={aslr is None}): {numbers}")
+    return "".join(parts)
 
 
-def sampling_temperature(numbers: dict[str, Any]) -> float:
-    """The temperature that a checkpoint's completions were sampled at; 1 for a model that says none."""
-    return float(numbers.get("sampling_temperature", 1.0))
-
-
-def thinking_settings(numbers: dict[str, Any]) -> ThinkingSettings | None:
-    """How a checkpoint thinks; None in mode `none`.
-
-    Raises:
-        UserError: for numbers that break one of its rules.
-    """
-    if numbers["mode"] == "none":
-        return None
-    known = {entry.name for entry in fields(ThinkingSettings)}
+def _read_file(name: str, flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `m3po.json` says, where no flag contradicts it."""
     try:
-        return ThinkingSettings(**{name: value for name, value in numbers.items() if name in known})
+        stored = read_checkpoint_info(name)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    for flag, value in flags.items():
+        if value != stored.get(flag):
+            raise UserError(
+                f"--{flag} {value}: {Path(name) / CHECKPOINT_FILE} says mode {stored['mode']} with {flag} "
+                f"{stored.get(flag)}; a checkpoint is evaluated as what it is, so leave the flag out."
+            )
+    return stored
+
+
+def _from_flags(name: str, flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The mode and the hyperparameters of a model without `m3po.json`."""
+    stored = {"mode": "none", **flags}
+    interacting = [flag for flag in flags if flag.startswith(("cross_path", "gating"))]
+    if stored["mode"] in RESIDUAL_MODES:
+        raise UserError(
+            f"--mode {stored['mode']}: {name} is no checkpoint of that mode, and a residual gate that nobody trained "
+            "would be random; train it first, or leave the flag out."
+        )
+    if stored["mode"] == "none" and interacting:
+        raise UserError(f"--{interacting[0]} goes with --mode m3po; {name} is evaluated in mode none.")
+    return stored
+
+
+def _thinking_settings(stored: Mapping[str, Any]) -> ThinkingSettings | None:
+    """How a checkpoint thinks; None in mode `none`."""
+    if stored["mode"] == "none":
+        return None
+    names = {entry.name for entry in fields(ThinkingSettings)}
+    try:
+        return ThinkingSettings(**{name: value for name, value in stored.items() if name in names})
     except (ValueError, TypeError) as error:
         raise UserError(f"--{one_line(error)}") from error
-
-
-def mode_line(numbers: dict[str, Any], paths: Paths | None) -> str:
-    """The mode, its numbers and how it decodes here, in one line."""
-    settings = thinking_settings(numbers)
-    said = f"mode {numbers['mode']}" + (f" ({settings.describe()})" if settings else "")
-    if paths is None:
-        return f"{said}; evaluated {INFERENCE[numbers['mode']]}, greedy"
-    kind = "a cross-path group" if numbers["mode"] in CROSS_PATH_MODES else "independent samples"
-    return f"{said}; {paths.number} paths of each problem as {kind}, sampling temperature {paths.temperature:g}"

@@ -4,6 +4,7 @@
 import random
 import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lm_eval.api.task import Task
@@ -17,7 +18,7 @@ class Thoughts:
 
     Args:
         settings: of mode `hrpo`.
-        temperature: of the distributions that the thoughts are made of: what the run sampled at.
+        temperature: the temperature of the distributions that the thoughts are made of, as the run sampled.
     """
 
     settings: ThinkingSettings
@@ -88,7 +89,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class LatentPaths:
-    """ASLR on, as in training; without this an evaluation leaves its loop out (`is_m3po_inference`, erratum E14).
+    """ASLR on, as in training; without this an evaluation leaves its loop out (`is_m3po_inference`).
 
     The noise of a row depends on its prompt, the number of the path and `seed`, not on the batch it is decoded in.
 
@@ -108,7 +109,56 @@ class LatentPaths:
     def row_seeds(self, rows: torch.Tensor, mask: torch.Tensor, num_paths: int) -> torch.Tensor:
         """The seeds (B,) of the prompts `rows` (B, L) with their mask, the paths of a prompt side by side."""
         prompts = zip(rows.cpu(), mask.bool().cpu(), strict=True)
-        texts = [ids[kept].numpy().tobytes() for ids, kept in prompts]
+        texts = [ids[is_token].numpy().tobytes() for ids, is_token in prompts]
         return torch.tensor(
             [zlib.crc32(f"{self.seed}-{index % num_paths}-".encode() + text) for index, text in enumerate(texts)]
         )
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the completions of an evaluation are decoded.
+
+    Args:
+        batch_size: rows decoded together, of similar length; with `paths`, rounded to whole groups.
+        precision: `no`, or the autocast of the training.
+        chat_template_kwargs: arguments of the chat template besides the turns.
+        thoughts: soft thoughts of a greedy path; without effect with `paths`.
+        paths: samples N completions of each problem in place of a greedy one.
+        latent_paths: makes ASLR run, on a model that has it.
+    """
+
+    batch_size: int
+    precision: str = "no"
+    chat_template_kwargs: dict[str, Any] | None = None
+    thoughts: Thoughts | None = None
+    paths: Paths | None = None
+    latent_paths: LatentPaths | None = None
+
+    @property
+    def rows(self) -> int:
+        """The rows of a batch: whole groups of paths, one at least."""
+        if self.paths is None:
+            return self.batch_size
+        return max(1, self.batch_size // self.paths.number) * self.paths.number
+
+    def state(
+        self, prompts: torch.Tensor, mask: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+    ) -> M3POGenerationState | None:
+        """The state of a rollout of the prompts (B, L) with their mask (B, L); None for plain decoding.
+
+        Raises:
+            ValueError: see `Paths.state`.
+        """
+        seeds, state = None, None
+        if self.latent_paths is not None:
+            seeds = self.latent_paths.row_seeds(prompts, mask, 1 if self.paths is None else self.paths.number)
+        if self.paths is not None:
+            state = self.paths.state(prompts, tokenizer, seeds)
+        elif self.thoughts is not None:
+            state = self.thoughts.state(tokenizer, seeds)
+        elif seeds is not None:
+            state = M3POGenerationState(row_seeds=seeds)
+        if state is not None:
+            state.aslr_overrides = {} if self.latent_paths is None else self.latent_paths.overrides
+        return state

@@ -9,12 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from m3po_lab.core.errors import PROJECT_ROOT
 from m3po_lab.core.files import shown_path, write_json, write_text
 from m3po_lab.core.provenance import git_state
 from m3po_lab.core.stats import compare
 from m3po_lab.evaluation.agreement import agreement_line
 from m3po_lab.evaluation.router import router_line
-from m3po_lab.grpo.config import PROJECT_ROOT
 
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "math-verify", "reasoning-gym")
 KEPT = ("results", "versions", "n-shot", "n-samples", "configs", "router")  # of lm-eval's results
@@ -27,21 +27,21 @@ COLUMNS = {
 }
 
 
-def results_table(found: dict[str, dict[str, Any]], num_paths: int) -> str:
+def results_table(evaluations: dict[str, dict[str, Any]], num_paths: int) -> str:
     """Markdown: a row a task, each score in % with its standard error; of several evaluations a row each a task.
 
     Args:
-        found: lm-eval's results, by how ASLR ran.
+        evaluations: lm-eval's results, by how ASLR ran.
     """
-    several = len(found) > 1
+    several = len(evaluations) > 1
     shown = [name for name in COLUMNS if num_paths > 1 or name not in ("majority_vote", "pass_at_n")]
     titles = [COLUMNS[name].format(n=num_paths) for name in shown]
     if num_paths > 1:
         titles[:3] = [f"{title}, mean of paths" for title in titles[:3]]
     heads = ["task", "version", "examples", "problems", *(["ASLR"] * several), *titles]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for task in next(iter(found.values()))["results"]:
-        for name, results in found.items():
+    for task in next(iter(evaluations.values()))["results"]:
+        for name, results in evaluations.items():
             scores = results["results"][task]
             cells = [percent(scores[f"{column},all"], scores[f"{column}_stderr,all"]) for column in shown]
             count = str(results["n-samples"][task]["effective"])
@@ -50,14 +50,14 @@ def results_table(found: dict[str, dict[str, Any]], num_paths: int) -> str:
     return "\n".join(lines)
 
 
-def paired_rows(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def paired_rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Every two evaluations of the same problems, task by task: what the second one gained and lost by strict match."""
     rows = []
-    for one, other in combinations(found, 2):
-        for task in found[one]["samples"]:
+    for one, other in combinations(evaluations, 2):
+        for task in evaluations[one]["samples"]:
             verdicts = []
             for name in (one, other):
-                samples = sorted(found[name]["samples"][task], key=lambda sample: sample["doc_id"])
+                samples = sorted(evaluations[name]["samples"][task], key=lambda sample: sample["doc_id"])
                 verdicts.append([sample["strict_match"] == 1.0 for sample in samples])
             rows.append({"task": task, "from": one, "to": other, **asdict(compare(*verdicts))})
     return rows
@@ -98,40 +98,40 @@ def sample_lines(samples: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def write_report(found: dict[str, dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
+def write_report(evaluations: dict[str, dict[str, Any]], header: dict[str, Any], folder: Path) -> None:
     """Write the files into `folder` and print the table.
 
     Args:
-        found: lm-eval's results, by how ASLR ran; one where it ran in one way.
-        about: what was evaluated and how.
+        evaluations: lm-eval's results, by how ASLR ran.
+        header: what was evaluated and how.
         folder: for the files.
     """
-    several = len(found) > 1
+    several = len(evaluations) > 1
     commit, dirty = git_state(PROJECT_ROOT)
     files = []
-    for name, results in found.items():
+    for name, results in evaluations.items():
         for task, samples in results["samples"].items():
             files.append(f"{task}-{name}.jsonl" if several else f"{task}.jsonl")
             write_text(folder / files[-1], sample_lines(samples))
-    kept = {name: {key: results[key] for key in KEPT if results.get(key)} for name, results in found.items()}
-    paired = paired_rows(found) if several else []
+    written = {name: {key: results[key] for key in KEPT if results.get(key)} for name, results in evaluations.items()}
+    paired = paired_rows(evaluations) if several else []
     write_json(
         folder / "results.json",
         {
-            **about,
-            **({"evaluations": kept, "paired": paired} if several else next(iter(kept.values()))),
+            **header,
+            **({"evaluations": written, "paired": paired} if several else next(iter(written.values()))),
             "git_commit": commit,
             "git_dirty": dirty,
             "package_versions": {name: metadata.version(name) for name in PACKAGES},
         },
     )
-    tables = [results_table(found, about["num_paths"]), *([paired_table(paired)] * several)]
-    lines = [router_line(name, results["router"]) for name, results in found.items() if results.get("router")]
-    if about["agreement"] is not None:
-        lines.append(agreement_line(about["agreement"]))
-    told = "".join(f"\n{line}\n" for line in lines)
+    tables = [results_table(evaluations, header["num_paths"]), *([paired_table(paired)] * several)]
+    lines = [router_line(name, results["router"]) for name, results in evaluations.items() if results.get("router")]
+    if header["agreement"] is not None:
+        lines.append(agreement_line(header["agreement"]))
+    notes = "".join(f"\n{line}\n" for line in lines)
     text = "\n\n".join(tables)
-    write_text(folder / "results.md", f"`{about['command']}`\n\n{text}\n{told}")
+    write_text(folder / "results.md", f"`{header['command']}`\n\n{text}\n{notes}")
     print(f"\n{text}\n\nstrict: one answer marker and the right answer behind it; flexible: the last one in the text")
     for line in lines:
         print(line)

@@ -26,10 +26,11 @@ def router_statistics(batches: Sequence[dict[str, float]]) -> dict[str, float]:
     return {TOKENS: tokens, **{name: sum(batch[TOKENS] * batch[name] for batch in known) / tokens for name in names}}
 
 
-def router_line(label: str, found: dict[str, float]) -> str:
+def router_line(label: str, statistics: dict[str, float]) -> str:
     """The statistics in a line."""
+    before, after = statistics["latent_diversity_before"], statistics["latent_diversity_after"]
     return (
-        f"ASLR {label}: the router activates {found['activation_rate_actual']:.1%} of {found[TOKENS]} tokens, mean "
-        f"score {found['router_weight_mean']:.4f}; latent paths {found['latent_diversity_before']:.4f} apart before "
-        f"the rounds, {found['latent_diversity_after']:.4f} after"
+        f"ASLR {label}: the router activates {statistics['activation_rate_actual']:.1%} of {statistics[TOKENS]} "
+        f"tokens, mean score {statistics['router_weight_mean']:.4f}; latent paths {before:.4f} apart before the "
+        f"rounds, {after:.4f} after"
     )

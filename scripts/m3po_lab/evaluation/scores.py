@@ -29,14 +29,14 @@ def score(doc: dict[str, Any], texts: Sequence[str], kind: Kind) -> dict[str, fl
     formed = [line for line in lines if line is not None and kind.readable(line)]
     ends = [kind.last(text) for text in texts]
     at_end = [end is not None and kind.equal(reference, end) for end in ends]
-    found = {
+    shares = {
         "strict_match": sum(right) / len(texts),
         "flexible_match": sum(map(operator.or_, right, at_end)) / len(texts),
         "well_formed": len(formed) / len(texts),
     }
     if len(texts) > 1:
-        found |= {"majority_vote": vote(formed, reference, kind.equal), "pass_at_n": float(any(right))}
-    return found
+        shares |= {"majority_vote": vote(formed, reference, kind.equal), "pass_at_n": float(any(right))}
+    return shares
 
 
 def vote(lines: Sequence[str], reference: str, equal: Equal) -> float:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig
 
+from m3po_lab.command_line.parser import OneLineParser
+from m3po_lab.core.config_files import DEFAULT_CONFIG
+from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo.config import Run, RunArguments, UserError
+from m3po_lab.problems.arguments import ProblemArguments
 
 SETTINGS_FILE = "evaluation.json"
 AUTOCAST = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
-OF_THE_SCRIPT = ("dataset", "dataset_config", "num_eval_problems", "eval_seed")
+OF_THE_PROBLEMS = ("dataset", "dataset_config", "num_eval_problems", "eval_seed")
 OF_THE_PROMPT = ("system_prompt", "prompt_template", "worked_example")
 
 
@@ -25,9 +29,9 @@ class EvalSettings:
     """What the evaluation of a run depends on, apart from the model.
 
     Args:
-        dataset, dataset_config, num_eval_problems, eval_seed: the held-out problems, see `RunArguments`.
+        dataset, dataset_config, num_eval_problems, eval_seed: the held-out problems, see `ProblemArguments`.
         system_prompt, prompt_template, worked_example: how they are asked.
-        chat_template_kwargs: what the chat template is given besides, as in training.
+        chat_template_kwargs: arguments of the chat template besides the turns, as in training.
         answer_start: the answer marker.
         max_completion_length: tokens after which a completion is cut.
         batch_size: rows decoded together.
@@ -48,14 +52,14 @@ class EvalSettings:
     precision: str
 
     @classmethod
-    def of_run(cls, run: Run, precision: str) -> "EvalSettings":
-        """The settings of a run; `precision` is accelerate's mixed precision."""
+    def of_run(cls, problems: ProblemArguments, training: GRPOConfig, precision: str) -> "EvalSettings":
+        """The settings of a run with these arguments; `precision` is accelerate's mixed precision."""
         return cls(
-            **{name: getattr(run.script, name) for name in OF_THE_SCRIPT + OF_THE_PROMPT},
-            chat_template_kwargs=run.training.chat_template_kwargs,
-            answer_start=run.training.answer_start,
-            max_completion_length=run.training.max_completion_length,
-            batch_size=run.training.per_device_eval_batch_size,
+            **{name: getattr(problems, name) for name in OF_THE_PROBLEMS + OF_THE_PROMPT},
+            chat_template_kwargs=training.chat_template_kwargs,
+            answer_start=training.answer_start,
+            max_completion_length=training.max_completion_length,
+            batch_size=training.per_device_eval_batch_size,
             precision=precision,
         )
 
@@ -79,14 +83,23 @@ class EvalSettings:
         write_json(folder / SETTINGS_FILE, asdict(self))
 
     @property
-    def script(self) -> RunArguments:
-        """The arguments that make the held-out problems and their prompts, and no training problems to speak of."""
-        return RunArguments(
-            **{name: getattr(self, name) for name in OF_THE_SCRIPT + OF_THE_PROMPT}, num_train_problems=1
+    def problems(self) -> ProblemArguments:
+        """The arguments that make the held-out problems and their prompts, and one training problem."""
+        return ProblemArguments(
+            **{name: getattr(self, name) for name in OF_THE_PROBLEMS + OF_THE_PROMPT}, num_train_problems=1
         )
 
 
-class KeepSettings(TrainerCallback):
+def demo_settings() -> EvalSettings:
+    """How `configs/demo.yaml` evaluates."""
+    words = ["--config", str(PROJECT_ROOT / DEFAULT_CONFIG)]
+    problems, training, _ = OneLineParser(ProblemArguments, GRPOConfig).parse_args_and_config(
+        words, return_remaining_strings=True
+    )
+    return EvalSettings.of_run(problems, training, "bf16" if training.bf16 else "no")
+
+
+class SaveSettings(TrainerCallback):
     """Writes `evaluation.json` into every checkpoint."""
 
     def __init__(self, settings: EvalSettings) -> None:

@@ -5,10 +5,11 @@ One row a run; then one row a variant on its diversity and, where paths interact
 against the control (mode `none`) over the seeds that both have: the mean difference of the accuracy after training, its
 95 % interval and p by the paired t-test, with Holm's correction where several variants are compared.
 
-A variant is the whole set of flags in which the runs differ, besides the seed: `m3po`, `m3po:raw_dot` with that gate,
-`m3po+aslr`, `m3po λ=0.3`, `m3po phase=all`. Its control has its values of the flags that a control has, `none lr=1e-05`
-for `m3po λ=0.3 lr=1e-05`. Runs are compared only if their problems, model and number of steps are the same, and in the
-modes that decode plainly also the accuracy before. The prompts of a seed are the same in both, the samples are not.
+A variant is the whole set of flags in which the runs differ, besides the random seed: `m3po`, `m3po:raw_dot` with that
+gating function, `m3po+aslr`, `m3po λ=0.3`, `m3po phase=all`. Its control has its values of the flags that a control
+has, `none lr=1e-05` for `m3po λ=0.3 lr=1e-05`. Runs are compared only if their problems, model and number of steps are
+the same, and in the modes that decode plainly also the accuracy before. The prompts of a seed are the same in both, the
+samples are not.
 """
 
 import json
@@ -20,17 +21,18 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_1samp
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import RESIDUAL_MODES
 from trl.trainer.m3po.config import M3POArguments
 
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json
+from m3po_lab.core.identity import difference
 from m3po_lab.core.stats import holm
-from m3po_lab.grpo.identity import difference, recorded_flags, schedule_parts
+from m3po_lab.grpo.identity import recorded_flags, schedule_parts
 
 CONTROL = "none"
-DEFAULT_GATE = "baseline"
+DEFAULT_GATING_TYPE = "baseline"
 SAME = ("model", "dataset", "num_eval_problems", "steps")  # of the summaries
 SAME_FLAGS = (
     *("dataset", "dataset_config", "num_train_problems", "num_eval_problems", "problem_seed", "eval_seed"),
@@ -53,32 +55,33 @@ SHORT = {
 def differing_flags(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The flags whose values differ among the runs that have them, the seed aside; `runs` are flags by name."""
     names = {name: None for flags in runs for name in flags if name != "seed"}
-    found = []
+    differing = []
     for name in names:
         values = {json.dumps(flags[name], sort_keys=True) for flags in runs if name in flags}
         if len(values) > 1:
-            found.append(name)
-    return found
+            differing.append(name)
+    return differing
 
 
 def variant(flags: Mapping[str, Any], differing: Sequence[str]) -> str:
-    """What a run is compared as: its mode, its gate if not the default, `+aslr`, and what else differs among the runs.
+    """What a run is compared as: its mode, a gating function that is not the default, `+aslr`, and other differences.
 
     Args:
         flags: of the run.
         differing: the flags that differ among the runs.
     """
-    gate = flags.get("gating_type", DEFAULT_GATE)
-    name = f"{flags['mode']}{'' if gate == DEFAULT_GATE else f':{gate}'}{'+aslr' if flags['aslr_enabled'] else ''}"
-    told = [flag for flag in differing if flag in flags and flag not in NAMED]
-    return " ".join([name, *(f"{SHORT.get(flag, flag)}={value_text(flag, flags)}" for flag in told)])
+    gating_type = flags.get("gating_type", DEFAULT_GATING_TYPE)
+    gating = "" if gating_type == DEFAULT_GATING_TYPE else f":{gating_type}"
+    name = f"{flags['mode']}{gating}{'+aslr' if flags['aslr_enabled'] else ''}"
+    shown = [flag for flag in differing if flag in flags and flag not in NAMED]
+    return " ".join([name, *(f"{SHORT.get(flag, flag)}={value_text(flag, flags)}" for flag in shown)])
 
 
 def value_text(name: str, flags: Mapping[str, Any]) -> str:
     """A flag's value, short."""
     value = flags[name]
     if name == "cross_path_temp" and value is None:
-        value = gate_class(flags["gating_type"]).default_temperature
+        value = gating_class(flags["gating_type"]).default_temperature
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
@@ -129,9 +132,11 @@ def check_alike(runs: Sequence[dict[str, Any]]) -> None:
             raise UserError(f"the runs differ in {key} ({', '.join(sorted(values))}): only like runs can be compared.")
     for run in runs[1:]:
         alike = {name: value for name, value in run["flags"].items() if name in SAME_FLAGS}
-        found = difference(runs[0]["flags"], alike)
-        if found is not None:
-            raise UserError(f"the runs differ in {found[0]} ({found[1]}, {found[2]}): only like runs can be compared.")
+        differing = difference(runs[0]["flags"], alike)
+        if differing is not None:
+            raise UserError(
+                f"the runs differ in {differing[0]} ({differing[1]}, {differing[2]}): only like runs can be compared."
+            )
 
 
 def check_start(runs: Sequence[dict[str, Any]]) -> None:
@@ -146,8 +151,8 @@ def check_start(runs: Sequence[dict[str, Any]]) -> None:
     for first in plain:
         values = {str(run["accuracy_before"]) for run in plain if run["shared"] == first["shared"]}
         if len(values) > 1:
-            told = ", ".join(sorted(values))
-            raise UserError(f"the runs differ in accuracy_before ({told}): only like runs can be compared.")
+            accuracies = ", ".join(sorted(values))
+            raise UserError(f"the runs differ in accuracy_before ({accuracies}): only like runs can be compared.")
 
 
 def run_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -219,8 +224,8 @@ def diversity_table(runs: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, own in by_variant(runs).items():
-        told = [run.get("diversity") or {} for run in own]
-        cells = [mean_cell([one.get(key) for one in told], ".3f") for key in DIVERSITY]
+        diversities = [run.get("diversity") or {} for run in own]
+        cells = [mean_cell([one.get(key) for one in diversities], ".3f") for key in DIVERSITY]
         lines.append(f"| {' | '.join([f'`{name}`', str(len(own)), *cells])} |")
     lines += ["", "Means over the runs, and over the log lines of the first and of the last quarter of the training."]
     return "\n".join(lines)
@@ -232,14 +237,14 @@ def differences_to_controls(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, s
     A variant without a control here is against `none` over no seed.
     """
     after = {name: {run["seed"]: run["accuracy_after"] for run in own} for name, own in by_variant(runs).items()}
-    found = {}
+    differences = {}
     for name, own in sorted(by_variant(runs).items()):
         if not is_control(own[0]):
             like = [run["variant"] for run in runs if is_control(run) and run["shared"] == own[0]["shared"]]
             control = like[0] if like else CONTROL
             seeds = sorted(set(after[name]) & set(after[control])) if like else []
-            found[name, control] = np.array([after[name][seed] - after[control][seed] for seed in seeds])
-    return found
+            differences[name, control] = np.array([after[name][seed] - after[control][seed] for seed in seeds])
+    return differences
 
 
 def against_control(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from m3po_lab.core.errors import DEFAULT_CONFIG, PROJECT_ROOT, UserError, find_config, one_line, split_config
+from m3po_lab.core.config_files import DEFAULT_CONFIG, find_config, split_config
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import read_json
-
-if TYPE_CHECKING:
-    from m3po_lab.grpo.config import Run
 
 ENGINES = ("auto", "unsloth", "trl")
 CAPABILITY = (7, 0)  # the least that Unsloth's kernels are for
@@ -81,13 +79,13 @@ def choose_engine(words: list[str]) -> Engine:
         UserError: the engine is unknown, or Unsloth is asked for and cannot train this here.
     """
     values = early_values(words)
-    asked = str(values["engine"])
-    if asked not in ENGINES:
-        raise UserError(f"--engine {asked} is unknown; give one of {', '.join(ENGINES)}.")
-    if asked == "trl":
+    name = str(values["engine"])
+    if name not in ENGINES:
+        raise UserError(f"--engine {name} is unknown; give one of {', '.join(ENGINES)}.")
+    if name == "trl":
         return TRL
     why = machine_obstacle() or next(flag_obstacles(values), None)
-    if asked == "unsloth":
+    if name == "unsloth":
         if why is not None:
             raise UserError(f"--engine unsloth: {why}; or leave --engine out, which then takes trl.")
         return Engine("unsloth", "as asked")
@@ -98,13 +96,13 @@ def choose_engine(words: list[str]) -> Engine:
 
 def early_values(words: list[str]) -> dict[str, Any]:
     """The values of `LOOKED_AT`, as texts or as the YAML has them; what cannot be read is left for TRL to refuse."""
-    given, rest = split_config(words)
+    config_name, rest = split_config(words)
     try:
-        found = yaml.safe_load(find_config(given or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+        content = yaml.safe_load(find_config(config_name or DEFAULT_CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError):
-        found = None
-    known = found if isinstance(found, dict) else {}
-    values = {**LOOKED_AT, **{name: value for name, value in known.items() if name in LOOKED_AT}}
+        content = None
+    in_yaml = content if isinstance(content, dict) else {}
+    values = {**LOOKED_AT, **{name: value for name, value in in_yaml.items() if name in LOOKED_AT}}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in LOOKED_AT:
         how: dict[str, Any] = {"nargs": "*"} if name in LISTS else {"nargs": "?", "const": True}
@@ -170,20 +168,21 @@ def flag_obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         yield "--gating_training logits needs distributions that Unsloth never makes: set embeddings"
 
 
-def check_flags(run: Run) -> None:
+def check_flags(engine: Engine, groups: Iterable[Any]) -> None:
     """Refuse, of the parsed arguments, what the run's engine cannot do; they are what counts.
+
+    Args:
+        groups: the dataclasses of all arguments.
 
     Raises:
         UserError: for the first such flag.
     """
-    if run.engine.name == "trl":
-        if run.model.load_in_4bit:
-            raise UserError(
-                f"--load_in_4bit true needs Unsloth, and this run has {run.engine.describe()}; leave it out."
-            )
+    flags = {entry.name: getattr(group, entry.name) for group in groups for entry in fields(group)}
+    if engine.name == "trl":
+        if flags["load_in_4bit"]:
+            raise UserError(f"--load_in_4bit true needs Unsloth, and this run has {engine.describe()}; leave it out.")
         return
-    values = {name: next(getattr(group, name) for group in run.groups if hasattr(group, name)) for name in LOOKED_AT}
-    for why in flag_obstacles(values):
+    for why in flag_obstacles(flags):
         raise UserError(f"--engine unsloth: {why}; or set --engine trl.")
 
 

@@ -15,11 +15,12 @@ from transformers.m3po.settings import CROSS_PATH_MODES
 from trl import GRPOTrainer
 
 from m3po_lab.command_line.commands import CONTINUE, shown_command, train_command
+from m3po_lab.core.errors import PROJECT_ROOT
 from m3po_lab.core.files import shown_path, write_json, write_text
 from m3po_lab.core.provenance import distribution, git_state
 from m3po_lab.core.stats import Paired, compare
 from m3po_lab.evaluation.evaluate import Answered
-from m3po_lab.grpo.config import PROJECT_ROOT, Run, changed_values
+from m3po_lab.grpo.arguments import Run, changed_values
 from m3po_lab.grpo.figure import draw_rewards
 from m3po_lab.grpo.identity import with_acting
 from m3po_lab.problems.data_sources import Problem
@@ -79,13 +80,13 @@ def diversity(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     Of the different answers of a group and of the standard deviation of the rewards of a step, the mean over the first
     and over the last quarter of the log lines that have it, one line at least.
     """
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for name, key in (("distinct_answers", "m3po/distinct_answers"), ("reward_std", "reward_std")):
         values = [row[key] for row in history if key in row]
         if values:
             quarter = max(1, len(values) // 4)
-            found |= {f"{name}_first": fmean(values[:quarter]), f"{name}_last": fmean(values[-quarter:])}
-    return found
+            means |= {f"{name}_first": fmean(values[:quarter]), f"{name}_last": fmean(values[-quarter:])}
+    return means
 
 
 def last_reward(history: Sequence[dict[str, Any]]) -> float | None:
@@ -222,14 +223,14 @@ def write_report(
 def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], words: Sequence[str]) -> list[str]:
     """Result, files, and what one can do next."""
     folder = shown_path(run.folder)
-    told = f" with {summary['gating_type']}" if summary["gating_type"] not in (None, "baseline") else ""
-    told += " with ASLR (off in the evaluations)" if summary["aslr_enabled"] else ""
+    suffix = f" with {summary['gating_type']}" if summary["gating_type"] not in (None, "baseline") else ""
+    suffix += " with ASLR (off in the evaluations)" if summary["aslr_enabled"] else ""
     more = train_command(words, {**CONTINUE, "max_steps": str(2 * summary["steps"])})
     aslr = shown_command("scripts/eval_gsm8k.sh", [f"{folder}/final", "--dataset", "problems", "--aslr", "on"])
     curves = shown_command("scripts/run.sh", ["tensorboard", "--logdir", folder])
     return [
         "",
-        f"mode {summary['mode']}{told}, {summary['steps']} steps in {summary['train_seconds']:.0f} s "
+        f"mode {summary['mode']}{suffix}, {summary['steps']} steps in {summary['train_seconds']:.0f} s "
         f"({summary['seconds_per_step'] or 0:.1f} s each), seed {summary['seed']}",
         table(parts),
         summary["verdict"],

@@ -9,105 +9,38 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.m3po.aslr.settings import ASLRNumbers
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers.m3po.aslr.settings import ASLRHyperparameters
 from transformers.m3po.flags import has_aslr
-from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.core.files import check_writable, shown_path
+from m3po_lab.core.identity import SaveRunFile
 from m3po_lab.core.processes import check_engine
 from m3po_lab.core.saving import ObeyUmask, obey_umask, save_model
 from m3po_lab.evaluation.decoding import Thoughts
 from m3po_lab.evaluation.evaluate import Answered, answer_problems, cache_key, load_cached, store
-from m3po_lab.evaluation.settings import EvalSettings, KeepSettings
-from m3po_lab.grpo.checkpoints import check_same_run, check_save_steps, claim_run_folder
-from m3po_lab.grpo.config import Run, UserError, one_line
-from m3po_lab.grpo.identity import KeepRun, begin, of_run
+from m3po_lab.evaluation.settings import EvalSettings, SaveSettings
+from m3po_lab.grpo.arguments import Run
+from m3po_lab.grpo.callbacks import RewardBar, TrainingClock, close_bar
+from m3po_lab.grpo.checkpoints import check_save_steps
+from m3po_lab.grpo.identity import begin, of_run
 from m3po_lab.grpo.report import write_report
-from m3po_lab.models.loading import EMBEDDED_MODEL, load_model, lora_of, model_digest
+from m3po_lab.grpo.resume import check_same_run, claim_run_folder
+from m3po_lab.models.adapters import lora_of
+from m3po_lab.models.digest import model_digest
+from m3po_lab.models.embedded import EMBEDDED_MODEL
+from m3po_lab.models.loading import load_model
 from m3po_lab.models.unsloth_model import load_with_unsloth
 from m3po_lab.problems.data import chat_prompt, load_problems, training_rows
 from m3po_lab.problems.data_sources import Problem
 from m3po_lab.problems.rewards import make_rewards
-
-
-class TrainingClock(TrainerCallback, ExportableState):
-    """Seconds spent in optimizer steps, over all parts of an interrupted run: they lie in `trainer_state.json`.
-
-    So do the engine and the number of processes, with which alone a checkpoint can be resumed
-    (`checkpoints.check_same_run`).
-    """
-
-    def __init__(self, engine: str = "trl") -> None:
-        self.engine = engine
-        self.seconds = 0.0
-        self._last = 0.0
-        self._processes = 1
-
-    def state(self) -> dict[str, Any]:
-        attributes = {"seconds": self.seconds, "processes": self._processes, "engine": self.engine}
-        return {"args": {}, "attributes": attributes}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        stored = state.stateful_callbacks.get(type(self).__name__, {})
-        self.seconds = float(stored.get("attributes", {}).get("seconds", 0.0))
-        self._processes = args.world_size
-        self._last = perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        now = perf_counter()
-        self.seconds += now - self._last
-        self._last = now
-
-
-class RewardBar(ProgressCallback):
-    """The Trainer's progress bar with the two numbers one watches, instead of a dictionary of thirty a step."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.current_step = state.global_step
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True
-            )
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.training_bar is not None and logs and "reward" in logs:
-            shown = {"reward": logs["reward"], "correct": logs["rewards/correct_reward/mean"]}
-            self.training_bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
-
-
-def close_bar(trainer: GRPOTrainer) -> None:
-    """End the progress bar of a training that did not: what is said next begins on a line of its own."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, RewardBar) and callback.training_bar is not None:
-            callback.training_bar.close()
 
 
 def rows_of_run(training: GRPOConfig, problems: int) -> int:
@@ -150,9 +83,9 @@ def run_session(run: Run, words: Sequence[str]) -> None:
     if trainer.accelerator.is_main_process:
         print(run.engine.describe())
         print(start_line(run, trainer, len(train_problems), len(held_out), resume))
-    settings = EvalSettings.of_run(run, trainer.accelerator.mixed_precision)
-    trainer.add_callback(KeepSettings(settings))
-    trainer.add_callback(KeepRun(about))
+    settings = EvalSettings.of_run(run.script, training, trainer.accelerator.mixed_precision)
+    trainer.add_callback(SaveSettings(settings))
+    trainer.add_callback(SaveRunFile(about))
     before = evaluate_before(run, trainer, held_out, settings)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -173,7 +106,9 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
         UserError: when the trainer refuses its arguments.
     """
     try:
-        model, tokenizer = load_model(run.model) if run.engine.name == "trl" else load_with_unsloth(run)
+        model, tokenizer = (
+            load_model(run.model) if run.engine.name == "trl" else load_with_unsloth(run.model, run.training)
+        )
         peft_config = None if isinstance(model, PeftModel) else lora_of(run.model)
         if run.training.beta > 0 and peft_config is None and not isinstance(model, PeftModel):
             settle_reference(run, model)
@@ -202,7 +137,8 @@ def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume
     model = trainer.accelerator.unwrap_model(trainer.model)
     aslr = ""
     if has_aslr(model):
-        aslr = f" with ASLR ({ASLRNumbers.of(model.config, {}).describe()}; on in training, off in the evaluations)"
+        values = ASLRHyperparameters.of(model.config, {}).describe()
+        aslr = f" with ASLR ({values}; on in training, off in the evaluations)"
     return (
         f"mode {run.training.mode} ({numbers}){aslr}; {run.model.model_name_or_path or EMBEDDED_MODEL}; "
         f"{run.script.dataset}: {train} training and {held_out} held-out problems; "
@@ -211,12 +147,12 @@ def start_line(run: Run, trainer: GRPOTrainer, train: int, held_out: int, resume
 
 
 def settle_reference(run: Run, model: PreTrainedModel) -> None:
-    """Make TRL's reference model the start model: TRL loads it anew by the model's name, in fp32 unless told.
+    """Make TRL's reference model the start model: TRL loads it anew by the model's name.
 
     A model from a GGUF file is saved as a folder first, which then is its name.
     """
     name = run.model.model_name_or_path or EMBEDDED_MODEL
-    wanted = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": run.model.attn_implementation}
+    options = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": run.model.attn_implementation}
     if name == EMBEDDED_MODEL or name.endswith(".gguf"):
         folder = run.folder / "reference"
         if run.training.process_index == 0:
@@ -225,8 +161,8 @@ def settle_reference(run: Run, model: PreTrainedModel) -> None:
         run.training.distributed_state.wait_for_everyone()
         model.config.name_or_path = model.name_or_path = str(folder)
     else:
-        wanted["revision"] = run.model.model_revision
-    run.training.model_init_kwargs = {**wanted, **(run.training.model_init_kwargs or {})}
+        options["revision"] = run.model.model_revision
+    run.training.model_init_kwargs = {**options, **(run.training.model_init_kwargs or {})}
 
 
 def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> list[Answered]:
@@ -254,7 +190,7 @@ def thoughts_of(trainer: GRPOTrainer) -> Thoughts | None:
 
 
 def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], settings: EvalSettings) -> list[Answered]:
-    """The evaluation of the start model, kept in the run folder so that a resumed run does not repeat it."""
+    """The evaluation of the start model, saved in the run folder so that a resumed run does not repeat it."""
     file, key = run.folder / "baseline.json", ""
     stored: list[list[Answered]] = [[]]
     if trainer.accelerator.is_main_process:

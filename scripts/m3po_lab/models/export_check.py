@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.m3po.flags import has_aslr, has_residual_gate
-from transformers.m3po.modules import OWN_MODULES
+from transformers.m3po.modules import ADDED_MODULES
 from trl import ModelConfig
 
 from m3po_lab.core.errors import UserError, short
@@ -66,7 +66,7 @@ class Comparison:
 
     Args:
         prompts: the token ids (1, L) of each.
-        aslr: whether ASLR is kept; without it the checkpoint is compared with its loop off.
+        aslr: whether ASLR is exported too; without it the checkpoint is compared with its loop off.
         logits: (tokens, V) float32, of the checkpoint.
     """
 
@@ -103,10 +103,10 @@ class Comparison:
         prompts = encoded(tokenizer)
         if not all(map(torch.equal, prompts, self.prompts)):
             raise UserError("not exported: the tokenizer that was written splits a prompt otherwise.")
-        weights, found = plain.state_dict(), again.state_dict()
-        for own in OWN_MODULES:  # a single path does not use a learnable gate, so its logits say nothing of it
-            for name in own.among(weights):
-                if name not in found or not torch.equal(weights[name], found[name]):
+        weights, read = plain.state_dict(), again.state_dict()
+        for modules in ADDED_MODULES:  # one path does not use a learnable gating function: its logits say nothing of it
+            for name in modules.among(weights):
+                if name not in read or not torch.equal(weights[name], read[name]):
                     raise UserError(f"not exported: {name} of what was written is not the checkpoint's.")
         logits = logits_of(again, prompts, self.aslr)
         self._check(logits, logits_of(plain, prompts, self.aslr), "what was written")
@@ -115,8 +115,8 @@ class Comparison:
             f"a logit is {difference(logits, self.logits):.2g}, of logits up to {self.logits.abs().max():.3g}"
         )
 
-    def _check(self, found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
-        distance, bound = difference(found, wanted), BOUND * float(self.logits.abs().max())
+    def _check(self, logits: torch.Tensor, reference: torch.Tensor, what: str) -> None:
+        distance, bound = difference(logits, reference), BOUND * float(self.logits.abs().max())
         if not distance <= bound:
             raise UserError(
                 f"not exported: a logit of {what} differs by {distance:.3g} from the checkpoint's, and rounding "
@@ -124,9 +124,9 @@ class Comparison:
             )
 
 
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest difference of two logits; NaN where one is no number."""
-    return float((found - wanted).abs().max())
+    return float((logits - reference).abs().max())
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
@@ -143,15 +143,15 @@ def encoded(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
 def logits_of(model: PreTrainedModel | PeftModel, prompts: list[torch.Tensor], aslr: bool) -> torch.Tensor:
     """The logits (tokens, V) of a model on the prompts; a residual gate mixes in a thought at every position."""
     model.eval()
-    found = []
+    logits = []
     for ids in prompts:
-        given: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if has_aslr(model):
-            given |= {"is_m3po_inference": not aslr, "aslr_row_seeds": torch.zeros(1, dtype=torch.long)}
+            inputs |= {"is_m3po_inference": not aslr, "aslr_row_seeds": torch.zeros(1, dtype=torch.long)}
         if has_residual_gate(model):  # the thought of a position: the token before it
-            given |= {
+            inputs |= {
                 "thinking_bag_ids": ids.roll(1).unsqueeze(-1).int(),
                 "thinking_bag_weights": torch.ones(*ids.shape, 1),
             }
-        found.append(model(input_ids=ids, **given).logits[0].float())
-    return torch.cat(found)
+        logits.append(model(input_ids=ids, **inputs).logits[0].float())
+    return torch.cat(logits)

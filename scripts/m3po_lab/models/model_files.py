@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model files that are not what their names say: found before a library stumbles over them, and said in one line."""
+"""Model files that are not what their names say: refused in one line before a library stumbles over them."""
 
 import json
 import struct
 from pathlib import Path
 
-import httpx
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from m3po_lab.core.errors import UserError, failure, short
+from m3po_lab.core.hub import HUB_ERRORS
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS has not fetched
 OBJECTS = (  # JSON files of a model folder, each one object
@@ -27,8 +27,6 @@ OBJECTS = (  # JSON files of a model folder, each one object
 PROTOTYPE_MODULES = "m3po_modules.bin"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 TEXTS = ("*.jinja", "*.model", "merges.txt")
-# What comes from the Hub's client where the network, or the variables that tell of it, are not right.
-HUB_ERRORS = (OSError, ValueError, RuntimeError, ImportError, httpx.HTTPError, httpx.InvalidURL)
 # What libraries raise on a model's files. Most read them without looking at what they are.
 UNREADABLE = (
     *HUB_ERRORS,
@@ -54,8 +52,8 @@ def check_model_files(place: Path) -> None:
     if (place / PROTOTYPE_MODULES).exists():
         raise UserError(
             f"{place} has {PROTOTYPE_MODULES}, the prototype's modules of ASLR, and would be read as a plain model: "
-            "take them as the start of a training with transformers.m3po.load_seed_modules (docs/aslr.md), or move the "
-            "file away to leave them out."
+            "take them as the start of a training with transformers.m3po.load_prototype_modules (docs/aslr.md), or "
+            "move the file away to leave them out."
         )
     for file in [place / name for name in OBJECTS if (place / name).exists()]:
         _check_no_pointer(file)

@@ -21,15 +21,16 @@ def prompts_read(task: Any, lm: Any) -> dict[str, float]:
         return {}
     room = lm.max_length - (lm.max_gen_toks if kind == "generate_until" else 0)
     shots, delimiter = task.config.num_fewshot or 0, task.config.fewshot_delimiter
-    whole, kept = 0, []
+    whole, examples = 0, []
     for instance, prompt in zip(task.instances, prompts, strict=True):
-        behind = instance.args[1] if kind != "generate_until" else ""
+        choice = instance.args[1] if kind != "generate_until" else ""
         tokens = lm.tok_encode(prompt)
-        left = room - (len(lm.tok_encode(behind)) - 1 if behind else 0)  # the last token is predicted, never read
-        whole += len(tokens) <= left
-        kept.append(examples_read(lm.tokenizer.decode(tokens[-left:]), shots, delimiter, len(tokens) <= left))
-    found = {"cut": 1 - whole / len(prompts)}
-    return found | ({"examples": sum(kept) / len(kept)} if shots else {})
+        length = room - (len(lm.tok_encode(choice)) - 1 if choice else 0)  # the last token is predicted, never read
+        is_whole = len(tokens) <= length
+        whole += is_whole
+        examples.append(examples_read(lm.tokenizer.decode(tokens[-length:]), shots, delimiter, is_whole))
+    shares = {"cut": 1 - whole / len(prompts)}
+    return shares | ({"examples": sum(examples) / len(examples)} if shots else {})
 
 
 def examples_read(text: str, shots: int, delimiter: str, is_whole: bool) -> int:
@@ -42,7 +43,7 @@ def rows(results: dict[str, dict[str, Any]], task: str, shots: int) -> list[tupl
     reads = [results[model][task].get("prompts_read", {}) for model in results]
     if not any(read.get("cut") for read in reads):
         return []
-    found = [(f"{task}, prompts cut at their beginning", [f"{read.get('cut', 0):.0%}" for read in reads])]
+    lines = [(f"{task}, prompts cut at their beginning", [f"{read.get('cut', 0):.0%}" for read in reads])]
     if shots:
-        found.append((f"{task}, examples read of {shots}", [f"{read.get('examples', shots):.1f}" for read in reads]))
-    return found
+        lines.append((f"{task}, examples read of {shots}", [f"{read.get('examples', shots):.1f}" for read in reads]))
+    return lines

@@ -7,6 +7,7 @@ token is fed and never scored, as in nanochat's bits per byte.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,10 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from m3po_lab.core.errors import UserError, short
+from m3po_lab.core.hub import HUB_ERRORS
+from m3po_lab.core.identity import named_content
 from m3po_lab.core.user_files import read_json_lines, text_field
-from m3po_lab.models.model_files import HUB_ERRORS, UNREADABLE, check_model_files, unreadable
+from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
 
 PYTHON = "python:"
 BYTES = "bytes"
@@ -103,21 +106,31 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
         from datasets import load_dataset
 
         try:
-            found = load_dataset(dataset, config, split="train", streaming=True)
+            rows_of_hub = load_dataset(dataset, config, split="train", streaming=True)
         except HUB_ERRORS as error:
             raise UserError(f"--dataset {dataset} cannot be read from the Hub: {short(error)}") from error
-        yield from (row["text"] for row in found)
+        yield from (row["text"] for row in rows_of_hub)
+
+
+def named_text(name: str) -> str:
+    """The text of a pretraining with the digest of what it reads: of a local file, or of the files of a package."""
+    if not name.startswith(PYTHON):
+        return named_content(name)
+    digest = hashlib.sha256()
+    for text in documents(name, None):
+        digest.update(text.encode() + b"\0")
+    return f"{name} (sha256 {digest.hexdigest()[:16]})"
 
 
 def rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[torch.Tensor]:
     """Rows (length) long of consecutive tokens; the last tokens, which do not fill one, are left out."""
-    held: list[int] = []
+    tokens: list[int] = []
     for text in texts:
-        held.append(tokenizer.bos_token_id)
-        held += tokenizer(text, add_special_tokens=False)["input_ids"]
-        while len(held) >= length:
-            yield torch.tensor(held[:length])
-            held = held[length:]
+        tokens.append(tokenizer.bos_token_id)
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
+        while len(tokens) >= length:
+            yield torch.tensor(tokens[:length])
+            tokens = tokens[length:]
 
 
 def example(row: torch.Tensor, bytes_of: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -128,8 +141,8 @@ def example(row: torch.Tensor, bytes_of: torch.Tensor) -> dict[str, torch.Tensor
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Rows that lie in memory."""
 
-    def __init__(self, found: list[torch.Tensor], bytes_of: torch.Tensor) -> None:
-        self.rows, self._bytes_of = torch.stack(found), bytes_of
+    def __init__(self, stacked: list[torch.Tensor], bytes_of: torch.Tensor) -> None:
+        self.rows, self._bytes_of = torch.stack(stacked), bytes_of
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -182,8 +195,8 @@ def load_text(
     held_out = [held_out[index * len(held_out) // validation_rows] for index in range(validation_rows)]
     if local:
         texts = (text for index, text in enumerate(documents(dataset, config)) if index % HELD_OUT)
-        found = list(islice(rows(texts, tokenizer, length), training_rows))
-        if not found:
+        training = list(islice(rows(texts, tokenizer, length), training_rows))
+        if not training:
             raise UserError(f"--dataset {dataset} has no training row of {length} tokens; lower --max_seq_len.")
-        return Rows(found, bytes_of), Rows(held_out, bytes_of)
+        return Rows(training, bytes_of), Rows(held_out, bytes_of)
     return StreamedRows(dataset, config, tokenizer, length), Rows(held_out, bytes_of)

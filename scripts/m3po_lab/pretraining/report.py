@@ -17,8 +17,8 @@ from scipy.stats import t as student
 
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_text
-from m3po_lab.grpo.identity import difference
-from m3po_lab.pretraining.run import summary
+from m3po_lab.core.identity import difference
+from m3po_lab.pretraining.measures import summary
 
 COLOURS = {"baseline": "#8c8c8c", "mhc": "#1f77b4"}
 CURVES = {"curve": "bits per byte, validation", "loss_curve": "training loss, nats per token"}
@@ -41,13 +41,13 @@ def load_results(folders: Sequence[Path]) -> dict[str, dict[int, dict[str, Any]]
     Raises:
         UserError: one is missing, or the runs differ in more than `mhc_enabled` and the seed.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {"baseline": {}, "mhc": {}}
+    results: dict[str, dict[int, dict[str, Any]]] = {"baseline": {}, "mhc": {}}
     for folder in folders:
         result = read_json(folder / "result.json")
         if result is None:
             raise UserError(f"{folder} has no result.json: give the folders of finished runs.")
-        found[result["variant"]][result["seed"]] = result
-    runs = [run for by_seed in found.values() for run in by_seed.values()]
+        results[result["variant"]][result["seed"]] = result
+    runs = [run for by_seed in results.values() for run in by_seed.values()]
     for run in runs[1:]:
         differing = difference(flags_of(runs[0]), flags_of(run), ("mhc_enabled", "seed"))
         if differing:
@@ -55,13 +55,13 @@ def load_results(folders: Sequence[Path]) -> dict[str, dict[int, dict[str, Any]]
                 f"the runs differ in {differing[0]} ({differing[1]}, {differing[2]}): only runs that differ in "
                 "mhc_enabled and seed can be compared."
             )
-    return found
+    return results
 
 
 def flags_of(result: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a finished run; of one whose result has them not all, those that it says."""
-    told = result.get("flags") or {**result["script"], "max_steps": result["max_steps"]}
-    return {**told, "tokens_per_step": result["tokens_per_step"]}
+    """The flags of a finished run, as far as its result has them."""
+    flags = result.get("flags") or {**result["script"], "max_steps": result["max_steps"]}
+    return {**flags, "tokens_per_step": result["tokens_per_step"]}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -78,17 +78,17 @@ def spread_of_starts(runs: Iterable[dict[str, Any]]) -> float:
     return max(float(np.linalg.norm(one - other, axis=(1, 2)).max()) for one in stacked for other in stacked)
 
 
-def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
+def text_of(results: dict[str, dict[int, dict[str, Any]]]) -> str:
     """The tables, as Markdown."""
-    seeds = sorted(set(found["baseline"]) & set(found["mhc"]))
-    first = found["mhc"][seeds[0]]
+    seeds = sorted(set(results["baseline"]) & set(results["mhc"]))
+    first = results["mhc"][seeds[0]]
     lines = [
         "| seed | baseline, bits per byte | mHC | difference | tokens/s over baseline | peak memory over baseline |",
         "|---|---|---|---|---|---|",
     ]
     differences = []
     for seed in seeds:
-        plain, own = found["baseline"][seed], found["mhc"][seed]
+        plain, own = results["baseline"][seed], results["mhc"][seed]
         differences.append(own["bits_per_byte"] - plain["bits_per_byte"])
         lines.append(
             f"| {seed} | {plain['bits_per_byte']:.4f} | {own['bits_per_byte']:.4f} | {differences[-1]:+.4f} | "
@@ -99,9 +99,9 @@ def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
     if bounds is None:
         verdict = "One pair cannot tell a difference from chance: give --seeds 0 1 2."
     else:
-        told = f"{bounds[0]:+.4f} to {bounds[1]:+.4f}"
+        shown_interval = f"{bounds[0]:+.4f} to {bounds[1]:+.4f}"
         what = "no difference is shown" if bounds[0] <= 0 <= bounds[1] else "mHC and baseline differ"
-        verdict = f"Mean difference {fmean(differences):+.4f} bits per byte, 95 % interval {told}: {what}."
+        verdict = f"Mean difference {fmean(differences):+.4f} bits per byte, 95 % interval {shown_interval}: {what}."
     more = first["mhc_parameters"]
     lines += [
         "",
@@ -113,33 +113,33 @@ def text_of(found: dict[str, dict[int, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for seed in seeds:
-        one = summary(found["mhc"][seed]["report"])
+        one = summary(results["mhc"][seed]["report"])
         lines.append(
             f"| {seed} | {one['row_error']:.1e} | {one['column_error']:.1e} | {one['from_start']:.3f} | "
             f"{one['from_identity']:.3f} | {one['stream_cosine']:.3f} | {one['composite_gain']:.3f} | "
             f"{one['gate_effect']:.2e} |"
         )
-    moved = min(summary(found["mhc"][seed]["report"])["from_start"] for seed in seeds)
-    apart = f"; the starts of two seeds are at most {spread_of_starts(found['mhc'].values()):.1e} apart"
-    told = f"H_res (Frobenius norm, mean over sublayers and positions) is at least {moved:.3f} from its start"
-    lines += ["", f"{told}{apart * (len(seeds) > 1)}."]
-    warnings = [f"Seed {seed}: {line}" for seed in seeds for line in found["mhc"][seed]["report"]["verdicts"]]
+    moved = min(summary(results["mhc"][seed]["report"])["from_start"] for seed in seeds)
+    apart = f"; the starts of two seeds are at most {spread_of_starts(results['mhc'].values()):.1e} apart"
+    sentence = f"H_res (Frobenius norm, mean over sublayers and positions) is at least {moved:.3f} from its start"
+    lines += ["", f"{sentence}{apart * (len(seeds) > 1)}."]
+    warnings = [f"Seed {seed}: {line}" for seed in seeds for line in results["mhc"][seed]["report"]["verdicts"]]
     if warnings:
         lines += ["", *(f"**{line}**" for line in warnings)]
     return "\n".join(lines)
 
 
-def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
+def draw_curves(results: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
     """Bits per byte in validation and the training loss over the steps, a line for each run in each.
 
-    Runs whose results have no training losses yet leave the second one out.
+    The second one is left out where a result has no training losses.
     """
-    runs = [run for by_seed in found.values() for run in by_seed.values()]
+    runs = [run for by_seed in results.values() for run in by_seed.values()]
     shown = {name: label for name, label in CURVES.items() if all(run.get(name) for run in runs)}
     figure = Figure(figsize=(6.5 * len(shown) + 1.5, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-        for variant, by_seed in found.items():
+        for variant, by_seed in results.items():
             for index, run in enumerate(by_seed.values()):
                 steps, values = zip(*run[name], strict=True)
                 axes.plot(steps, values, color=COLOURS[variant], linewidth=1.5, label=variant if index == 0 else None)
@@ -148,8 +148,8 @@ def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None
         axes.grid(axis="y", alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
-    first = next(iter(found["mhc"].values()))
-    figure.suptitle(f"{first['script']['dataset']}, {len(found['mhc'])} seed(s)", fontsize=11)
+    first = next(iter(results["mhc"].values()))
+    figure.suptitle(f"{first['script']['dataset']}, {len(results['mhc'])} seed(s)", fontsize=11)
     figure.savefig(file)
 
 
@@ -176,11 +176,11 @@ def write_report(folders: Sequence[Path], folder: Path) -> str:
     Raises:
         UserError: see `load_results`.
     """
-    found = load_results(folders)
-    text = text_of(found)
+    results = load_results(folders)
+    text = text_of(results)
     write_text(folder / "report.md", text + "\n")
-    draw_curves(found, folder / "curves.png")
-    first = found["mhc"][min(found["mhc"])]
+    draw_curves(results, folder / "curves.png")
+    first = results["mhc"][min(results["mhc"])]
     title = f"H_res after {first['max_steps']} steps, seed {first['seed']}"
     draw_routing(first["matrices"], title, folder / "routing.png")
     return text

@@ -12,7 +12,7 @@ HELP = (
 
 
 def read_gates(text: str) -> list[float]:
-    """The numbers of the flag.
+    """The routing gates that the flag names.
 
     Raises:
         UserError: they are no numbers in [0, 1].
@@ -27,7 +27,7 @@ def read_gates(text: str) -> list[float]:
 
 
 def gates_of(model: Any, text: str, place: str) -> float | list[list[list[float]]]:
-    """The gate as a forward of the model takes it: a number, or (1, L, 1) or (1, L, 2) for L layers.
+    """The routing gate as a forward of the model takes it: a number, or (1, L, 1) or (1, L, 2) for L layers.
 
     Args:
         model: of the folder `place`.

@@ -49,8 +49,8 @@ class Kind:
 
 def numbers_equal(reference: str, answer: str) -> bool:
     """Whether both lines state the same number."""
-    wanted, given = read_quantity(reference), read_quantity(answer)
-    return wanted is not None and given is not None and wanted.equals(given)
+    expected, stated = read_quantity(reference), read_quantity(answer)
+    return expected is not None and stated is not None and expected.equals(stated)
 
 
 def is_number(line: str) -> bool:
@@ -60,8 +60,8 @@ def is_number(line: str) -> bool:
 
 def last_number(text: str) -> str | None:
     """The last number of a text without thousands separators; a minus behind a digit is a subtraction."""
-    found = LAST_NUMBER.findall(usual_characters(text))
-    return found[-1].replace(",", "") if found else None
+    numbers = LAST_NUMBER.findall(usual_characters(text))
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 @lru_cache(maxsize=65536)
@@ -70,17 +70,17 @@ def formulas_equal(reference: str, answer: str) -> bool:
 
     Where the reference is a number the answer has to be one too.
     """
-    wanted, given = formula_of(reference), formula_of(answer)
-    if wanted is None or given is None:
+    expected, stated = formula_of(reference), formula_of(answer)
+    if expected is None or stated is None:
         return False
-    if "".join(wanted.split()) == "".join(given.split()):
+    if "".join(expected.split()) == "".join(stated.split()):
         return True
-    number, given_number = _plain_number(wanted), _plain_number(given)
-    if number is not None and given_number is not None:
-        return number.equals(given_number)
-    if UNREAD.search(wanted) or not is_finished(given) or (number is not None and not _states_number(given)):
+    number, answer_number = _plain_number(expected), _plain_number(stated)
+    if number is not None and answer_number is not None:
+        return number.equals(answer_number)
+    if UNREAD.search(expected) or not is_finished(stated) or (number is not None and not _states_number(stated)):
         return False
-    return bool(verify(_parse(wanted), _parse(given), timeout_seconds=_seconds()))
+    return bool(verify(_parse(expected), _parse(stated), timeout_seconds=_seconds()))
 
 
 def _plain_number(formula: str) -> Quantity | None:
@@ -102,20 +102,20 @@ def is_formula(line: str) -> bool:
 
 def formula_of(line: str) -> str | None:
     """The one formula of a line: the line itself, or what stands between its only marks, with words around it."""
-    found = [*FORMULAS.finditer(line)] or [*BOX.finditer(line)]
-    if found and found[0].span() != (0, len(line)):
-        around = line[: found[0].start()] + line[found[0].end() :]
-        if len(found) > 1 or re.search(r"[\d\\$=+]", around):
+    marked = [*FORMULAS.finditer(line)] or [*BOX.finditer(line)]
+    if marked and marked[0].span() != (0, len(line)):
+        around = line[: marked[0].start()] + line[marked[0].end() :]
+        if len(marked) > 1 or re.search(r"[\d\\$=+]", around):
             return None
-        line = found[0][0]
+        line = marked[0][0]
     return unmarked(line) or None
 
 
 def last_formula(text: str) -> str | None:
     """The last formula between marks in a text; where there are none, its last line."""
-    found = [*FORMULAS.finditer(text), *BOX.finditer(text)]
-    if found:
-        return max(found, key=lambda match: match.end())[0]
+    marked = [*FORMULAS.finditer(text), *BOX.finditer(text)]
+    if marked:
+        return max(marked, key=lambda match: match.end())[0]
     lines = text.strip().rsplit("\n", maxsplit=1)
     return lines[-1] or None
 
@@ -189,8 +189,8 @@ def gives_letter(line: str) -> bool:
 
 def last_letter(text: str) -> str | None:
     """The last capital that stands alone in a text."""
-    found = LETTER.findall(text)
-    return found[-1] if found else None
+    letters = LETTER.findall(text)
+    return letters[-1] if letters else None
 
 
 def is_reference(reference: str, kind: str) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 import reasoning_gym
 from datasets import Dataset
 
-from m3po_lab.grpo.config import RunArguments, UserError, one_line
+from m3po_lab.core.errors import UserError, one_line
+from m3po_lab.problems.arguments import ProblemArguments
 from m3po_lab.problems.data_sources import HUB_PROBLEMS, Problem, check_references, read_jsonl
 
 GYM_PREFIX = "reasoning-gym:"
@@ -24,7 +25,7 @@ TRIES_PER_PROBLEM = 50  # generated problems looked at for one new problem befor
 Message = dict[str, str]
 
 
-def load_problems(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
+def load_problems(script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems of a run; the same arguments give the same lists.
 
     Raises:
@@ -47,7 +48,7 @@ def load_problems(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
     return train, held_out
 
 
-def chat_prompt(problem: Problem, script: RunArguments) -> list[Message]:
+def chat_prompt(problem: Problem, script: ProblemArguments) -> list[Message]:
     """The chat turns of one problem: system turn, worked example, question; each only if configured.
 
     Raises:
@@ -63,8 +64,8 @@ def chat_prompt(problem: Problem, script: RunArguments) -> list[Message]:
     return turns
 
 
-def user_turn(problem: Problem, script: RunArguments) -> str:
-    """The template of the run filled in with a problem; the same error."""
+def user_turn(problem: Problem, script: ProblemArguments) -> str:
+    """The template of the run filled in with a problem; the error of `chat_prompt`."""
     fields = {**problem.fields, "question": problem.question}
     try:
         check_template(script.prompt_template, fields)
@@ -98,7 +99,7 @@ def _names(template: str) -> Iterator[str]:
             yield from _names(form or "")
 
 
-def training_rows(problems: list[Problem], script: RunArguments, count: int) -> Dataset:
+def training_rows(problems: list[Problem], script: ProblemArguments, count: int) -> Dataset:
     """`count` rows (`prompt`, `reference`, `kind`) in the order they are trained on, each pass over them reshuffled.
 
     The order is made here and not by TRL's sampler, which starts its permutation anew when a run resumes in a later
@@ -116,7 +117,7 @@ def training_rows(problems: list[Problem], script: RunArguments, count: int) -> 
     )
 
 
-def _generated(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
+def _generated(script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
     """Problems of a reasoning-gym task, from its two seeds."""
     held_out = _take_new(_gym_stream(script, script.eval_seed, script.num_eval_problems), script.num_eval_problems)
     if len(held_out) < script.num_eval_problems:
@@ -124,10 +125,10 @@ def _generated(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
             f"--num_eval_problems {script.num_eval_problems}: {script.dataset} with this --dataset_config yields only "
             f"{len(held_out)} distinct questions; lower it or widen the task."
         )
-    taken = {problem.question for problem in held_out}
+    held_out_questions = {problem.question for problem in held_out}
     train = []
     for problem in _gym_stream(script, script.problem_seed, script.num_train_problems):
-        if problem.question not in taken:
+        if problem.question not in held_out_questions:
             train.append(problem)
             if len(train) == script.num_train_problems:
                 return train, held_out
@@ -137,12 +138,12 @@ def _generated(script: RunArguments) -> tuple[list[Problem], list[Problem]]:
     )
 
 
-def _gym_stream(script: RunArguments, seed: int, wanted: int) -> Iterator[Problem]:
+def _gym_stream(script: ProblemArguments, seed: int, count: int) -> Iterator[Problem]:
     """Problems of the task one after the other, at most `TRIES_PER_PROBLEM` for each one wanted."""
     task = script.dataset.removeprefix(GYM_PREFIX)
     options = script.dataset_config if isinstance(script.dataset_config, dict) else {}
     try:
-        entries = reasoning_gym.create_dataset(task, seed=seed, size=wanted * TRIES_PER_PROBLEM, **options)
+        entries = reasoning_gym.create_dataset(task, seed=seed, size=count * TRIES_PER_PROBLEM, **options)
         for entry in entries:
             values = {key: value for key, value in entry["metadata"].items() if isinstance(value, str | int | float)}
             yield Problem(entry["question"], str(entry["answer"]), values)
@@ -152,15 +153,15 @@ def _gym_stream(script: RunArguments, seed: int, wanted: int) -> Iterator[Proble
 
 def _take_new(problems: Iterable[Problem], count: int) -> list[Problem]:
     """The first `count` problems with different questions (fewer if there are no more)."""
-    found: dict[str, Problem] = {}
+    distinct: dict[str, Problem] = {}
     for problem in problems:
-        found.setdefault(problem.question, problem)
-        if len(found) == count:
+        distinct.setdefault(problem.question, problem)
+        if len(distinct) == count:
             break
-    return list(found.values())
+    return list(distinct.values())
 
 
-def _split(problems: list[Problem], script: RunArguments) -> tuple[list[Problem], list[Problem]]:
+def _split(problems: list[Problem], script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
     """Draw held-out problems by their seed, train on (at most `num_train_problems` of) the rest."""
     distinct = _take_new(problems, len(problems))
     if len(distinct) <= script.num_eval_problems:

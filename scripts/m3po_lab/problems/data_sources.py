@@ -15,8 +15,8 @@ from typing import Any
 from datasets import load_dataset
 
 from m3po_lab.core.errors import UserError, short
+from m3po_lab.core.hub import HUB_ERRORS
 from m3po_lab.core.user_files import read_json_lines, text_field
-from m3po_lab.models.model_files import HUB_ERRORS
 from m3po_lab.problems.answers import is_number, is_reference
 
 GSM8K = "openai/gsm8k"
@@ -62,7 +62,7 @@ def read_jsonl(path: Path) -> list[Problem]:
 
 
 def jsonl_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of such a file, each checked; the same errors."""
+    """The rows of such a file, each checked; the errors of `read_jsonl`."""
     if not path.is_file():
         raise UserError(f"--dataset {path} does not exist: give the path of a .jsonl file in GSM8K's format.")
     rows, wrong = [], {}
@@ -95,7 +95,7 @@ def check_references(source: str, splits: dict[str, list[Problem]]) -> None:
 
 
 def refuse_references(source: str, wrong: dict[str, Problem]) -> None:
-    """Raise an error that names the first of some problems, given by where they are, if there are any."""
+    """Raise an error that names the first of some problems, by where they are, if there are any."""
     if not wrong:
         return
     shown = ", ".join(f"{place} ({problem.answer[:SHOWN]!r})" for place, problem in list(wrong.items())[:NAMED])
@@ -174,8 +174,8 @@ def _hub_gsm8k() -> list[Problem]:
 
 def _hub_math() -> list[Problem]:
     """MATH's train split, all subjects; a row whose solution has no closed box at its end is left out."""
-    found = [math_problem(row) for subject in MATH_SUBJECTS for row in hub_rows(MATH, subject, "train")]
-    return [problem for problem in found if problem is not None]
+    problems = [math_problem(row) for subject in MATH_SUBJECTS for row in hub_rows(MATH, subject, "train")]
+    return [problem for problem in problems if problem is not None]
 
 
 def _hub_mmlu_arc() -> list[Problem]:

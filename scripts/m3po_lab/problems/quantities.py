@@ -147,18 +147,18 @@ def _value(match: re.Match[str]) -> Fraction | None:
     """The number of a match of `NUMBER`; None for a fraction that is not in lowest terms, two signs or no digits."""
     whole = match["whole"] or match["before"] or match["before_vulgar"]
     if match["vulgar"]:
-        found: Fraction | None = Fraction(unicodedata.numeric(match["vulgar"])).limit_denominator(10)
+        number: Fraction | None = Fraction(unicodedata.numeric(match["vulgar"])).limit_denominator(10)
     elif match["numerator"]:
-        found = _lowest_terms(match["numerator"], match["denominator"])
+        number = _lowest_terms(match["numerator"], match["denominator"])
     elif match["frac"]:
-        found = _lowest_terms(*(braced or digit for braced, digit in re.findall(INTEGER, match["frac"])))
+        number = _lowest_terms(*(braced or digit for braced, digit in re.findall(INTEGER, match["frac"])))
     else:
-        found = _decimal(match)
+        number = _decimal(match)
     signs = match["sign"] + match["second_sign"]
-    if found is None or len(signs) > 1 or (whole and not 0 < found < 1):
+    if number is None or len(signs) > 1 or (whole and not 0 < number < 1):
         return None
-    found += int(_digits(whole)) if whole else 0
-    return -found if signs == "-" else found
+    number += int(_digits(whole)) if whole else 0
+    return -number if signs == "-" else number
 
 
 def _lowest_terms(numerator: str, denominator: str) -> Fraction | None:

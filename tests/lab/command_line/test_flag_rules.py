@@ -12,9 +12,10 @@ from trl import GRPOConfig, ModelConfig
 
 from m3po_lab.command_line.flag_rules import CHOICES, RULE_OF
 from m3po_lab.command_line.training_checks import MAPPINGS
-from m3po_lab.core.errors import UserError
-from m3po_lab.grpo.config import PROJECT_ROOT, RunArguments, parse_run
-from m3po_lab.pretraining import run as pretrain_run
+from m3po_lab.core.errors import PROJECT_ROOT, UserError
+from m3po_lab.grpo.arguments import RunArguments
+from m3po_lab.grpo.config import parse_run
+from m3po_lab.pretraining import arguments
 from m3po_lab.sweep import main as sweep
 
 
@@ -27,7 +28,7 @@ def yaml(tmp_path: Path) -> Path:
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "grpo": parse_run,
-    "pretraining": lambda words: pretrain_run.parse([str(PROJECT_ROOT / "configs" / "mhc_small.yaml"), *words[1:]]),
+    "pretraining": lambda words: arguments.parse([str(PROJECT_ROOT / "configs" / "mhc_small.yaml"), *words[1:]]),
 }
 
 
@@ -143,7 +144,7 @@ def test_values_at_the_ends_of_their_ranges_are_taken(yaml: Path) -> None:
 
 
 def test_every_rule_is_of_a_flag_and_every_number_has_one() -> None:
-    groups = (GRPOConfig, ModelConfig, RunArguments, pretrain_run.PretrainArguments)
+    groups = (GRPOConfig, ModelConfig, RunArguments, arguments.PretrainArguments)
     kinds = {entry.name: str(entry.type) for group in groups for entry in dataclasses.fields(group)}
     assert {*RULE_OF, *CHOICES, *MAPPINGS} <= set(kinds)
     numbers = {name for name, kind in kinds.items() if "int" in kind or "float" in kind}

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from m3po_lab import sweep
-from m3po_lab.core.errors import UserError
-from m3po_lab.grpo.config import PROJECT_ROOT, parse_run
-from m3po_lab.grpo.idle_flags import SWITCHES, without
+from m3po_lab.command_line.idle_flags import SWITCHES, without
+from m3po_lab.core.errors import PROJECT_ROOT, UserError
+from m3po_lab.grpo.config import parse_run
 from m3po_lab.pretrain_pair import main as train_mhc
-from m3po_lab.pretraining import run as pretrain_run
+from m3po_lab.pretraining import arguments
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_sweep_gives_each_mode_the_flags_that_do_something_in_it(
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("subprocess.run", start)
-    monkeypatch.setattr("m3po_lab.experiments.comparison.comparison", lambda folders: "compared")
+    monkeypatch.setattr("m3po_lab.experiments.sweep.comparison", lambda folders: "compared")
     words = [str(yaml), "--seeds", "0", "--output_dir", str(tmp_path / "out"), "--cross_path_lambda", "0.3"]
     assert sweep.main([*words, "--modes", "none", "m3po"]) == 0
     assert ["--cross_path_lambda" in command for command in started] == [False, True]
@@ -117,8 +117,8 @@ def test_a_sweep_gives_each_mode_the_flags_that_do_something_in_it(
 def test_hyper_connections_take_flags_only_where_they_are_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = str(PROJECT_ROOT / "configs" / "mhc_small.yaml")
     with pytest.raises(UserError, match="--mhc_alpha does nothing without --mhc_enabled true"):
-        pretrain_run.parse([small, "--mhc_alpha", "0.1"])
-    pretrain_run.parse([small, "--mhc_alpha", "0.1", "--mhc_enabled", "true"])
+        arguments.parse([small, "--mhc_alpha", "0.1"])
+    arguments.parse([small, "--mhc_alpha", "0.1", "--mhc_enabled", "true"])
     started = []
 
     def start(command: list[str], check: bool) -> object:
@@ -126,7 +126,7 @@ def test_hyper_connections_take_flags_only_where_they_are_on(tmp_path: Path, mon
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("subprocess.run", start)
-    monkeypatch.setattr("m3po_lab.pretraining.report.write_report", lambda places, folder: "report")
+    monkeypatch.setattr("m3po_lab.experiments.pair.write_report", lambda places, folder: "report")
     assert train_mhc([small, "--output_dir", str(tmp_path), "--mhc_alpha", "0.1"]) == 0
     assert ["--mhc_alpha" in command for command in started] == [False, True]
 
@@ -152,8 +152,8 @@ def test_every_flag_of_a_switch_is_one() -> None:
     from trl import GRPOConfig, ModelConfig
 
     known = {*GRPOConfig.__dataclass_fields__, *ModelConfig.__dataclass_fields__}
-    known |= set(pretrain_run.PretrainArguments.__dataclass_fields__)
-    assert {name for switch in SWITCHES for name in (*switch.flags.split(), *switch.given_by)} <= known
+    known |= set(arguments.PretrainArguments.__dataclass_fields__)
+    assert {name for switch in SWITCHES for name in (*switch.flags.split(), *switch.set_by)} <= known
     own = {
         name for name in known if name.startswith(("lora_", "gating_", "cross_path_", "thinking_residual_r", "mhc_"))
     }

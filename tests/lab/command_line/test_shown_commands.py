@@ -13,10 +13,10 @@ import pytest
 from m3po_lab import pretrain_pair, sweep, train
 from m3po_lab.command_line.commands import CONTINUE, shown_command, without_flags
 from m3po_lab.core.errors import PROJECT_ROOT
-from m3po_lab.grpo.checkpoints import checkpoint_to_resume, claim_run_folder
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.grpo.identity import of_run
 from m3po_lab.grpo.report import closing_lines, split_gain
+from m3po_lab.grpo.resume import checkpoint_to_resume, claim_run_folder
 
 ODD = "Jo's rüns & more"
 
@@ -142,8 +142,8 @@ def test_the_lines_at_the_end_of_a_run(
 @pytest.mark.parametrize(
     ("command", "inner", "script"),
     [
-        (sweep.main, "m3po_lab.sweep.sweep", "scripts/sweep.sh"),
-        (pretrain_pair.main, "m3po_lab.pretrain_pair.run_pairs", "scripts/train_mhc.sh"),
+        (sweep.main, "m3po_lab.experiments.sweep.run_sweep", "scripts/sweep.sh"),
+        (pretrain_pair.main, "m3po_lab.experiments.pair.run_pairs", "scripts/train_mhc.sh"),
     ],
 )
 def test_a_stopped_sweep_or_pair_shows_the_command_to_go_on(

@@ -13,8 +13,9 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 
-from m3po_lab.core import errors
-from m3po_lab.core.errors import UserError, exit_code, failure, failures_said, short, split_config
+from m3po_lab.core import config_files, errors
+from m3po_lab.core.config_files import split_config
+from m3po_lab.core.errors import UserError, exit_code, failure, failures_said, short
 from m3po_lab.core.files import check_writable, write_text
 
 
@@ -183,4 +184,4 @@ def test_a_config_flag_without_a_file_is_refused(words: str) -> None:
 
 def test_a_folder_is_no_yaml_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder. Give the path of a YAML file"):
-        errors.find_config(str(tmp_path))
+        config_files.find_config(str(tmp_path))

@@ -17,14 +17,17 @@ from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenize
 from transformers.m3po.hyper_connections.report import full_report, mean_matrices
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc, report_mhc
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.observe import unchanged
 from m3po_lab.evaluation import evaluate
+from m3po_lab.evaluation.folder import FinishedParts
 from m3po_lab.evaluation.settings import EvalSettings
-from m3po_lab.grpo.config import UserError
 from m3po_lab.models.loading import load_model
 from m3po_lab.pretraining import run as pretrain_run
 from m3po_lab.pretraining.data import byte_tokenizer
+from m3po_lab.pretraining.evaluation import evaluate as evaluate_base_model
+from m3po_lab.pretraining.routing_report import measure
+from m3po_lab.pretraining.tasks import load_tasks, write_task
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "lm_eval"
 SETTINGS = EvalSettings(
@@ -156,8 +159,8 @@ def pretraining(tmp_path: Path) -> Trainer:
 
 
 def lm_eval(trainer: Trainer, folder: Path) -> None:
-    tasks = eval_mhc.load_tasks({"arc_easy": eval_mhc.write_task("arc_easy", FIXTURES, folder)}, local=True)
-    eval_mhc.evaluate(trainer.model, byte_tokenizer(), tasks, 2, folder / "kept.json", "test")
+    tasks = load_tasks({"arc_easy": write_task("arc_easy", FIXTURES, folder)}, local=True)
+    evaluate_base_model(trainer.model, byte_tokenizer(), tasks, 2, FinishedParts(folder / "partial.jsonl", "test"))
 
 
 OBSERVERS: dict[str, Callable[[Trainer, Path], Any]] = {
@@ -165,7 +168,7 @@ OBSERVERS: dict[str, Callable[[Trainer, Path], Any]] = {
     "saving": lambda trainer, folder: trainer.save_model(str(folder / "final")),
     "report": lambda trainer, folder: full_report(trainer.model, INPUTS),
     "matrices": lambda trainer, folder: mean_matrices(trainer.model, INPUTS),
-    "report_mhc": lambda trainer, folder: report_mhc.measure(trainer.model, INPUTS),
+    "report_mhc": lambda trainer, folder: measure(trainer.model, INPUTS),
     "eval_mhc": lm_eval,
 }
 

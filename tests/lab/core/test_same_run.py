@@ -11,9 +11,11 @@ import pytest
 from trl import GRPOConfig, ModelConfig
 
 from m3po_lab.core.files import read_json
-from m3po_lab.grpo.checkpoints import checkpoint_to_resume
-from m3po_lab.grpo.config import RunArguments, parse_run
-from m3po_lab.grpo.identity import RUN_FILE, WITHOUT_EFFECT, difference, of_run, parts_of, schedule_parts
+from m3po_lab.core.identity import RUN_FILE, WITHOUT_EFFECT, difference
+from m3po_lab.grpo.arguments import RunArguments
+from m3po_lab.grpo.config import parse_run
+from m3po_lab.grpo.identity import of_run, parts_of, schedule_parts
+from m3po_lab.grpo.resume import checkpoint_to_resume
 from m3po_lab.train import main
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from m3po_lab import eval_mhc
-from m3po_lab.core.errors import UserError, find_config
+from m3po_lab.core.config_files import find_config
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.user_files import read_json_lines, read_lines, read_text
 from m3po_lab.evaluation.agreement import agreement
-from m3po_lab.evaluation.resume import FinishedBatches
+from m3po_lab.evaluation.folder import FinishedParts
 from m3po_lab.pretraining import data as pretrain_data
+from m3po_lab.pretraining import tasks
 from m3po_lab.problems import data_sources
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
@@ -28,7 +29,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ends", ["", "\n"])
 def test_unfinished_evaluation_with_a_line_separator_in_a_completion_goes_on(ends: str, tmp_path: Path) -> None:
-    batches = FinishedBatches(tmp_path / "partial.jsonl", "about")
+    batches = FinishedParts(tmp_path / "partial.jsonl", "about")
     assert batches.read(["q"], [[0]]) == []
     batches.add([SEPARATORS])
     batches.file.write_text(batches.file.read_text(encoding="utf-8").rstrip("\n") + ends, encoding="utf-8")
@@ -85,7 +86,7 @@ def test_broken_json_is_one_line_for_every_command(line: str, text: str, tmp_pat
     readers = [
         lambda: data_sources.read_jsonl(file),
         lambda: list(pretrain_data.documents(str(file), None)),
-        lambda: eval_mhc.check_rows(file, eval_mhc.COLUMNS["text.jsonl"]),
+        lambda: tasks.check_rows(file, tasks.COLUMNS["text.jsonl"]),
     ]
     for read in readers:
         with pytest.raises(UserError, match=f"text.jsonl, {text}") as raised:
@@ -99,7 +100,7 @@ def test_row_without_its_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 2: it has no text 'text'; its keys are txt"):
         list(pretrain_data.documents(str(file), None))
     with pytest.raises(UserError, match="line 2: it lacks 'page'"):
-        eval_mhc.check_rows(file, ["page"])
+        tasks.check_rows(file, ["page"])
 
 
 def test_file_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:

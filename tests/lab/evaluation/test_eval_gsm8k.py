@@ -11,7 +11,7 @@ import pytest
 
 from m3po_lab.core.files import read_json
 from m3po_lab.eval_gsm8k import main
-from m3po_lab.evaluation import session as eval_session
+from m3po_lab.evaluation import datasets
 from m3po_lab.evaluation.agreement import agreement
 
 SHORT = ("--dataset", "problems", "--batch_size", "6")
@@ -101,7 +101,7 @@ def test_report_of_an_evaluation(
     words = [str(cross_path_checkpoint), *SHORT, "--limit", "3", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "mode m3po (lambda=0.3, temperature=0.2, gate=baseline, phase=all, answer marker '####')" in printed
+    assert "mode m3po (lambda=0.3, temperature=0.2, gating_type=baseline, phase=all, answer marker '####')" in printed
     assert "evaluated plain, one path: the mode acts in training only (M3PO paper, section 6), greedy" in printed
     assert "datasets as asked for: problems; problems: those of the run, reasoning-gym:chain_sum" in printed
     assert "| problems | 1.1 | 0 | 3 | " in printed and " ± " in printed
@@ -188,14 +188,14 @@ def test_folder_of_a_run_is_not_taken_for_a_checkpoint(finished_run: Path, capsy
 
 def test_dataset_is_chosen_openly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the Hub generated problems take GSM8K's place, and the line says so and why."""
-    monkeypatch.setattr(eval_session, "hub_error", lambda: None)
-    assert eval_session.choose([], 0) == (["openai/gsm8k"], "no --dataset is given: openai/gsm8k from the Hub")
-    monkeypatch.setattr(eval_session, "hub_error", lambda: "no route")
-    names, reason = eval_session.choose([], 0)
+    monkeypatch.setattr(datasets, "hub_error", lambda: None)
+    assert datasets.choose([], 0) == (["openai/gsm8k"], "no --dataset is given: openai/gsm8k from the Hub")
+    monkeypatch.setattr(datasets, "hub_error", lambda: "no route")
+    names, reason = datasets.choose([], 0)
     assert names == ["gsm_symbolic", "problems"]
     assert "the Hub cannot be reached (no route): generated gsm_symbolic and problems" in reason
-    assert eval_session.choose([], 8)[0] == ["gsm_symbolic"]
-    assert eval_session.choose(["openai/gsm8k"], 0)[0] == ["openai/gsm8k"]
+    assert datasets.choose([], 8)[0] == ["gsm_symbolic"]
+    assert datasets.choose(["openai/gsm8k"], 0)[0] == ["openai/gsm8k"]
 
 
 def test_two_checkpoints_of_one_name_do_not_share_a_folder(
@@ -227,4 +227,4 @@ def test_two_checkpoints_of_one_name_do_not_share_a_folder(
 
 def test_hub_that_is_switched_off_is_an_answer_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert eval_session.hub_error() is not None
+    assert datasets.hub_error() is not None

@@ -9,8 +9,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from m3po_lab.eval_gsm8k import main
-from m3po_lab.evaluation.folder import ABOUT_FILE
-from m3po_lab.evaluation.resume import FinishedBatches
+from m3po_lab.evaluation.folder import ABOUT_FILE, FinishedParts
 
 REQUESTS = [("a", {"until": []}), ("b", {"until": []}), ("c", {"until": []})]
 BATCHES = [[0, 1], [2]]
@@ -84,17 +83,17 @@ def test_other_settings_are_another_evaluation(
 )
 def test_batches_of_something_else_are_not_taken(tmp_path: Path, about: str, requests: Any, batches: Any) -> None:
     file = tmp_path / "partial.jsonl"
-    first = FinishedBatches(file, "model")
+    first = FinishedParts(file, "model")
     assert first.read(REQUESTS, BATCHES) == []
     first.add(["x", "y"])
-    assert FinishedBatches(file, "model").read(REQUESTS, BATCHES) == [["x", "y"]]
-    assert FinishedBatches(file, about).read(requests, batches) == []
-    assert FinishedBatches(file, "model").read(REQUESTS, BATCHES) == []
+    assert FinishedParts(file, "model").read(REQUESTS, BATCHES) == [["x", "y"]]
+    assert FinishedParts(file, about).read(requests, batches) == []
+    assert FinishedParts(file, "model").read(REQUESTS, BATCHES) == []
 
 
 def test_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     file = tmp_path / "partial.jsonl"
-    kept = FinishedBatches(file, "model")
+    kept = FinishedParts(file, "model")
     kept.read(REQUESTS, BATCHES)
     kept.add(["x", "y"])
     file.write_text(file.read_text() + json.dumps(["z"])[:-2])

@@ -16,10 +16,10 @@ import yaml
 from transformers.m3po import ThinkingSettings
 from trl import ModelConfig
 
+from m3po_lab.core.errors import UserError
 from m3po_lab.evaluation import decoding, evaluate
-from m3po_lab.evaluation.settings import EvalSettings
-from m3po_lab.evaluation.tasks import demo_settings
-from m3po_lab.grpo.config import UserError
+from m3po_lab.evaluation.model import EvaluatedModel
+from m3po_lab.evaluation.settings import EvalSettings, demo_settings
 from m3po_lab.models.loading import load_model
 from m3po_lab.problems.data import chat_prompt, load_problems
 
@@ -147,8 +147,8 @@ def test_held_out_problems_are_asked_as_in_training(
 ) -> None:
     changed = EvalSettings(**{**asdict(settings), "system_prompt": system_prompt, "worked_example": example})
     task = evaluate.problems_task(changed)
-    _, held_out = load_problems(changed.script)
-    assert messages(task) == chat_prompt(held_out[0], changed.script)
+    _, held_out = load_problems(changed.problems)
+    assert messages(task) == chat_prompt(held_out[0], changed.problems)
     assert list(task.eval_docs["reference"]) == [problem.answer for problem in held_out]
 
 
@@ -164,15 +164,8 @@ def test_the_chat_template_gets_what_training_gives_it(tiny: tuple[Any, Any], se
     asked.chat_template = "{{ thinking }}" + tokenizer.chat_template
     given = EvalSettings(**{**asdict(settings), "chat_template_kwargs": {"thinking": "0 1 0 1"}})
     task = evaluate.problems_task(given)
-    results = evaluate.run_tasks(
-        model,
-        asked,
-        [task],
-        batch_size=4,
-        precision="no",
-        label="test",
-        chat_template_kwargs=given.chat_template_kwargs,
-    )
+    how = decoding.Decoding(4, chat_template_kwargs=given.chat_template_kwargs)
+    results = evaluate.run_tasks(model, asked, [task], how, "test")
     wanted = asked.apply_chat_template(messages(task), tokenize=False, add_generation_prompt=True, thinking="0 1 0 1")
     assert wanted.startswith("0 1 0 1")
     assert results["samples"]["problems"][0]["arguments"][0][0] == wanted
@@ -187,11 +180,11 @@ def test_greedy_completions_are_those_of_plain_generation_one_by_one(
     """Left padding, batches of other lengths, the order of the results, the last batch with a rest."""
     model, tokenizer = tiny
     answered = evaluate.answer_problems(model, tokenizer, settings, "test")
-    _, held_out = load_problems(settings.script)
+    _, held_out = load_problems(settings.problems)
     assert len({row.completion for row in answered}) > 2
     for problem, row in zip(held_out, answered, strict=True):
         text = tokenizer.apply_chat_template(
-            chat_prompt(problem, settings.script), tokenize=False, add_generation_prompt=True
+            chat_prompt(problem, settings.problems), tokenize=False, add_generation_prompt=True
         )
         prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         ids = model.generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
@@ -216,10 +209,9 @@ def test_evaluation_leaves_the_model_s_mode_and_the_random_generators_alone(
     assert not model.training
 
 
-def sampled(tiny: tuple[Any, Any], settings: EvalSettings, paths: evaluate.Paths) -> list[list[str]]:
-    results = evaluate.run_tasks(
-        *tiny, [evaluate.problems_task(settings)], batch_size=10, precision="no", label="test", paths=paths
-    )
+def sampled(tiny: tuple[Any, Any], settings: EvalSettings, paths: decoding.Paths) -> list[list[str]]:
+    how = decoding.Decoding(10, paths=paths)
+    results = evaluate.run_tasks(*tiny, [evaluate.problems_task(settings)], how, "test")
     return [sample["resps"][0] for sample in results["samples"]["problems"]]
 
 
@@ -275,7 +267,7 @@ def test_seed_of_the_paths_decides_and_nothing_else_does(tiny: tuple[Any, Any], 
 
 def test_tasks_share_no_batch(tiny: tuple[Any, Any]) -> None:
     """In bf16 a completion can depend on its batch; a task's numbers must not depend on what is evaluated beside it."""
-    lm = evaluate.EvaluatedModel(*tiny, batch_size=2, precision="no", label="test")
+    lm = EvaluatedModel(*tiny, decoding.Decoding(2), "test")
     prompts = {"one": ["aaaa", "a", "aaa"], "two": ["aa", "aaaaa"]}
     requests = [SimpleNamespace(task_name=task, args=(text, {})) for task in prompts for text in prompts[task]]
     assert lm.batches(requests) == [[1, 2], [0], [3, 4]]

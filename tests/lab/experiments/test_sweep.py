@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from transformers.m3po.gating import list_gating_functions
 
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
+from m3po_lab.core.identity import RUN_FILE
 from m3po_lab.experiments.comparison import comparison
-from m3po_lab.grpo.config import UserError
-from m3po_lab.grpo.identity import RUN_FILE
+from m3po_lab.experiments.sweep import folder_of, mode_words, run_words, variants
 from m3po_lab.grpo.report import ATTENTION
-from m3po_lab.sweep import folder_of, main, mode_words, run_words, variants
+from m3po_lab.sweep import main
 
 
 def test_a_run_starts_resumes_or_starts_anew_as_its_folder_says(finished_run: Path, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_start_accuracy_may_differ_where_the_residual_gate_is_fresh(finished_run
 def test_a_mode_with_aslr_is_one_of_its_own_in_flags_and_comparison(finished_run: Path, tmp_path: Path) -> None:
     assert mode_words("m3po+aslr") == ["--mode", "m3po", "--aslr_enabled", "true"]
     with pytest.raises(
-        UserError, match="--modes m3po.alsr is unknown: give a mode, or with gate and ASLR m3po:raw_dot"
+        UserError, match="--modes m3po.alsr is unknown: give a mode, or with gating function and ASLR m3po:raw_dot"
     ):
         mode_words("m3po+alsr")
     summary = read_json(finished_run / "summary.json") or {}
@@ -129,8 +130,14 @@ def test_a_gate_is_named_behind_a_colon() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--modes", "none:raw_dot"], "--modes none:raw_dot: only m3po and h3po have a gate; leave out :raw_dot."),
-        (["--modes", "hrpo:raw_dot"], "--modes hrpo:raw_dot: only m3po and h3po have a gate; leave out :raw_dot."),
+        (
+            ["--modes", "none:raw_dot"],
+            "--modes none:raw_dot: only m3po and h3po have a gating function; leave out :raw_dot.",
+        ),
+        (
+            ["--modes", "hrpo:raw_dot"],
+            "--modes hrpo:raw_dot: only m3po and h3po have a gating function; leave out :raw_dot.",
+        ),
         (["--modes", "m3po:"], "--modes m3po: is unknown: give a mode"),
         (["--modes", "m3po", "m3po:baseline"], "--modes m3po and m3po:baseline are the same here"),
         (["--modes", "none", "--gates"], "--gates and --modes exclude each other"),
@@ -149,7 +156,7 @@ def test_gates_without_names_are_all_of_them_and_the_control(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
-    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: called.append(given) or 0)
+    monkeypatch.setattr("m3po_lab.experiments.sweep.run_sweep", lambda *given: called.append(given) or 0)
     assert main([str(tiny_config), "--gates"]) == 0 and main([str(tiny_config)]) == 0
     (_, gates, _, gates_folder), (_, modes, _, modes_folder) = called
     assert list(gates) == ["none", *(f"m3po:{name}" for name in list_gating_functions())] and len(gates) >= 6
@@ -161,7 +168,7 @@ def test_the_value_of_a_flag_of_the_runs_is_not_taken_for_the_yaml(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
-    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: called.append(given) or 0)
+    monkeypatch.setattr("m3po_lab.experiments.sweep.run_sweep", lambda *given: called.append(given) or 0)
     assert main(["--max_steps", "2", "--gates"]) == 0 and main([str(tiny_config), "--max_steps", "2"]) == 0
     assert [config.name for config, *_ in called] == ["demo_short.yaml", tiny_config.name]
     assert all(words[:2] == ["--max_steps", "2"] for _, found, *_ in called for words in found.values())
@@ -233,7 +240,7 @@ def test_a_wrong_axis_is_one_line_before_the_first_run(
 
 def test_an_axis_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr("m3po_lab.sweep.sweep", lambda *given: called.append(given) or 0)
+    monkeypatch.setattr("m3po_lab.experiments.sweep.run_sweep", lambda *given: called.append(given) or 0)
     assert main([str(CONFIG), "--modes", "none", "m3po", "--axis", "cross_path_phase=thinking,all"]) == 0
     _, found, _, folder = called[0]
     assert folder.name == "sweep-cross_path_phase-demo_short"

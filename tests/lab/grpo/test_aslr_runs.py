@@ -16,8 +16,8 @@ from transformers.m3po.aslr.modules import ASLR_PARAMETERS
 from trl import ModelConfig
 
 from m3po_lab import eval_gsm8k, export_model
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo.config import UserError
 from m3po_lab.models.loading import load_model
 from m3po_lab.train import main
 

@@ -9,10 +9,11 @@ import pytest
 from trl import GRPOConfig, ModelConfig
 from trl.trainer.m3po.config import checkpoint_info
 
-from m3po_lab.grpo import checkpoints
-from m3po_lab.grpo.config import Run, RunArguments, UserError
+from m3po_lab.core.errors import UserError
+from m3po_lab.core.identity import RUN_FILE
+from m3po_lab.grpo import checkpoints, resume
+from m3po_lab.grpo.arguments import Run, RunArguments
 from m3po_lab.grpo.engine import TRL
-from m3po_lab.grpo.identity import RUN_FILE
 
 
 def arguments(folder: Path, **changes: object) -> GRPOConfig:
@@ -22,12 +23,12 @@ def arguments(folder: Path, **changes: object) -> GRPOConfig:
 
 def resumed(training: GRPOConfig) -> Path | None:
     run = Run(RunArguments(), training, ModelConfig(), Path("x.yaml"), TRL)
-    return checkpoints.checkpoint_to_resume(run, {})
+    return resume.checkpoint_to_resume(run, {})
 
 
 def claimed(training: GRPOConfig, overwrite: bool = False) -> Path | None:
     run = Run(RunArguments(overwrite=overwrite), training, ModelConfig(), Path("x.yaml"), TRL)
-    return checkpoints.claim_run_folder(run, {})
+    return resume.claim_run_folder(run, {})
 
 
 @pytest.fixture

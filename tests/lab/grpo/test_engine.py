@@ -15,8 +15,9 @@ from trl import GRPOConfig, ModelConfig
 
 from m3po_lab.core.errors import UserError
 from m3po_lab.grpo import engine
-from m3po_lab.grpo.checkpoints import check_same_run
-from m3po_lab.grpo.config import RunArguments, parse_run
+from m3po_lab.grpo.arguments import RunArguments
+from m3po_lab.grpo.config import parse_run
+from m3po_lab.grpo.resume import check_same_run
 from m3po_lab.train import main
 
 LORA = ["--use_peft", "true", "--dtype", "bfloat16", "--bf16", "true"]
@@ -158,12 +159,12 @@ def test_the_parsed_flags_are_checked_again(yaml: Path) -> None:
     with pytest.raises(
         UserError, match="--engine unsloth: --use_cpu true needs trl: leave it out; or set --engine trl"
     ):
-        engine.check_flags(run)
+        engine.check_flags(run.engine, run.groups)
     run.training.use_cpu = False
-    engine.check_flags(run)
+    engine.check_flags(run.engine, run.groups)
     run.model.dtype = "float32"
     with pytest.raises(UserError, match="--engine unsloth: it trains in half precision"):
-        engine.check_flags(run)
+        engine.check_flags(run.engine, run.groups)
 
 
 def test_a_checkpoint_of_another_engine_is_refused(finished_run: Path, tiny_config: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs with a gate that learns, from start to evaluation and export: full model and adapter.
+"""Runs with a learnable gating function, from start to evaluation and export: full model and adapter.
 
 The gate of the full model reads the vocabulary, that of the adapter the embedding matrix of its base model. λ is so
 large, to the end of a completion, that what the gate does is seen in what is sampled.
@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from m3po_lab import eval_gsm8k, export_model
+from m3po_lab.command_line import idle_flags
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.grpo import idle_flags
 from m3po_lab.grpo.checkpoints import missing_module
-from m3po_lab.grpo.config import UserError
 from m3po_lab.models.loading import load_model
 from m3po_lab.train import main
 
@@ -152,7 +152,7 @@ def test_checkpoint_is_evaluated_as_one_plain_path_and_as_a_group_with_its_train
     capsys.readouterr()
     evaluated(run / "final", tmp_path / "greedy")
     said = capsys.readouterr().out
-    assert "gate=luong" in said and "evaluated plain, one path" in said
+    assert "gating_type=luong" in said and "evaluated plain, one path" in said
     results = read_json(tmp_path / "greedy" / "results.json") or {}
     assert results["agreement"]["same_completion"] == results["agreement"]["problems"] == 6
     evaluated(run / "final", tmp_path / "group", "--num_paths", "4")
@@ -193,7 +193,7 @@ def test_exported_model_keeps_its_gate_and_decodes_its_groups_with_it(
     out.parent.mkdir()
     assert export_model.main([str(final), str(out), "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
-    assert "a checkpoint with a learnable gate" in said and "stock vLLM cannot serve it" in said
+    assert "a checkpoint with a learnable gating function" in said and "stock vLLM cannot serve it" in said
     config, numbers = (read_json(out / name) or {} for name in ("config.json", "m3po.json"))
     assert config["m3po_gating_config"] == numbers["gating_config"] == STRUCTURE[kind]
     trained, written = gate_of(final), gate_of(out)
@@ -264,7 +264,7 @@ def test_adapter_that_does_not_name_its_gate_is_refused(run: Path, tmp_path: Pat
     adapter = read_json(folder / "adapter_config.json") or {}
     assert adapter["modules_to_save"] == ["m3po_gating"]
     write_json(folder / "adapter_config.json", adapter | {"modules_to_save": None})
-    with pytest.raises(UserError, match="m3po_gating.*does not name a learnable gate"):
+    with pytest.raises(UserError, match="m3po_gating.*does not name a learnable gating function"):
         load_model(ModelConfig(model_name_or_path=str(folder), dtype="float32"))
 
 
@@ -295,7 +295,7 @@ def test_a_group_whose_gate_was_left_out_is_refused(
     given = [str(tmp_path / "plain"), *SHORT, "--num_paths", "4", "--output_dir", str(tmp_path / "out")]
     assert eval_gsm8k.main(given) == 2
     error = capsys.readouterr().err
-    assert "has not the gate that its group interacts through (luong)" in error and error.count("\n") == 1
+    assert "has not the gating function that its group interacts through (luong)" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["adapter"], indirect=True)

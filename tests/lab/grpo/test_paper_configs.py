@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from m3po_lab.core.errors import PROJECT_ROOT
 from m3po_lab.evaluation.tasks import MARKER
 from m3po_lab.grpo.checkpoints import check_save_steps
-from m3po_lab.grpo.config import PROJECT_ROOT, parse_run
+from m3po_lab.grpo.config import parse_run
 from m3po_lab.grpo.session import rows_of_run
 
 FOLDER = PROJECT_ROOT / "configs" / "papers"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from m3po_lab import launch
 from m3po_lab.core import processes
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json
 from m3po_lab.grpo.checkpoints import checkpoints, missing_part
-from m3po_lab.grpo.config import UserError
 from m3po_lab.train import main
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.m3po.thinking.residual_gate import GATE_PARAMETERS
+from transformers.m3po.thinking.residual_gate import RESIDUAL_GATE_PARAMETERS
 from trl import ModelConfig
 
 from m3po_lab import eval_gsm8k, export_model
+from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json
-from m3po_lab.grpo.config import UserError
 from m3po_lab.models.loading import load_model
 from m3po_lab.train import main
 
@@ -40,7 +40,7 @@ def without_decay(run: Path, out: Path) -> Path:
     """A copy of a run's final checkpoint that lacks Λ."""
     folder = Path(shutil.copytree(run / "final", out / run.name / "final"))
     file, weights = weights_of(folder)
-    kept = {name: weight for name, weight in weights.items() if not name.endswith(GATE_PARAMETERS[-1])}
+    kept = {name: weight for name, weight in weights.items() if not name.endswith(RESIDUAL_GATE_PARAMETERS[-1])}
     assert len(kept) == len(weights) - 1
     save_file(kept, file, metadata={"format": "pt"})
     return folder
@@ -52,7 +52,7 @@ def test_a_checkpoint_carries_the_gate_in_float32_and_says_its_numbers(
 ) -> None:
     final = request.getfixturevalue(run) / "final"
     _, weights = weights_of(final)
-    for name in GATE_PARAMETERS:
+    for name in RESIDUAL_GATE_PARAMETERS:
         (found,) = [weight for key, weight in weights.items() if key.endswith(name)]
         assert found.dtype == torch.float32
     numbers = read_json(final / "m3po.json") or {}
@@ -76,7 +76,7 @@ def test_the_gate_learned(h3po_run: Path) -> None:
     """Otherwise nothing that is compared here would show whether it is the trained one."""
     _, first = weights_of(h3po_run / "checkpoint-2")
     _, last = weights_of(h3po_run / "final")
-    for name in GATE_PARAMETERS:
+    for name in RESIDUAL_GATE_PARAMETERS:
         assert not torch.equal(first[f"model.{name}"], last[f"model.{name}"]), name
 
 
@@ -97,7 +97,7 @@ def test_thoughts_change_what_an_evaluation_answers(h3po_run: Path, tmp_path: Pa
     for folder in (deep, plain):
         torch.manual_seed(0)
         file, weights = weights_of(folder)
-        weights[f"model.{GATE_PARAMETERS[-1]}"].fill_(-9.0)
+        weights[f"model.{RESIDUAL_GATE_PARAMETERS[-1]}"].fill_(-9.0)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             weights[name].normal_()
         if folder == plain:
@@ -161,7 +161,7 @@ def test_exported_model_keeps_its_gate_and_computes_what_the_checkpoint_does(
     assert "stock vLLM cannot serve it" in capsys.readouterr().out
     _, written = weights_of(out)
     _, saved = weights_of(final)
-    for name in GATE_PARAMETERS:
+    for name in RESIDUAL_GATE_PARAMETERS:
         (trained,) = [weight for key, weight in saved.items() if key.endswith(name)]
         assert torch.equal(written[f"model.{name}"], trained)
     assert written["model.norm.weight"].dtype == getattr(torch, dtype)

@@ -36,7 +36,7 @@ def test_baseline_is_kept_until_the_start_model_changes(
     run = parse_run([str(tiny_config), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "run")])
     _, held_out = load_problems(run.script)
     trainer = session.build_trainer(run, training_rows(held_out, run.script, 8), session.TrainingClock())
-    settings = EvalSettings.of_run(run, "no")
+    settings = EvalSettings.of_run(run.script, run.training, "no")
     evaluated: list[str] = []
 
     def evaluate_now(trainer: object, settings: object, label: str) -> list[Answered]:

@@ -5,7 +5,6 @@ import errno
 import json
 import re
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.m3po.aslr.modules import attach_aslr
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
 from transformers.m3po.gating.module import attach_gating
 from transformers.m3po.modules import ASLR, GATING, RESIDUAL_GATE
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 from trl import ModelConfig
 
 from m3po_lab.export_model import main
-from m3po_lab.models import export_check
 from m3po_lab.models.loading import load_model
 
 NUMBERS = {"mode": "m3po", "cross_path_lambda": 0.3, "answer_start": "####"}
@@ -104,7 +102,7 @@ def test_killed_export_leaves_no_half_model(
     def full(*words: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "x")
 
-    monkeypatch.setattr(import_module("transformers.m3po"), "write_checkpoint_info", full)
+    monkeypatch.setattr("m3po_lab.models.export.write_checkpoint_info", full)
     assert main([str(adapter), str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: No space left on device: x; the disk is full") and printed.count("\n") == 1
@@ -162,7 +160,11 @@ def everything(tiny_model: Path, tmp_path: Path) -> Path:
     base, _ = load_model(ModelConfig(model_name_or_path=str(start)))
     with_added_modules(base)
     asked = {"gating_type": "luong", "gating_config": base.config.m3po_gating_config}
-    numbers = {"mode": "h3po", "aslr_enabled": True, **{name: getattr(base.config, name) for name in ASLR_NUMBERS}}
+    numbers = {
+        "mode": "h3po",
+        "aslr_enabled": True,
+        **{name: getattr(base.config, name) for name in ASLR_HYPERPARAMETERS},
+    }
     saved = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": OWN}
     adapted(start, tmp_path / "adapter", NUMBERS | numbers | asked, with_added_modules, **saved)
     return tmp_path / "adapter"
@@ -236,7 +238,7 @@ def test_a_wrong_merge_is_not_exported(
     everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # PEFT's own merge reaches the tied head as well
-    monkeypatch.setattr(export_check, "merged", lambda model: model.merge_and_unload())
+    monkeypatch.setattr("m3po_lab.models.export.merged", lambda model: model.merge_and_unload())
     assert main([str(everything), str(tmp_path / "out")]) == 2
     assert "a logit of the merged model differs by" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "start"]

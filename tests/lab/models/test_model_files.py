@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc
 from m3po_lab.core.errors import UserError, failures_said
+from m3po_lab.models import embedded
 from m3po_lab.models import loading as models
 from m3po_lab.models.model_files import check_model_files
 from m3po_lab.pretraining.data import load_tokenizer
@@ -56,7 +56,7 @@ def load(place: Path) -> None:
 
 LOADERS = {
     "a training or eval_gsm8k": load,
-    "eval_mhc and report_mhc": lambda place: eval_mhc.load(str(place)),
+    "eval_mhc and report_mhc": lambda place: models.load_base_model(str(place)),
     "a tokenizer": lambda place: load_tokenizer(str(place)),
 }
 
@@ -124,7 +124,7 @@ def test_a_file_of_an_adapter_that_is_not_what_it_should_be_is_one_line(
 )
 def test_a_gguf_file_that_is_cut_short_is_one_line(length: int, why: str, tmp_path: Path) -> None:
     file = tmp_path / "cut.gguf"
-    with models.embedded_gguf().open("rb") as whole:
+    with embedded.embedded_gguf().open("rb") as whole:
         file.write_bytes(whole.read(length))
     with pytest.raises(UserError, match=f"cut.gguf cannot be read as GGUF, copy or download it again: .*{why}"):
         load(file)

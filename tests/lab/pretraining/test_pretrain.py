@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval import evaluator
 from transformers import NanoChatForCausalLM
 
 from m3po_lab import eval_mhc, pretrain, pretrain_pair, report_mhc
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json
+from m3po_lab.pretraining import arguments, evaluation
 from m3po_lab.pretraining import data as pretrain_data
 from m3po_lab.pretraining import report as pretrain_report
-from m3po_lab.pretraining import run as pretrain_run
+from m3po_lab.pretraining.measures import nats_of_rows
+from m3po_lab.pretraining.model import make_model
+from m3po_lab.pretraining.tasks import FILES
 
 TINY = ["--depth", "2", "--model_dim", "32", "--num_heads", "2", "--max_seq_len", "32", "--validation_rows", "4"]
 TINY += ["--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--warmup_steps", "1", "--report_to", "none"]
@@ -114,7 +116,7 @@ def test_bits_per_byte_are_those_of_the_formula() -> None:
         for at in range(1, 7):
             if labels[row, at] >= 0:
                 wanted[row] -= logits[row, at - 1].double().log_softmax(-1)[labels[row, at]]
-    assert torch.allclose(pretrain_run.nats_of_rows(logits, labels).double(), wanted, atol=1e-5)
+    assert torch.allclose(nats_of_rows(logits, labels).double(), wanted, atol=1e-5)
 
 
 def test_both_models_begin_as_the_same_one_and_as_nanochat(text: str, tmp_path: Path) -> None:
@@ -123,9 +125,9 @@ def test_both_models_begin_as_the_same_one_and_as_nanochat(text: str, tmp_path: 
     ids = torch.randint(2, 258, (2, 16), generator=torch.Generator().manual_seed(1))
     for enabled in ("false", "true"):
         for start in ("true", "false"):
-            script = pretrain_run.parse([*words, "--mhc_enabled", enabled, "--nanochat_init", start]).script
+            script = arguments.parse([*words, "--mhc_enabled", enabled, "--nanochat_init", start]).script
             torch.manual_seed(5)
-            model = pretrain_run.make_model(script, 320, tokenizer).eval()
+            model = make_model(script, 320, tokenizer).eval()
             logits.append(model(input_ids=ids).logits)
             zero = model.model.layers[0].mlp.fc2.weight.abs().max().item() == 0
             assert zero == (start == "true") and model.lm_head.weight.std().item() == pytest.approx(
@@ -291,10 +293,10 @@ def test_a_checkpoint_is_reported_on_with_its_gradients_and_verdicts(
 
 @pytest.mark.parametrize("name", ["mhc_small", "mhc_d12"])
 def test_the_projects_files_parse_and_a_missing_one_names_them(name: str) -> None:
-    run = pretrain_run.parse([f"configs/{name}.yaml", "--use_cpu", "true", "--bf16", "false"])
+    run = arguments.parse([f"configs/{name}.yaml", "--use_cpu", "true", "--bf16", "false"])
     assert run.script.depth in (4, 12) and run.variant == "baseline"
     with pytest.raises(UserError, match=rf"nope.yaml does not exist.*{name}.yaml") as found:
-        pretrain_run.parse(["configs/nope.yaml"])
+        arguments.parse(["configs/nope.yaml"])
     assert "demo" not in str(found.value)
 
 
@@ -307,7 +309,7 @@ def test_lm_eval_runs_all_tasks_offline_beside_the_baseline_at_a_gate(
     assert eval_mhc.main([*words, "--output_dir", str(tmp_path)]) == 0
     found: Any = read_json(tmp_path / "results.json")
     for name in ("model", "baseline"):
-        assert list(found["results"][name]) == list(eval_mhc.FILES)
+        assert list(found["results"][name]) == list(FILES)
         assert 0 < found["results"][name]["bits_per_byte"]["bits_per_byte,none"] < 20
         assert found["decoding"][name]["seconds_per_token"] > 0
         read = found["results"][name]["gsm8k_8shot"]["prompts_read"]
@@ -325,7 +327,7 @@ def test_a_stopped_evaluation_goes_on_behind_the_tasks_that_are_done(
     words = [plain, "--data", str(FIXTURES), "--limit", "2", "--tasks", "arc_easy", "hellaswag"]
     words += ["--output_dir", str(tmp_path)]
     with monkeypatch.context() as patched:  # Ctrl-C in the second task
-        whole = evaluator.simple_evaluate
+        whole = evaluation.simple_evaluate
         calls: list[Any] = []
 
         def stopped(*given: Any, **more: Any) -> Any:
@@ -334,15 +336,15 @@ def test_a_stopped_evaluation_goes_on_behind_the_tasks_that_are_done(
                 raise KeyboardInterrupt
             return whole(*given, **more)
 
-        patched.setattr(evaluator, "simple_evaluate", stopped)
+        patched.setattr(evaluation, "simple_evaluate", stopped)
         assert eval_mhc.main(words) == 130
     assert "goes on behind the tasks that are done" in capsys.readouterr().err
-    kept = json.loads((tmp_path / "model.partial.json").read_text())
-    assert list(kept["results"]) == ["arc_easy"]
-    kept["results"]["arc_easy"]["acc_norm,none"] = 0.125  # to know it again
-    (tmp_path / "model.partial.json").write_text(json.dumps(kept))
+    key, *parts = map(json.loads, (tmp_path / "model.partial.jsonl").read_text().splitlines())
+    assert [name for name, _ in parts] == ["arc_easy"]
+    parts[0][1]["acc_norm,none"] = 0.125  # to know it again
+    (tmp_path / "model.partial.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [key, *parts]))
     assert eval_mhc.main([*words[:-4], "hellaswag", "arc_easy", *words[-2:]]) == 0
-    assert "arc_easy: done before" in capsys.readouterr().out and not list(tmp_path.glob("*.partial.json"))
+    assert "arc_easy: done before" in capsys.readouterr().out and not list(tmp_path.glob("*.partial.jsonl"))
     found: Any = read_json(tmp_path / "results.json")
     assert list(found["results"]["model"]) == ["hellaswag", "arc_easy"]
     assert found["results"]["model"]["arc_easy"]["acc_norm,none"] == 0.125

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from m3po_lab.grpo.config import RunArguments, UserError
+from m3po_lab.core.errors import UserError
 from m3po_lab.problems import data
+from m3po_lab.problems.arguments import ProblemArguments
 from m3po_lab.problems.data_sources import Problem
 
 ADDITION = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -20,9 +21,9 @@ def jsonl(folder: Path, count: int) -> Path:
     return file
 
 
-def generated(**changes: object) -> RunArguments:
+def generated(**changes: object) -> ProblemArguments:
     defaults = {"dataset_config": dict(ADDITION), "num_train_problems": 300, "num_eval_problems": 40}
-    return RunArguments(**{**defaults, **changes})
+    return ProblemArguments(**{**defaults, **changes})
 
 
 def test_held_out_problems_are_distinct_and_not_trained_on() -> None:
@@ -40,7 +41,7 @@ def test_same_seeds_give_the_same_problems_and_other_seeds_others() -> None:
 
 
 def test_jsonl_in_the_form_of_gsm8k_is_split_without_overlap(tmp_path: Path) -> None:
-    script = RunArguments(dataset=str(jsonl(tmp_path, 30)), num_eval_problems=10, num_train_problems=100)
+    script = ProblemArguments(dataset=str(jsonl(tmp_path, 30)), num_eval_problems=10, num_train_problems=100)
     train, held_out = data.load_problems(script)
     assert (len(train), len(held_out)) == (20, 10)
     assert {problem.answer for problem in train + held_out} == {str(n) for n in range(1000, 1030)}

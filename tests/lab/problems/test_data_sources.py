@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from m3po_lab.core.errors import UserError
 from m3po_lab.evaluation import scores as eval_scores
 from m3po_lab.evaluation import tasks as eval_tasks
-from m3po_lab.grpo.config import RunArguments, UserError
+from m3po_lab.evaluation.settings import demo_settings
 from m3po_lab.problems import data, data_sources
+from m3po_lab.problems.arguments import ProblemArguments
 from m3po_lab.problems.rewards import is_correct
 
 GSM8K_ROWS = [{"question": f"How many is {n}?", "answer": f"It is {n}.\n#### {n:,}"} for n in range(1000, 1006)]
@@ -60,7 +62,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
 
 
 def loaded(dataset: str, held_out: int) -> list[data_sources.Problem]:
-    train, test = data.load_problems(RunArguments(dataset=dataset, num_eval_problems=held_out))
+    train, test = data.load_problems(ProblemArguments(dataset=dataset, num_eval_problems=held_out))
     assert len(test) == held_out
     assert {problem.question for problem in train}.isdisjoint(problem.question for problem in test)
     return sorted(train + test, key=lambda problem: problem.question)
@@ -91,7 +93,7 @@ def test_multiple_choice_is_asked_in_training_as_in_the_evaluation(
     task: Any, rows: list[Any], hub: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eval_tasks, "hub_rows", lambda *given: rows)
-    script = RunArguments(dataset="mmlu_arc", num_eval_problems=1)
+    script = ProblemArguments(dataset="mmlu_arc", num_eval_problems=1)
     trained = {data.user_turn(problem, script): problem for problem in loaded("mmlu_arc", 1)}
     for document in task()["test"]:
         problem = trained[document["prompt"]]
@@ -124,14 +126,14 @@ def test_problem_of_math_without_an_answer_is_none(solution: str) -> None:
 @pytest.mark.parametrize(("dataset", "kind"), [("openai/gsm8k", "number"), ("mmlu_arc", "letter")])
 def test_rows_of_a_training_and_of_its_report_carry_the_kind_of_answer(dataset: str, kind: str, hub: list[Any]) -> None:
     settings = replace(
-        eval_tasks.demo_settings(),
+        demo_settings(),
         dataset=dataset,
         dataset_config=None,
         num_eval_problems=2,
         prompt_template="{question}",
     )
-    train, _ = data.load_problems(settings.script)
-    assert set(data.training_rows(train, settings.script, 3)["kind"]) == {kind}
+    train, _ = data.load_problems(settings.problems)
+    assert set(data.training_rows(train, settings.problems, 3)["kind"]) == {kind}
     reported = eval_tasks.problems(asdict(settings))["test"]
     assert reported["kind"] == [kind] * 2
     right = [eval_scores.scores(row, [[f"#### {row['reference']}"]])["strict_match"] for row in reported]
@@ -148,7 +150,7 @@ def test_dataset_that_cannot_be_had_is_one_clear_line(
 
     monkeypatch.setattr(data_sources, "load_dataset", load)
     with pytest.raises(UserError, match="from the Hub .*without a network give --dataset a local .jsonl") as raised:
-        data.load_problems(RunArguments(dataset=dataset))
+        data.load_problems(ProblemArguments(dataset=dataset))
     assert "\n" not in str(raised.value)
 
 
@@ -181,7 +183,7 @@ def test_reference_of_every_split_is_checked(tmp_path: Path, monkeypatch: pytest
         splits[place].append(data_sources.Problem("c", "yes"))
         monkeypatch.setattr(data, "_split", lambda problems, script, both=splits: (both["training"], both["held-out"]))
         with pytest.raises(UserError, match=f"{place} problem 2 .'yes'.*a reference must be one number"):
-            data.load_problems(RunArguments(dataset=str(problems_file(tmp_path, ["#### 1"]))))
+            data.load_problems(ProblemArguments(dataset=str(problems_file(tmp_path, ["#### 1"]))))
 
 
 @pytest.mark.parametrize("task", [eval_tasks.math500, eval_tasks.mmlu_stem, eval_tasks.arc_challenge])

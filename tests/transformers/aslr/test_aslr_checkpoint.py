@@ -26,7 +26,7 @@ from transformers import (
     m3po,
 )
 from transformers.m3po.aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr
-from transformers.m3po.modules import ASLR, copy_own_modules
+from transformers.m3po.modules import ASLR
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
@@ -160,7 +160,7 @@ def test_copying_the_modules_makes_them_the_same_and_things_of_their_own(make):
     plain = make()
     source, target = with_aslr(plain), with_aslr(plain, random=False)
     assert not torch.equal(logits_of(source), logits_of(target))
-    copy_own_modules(ASLR, source, target)
+    ASLR.copy(source, target)
     after = logits_of(target)
     assert torch.equal(after, logits_of(source))
     randomise(source, seed=1)

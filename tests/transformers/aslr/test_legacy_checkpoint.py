@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.m3po import load_seed_modules
+from transformers.m3po import load_prototype_modules
 
 H, P = 32, 3
 MODULES = ("m3po_router", "m3po_path_collaborator", "m3po_path_aggregator")
@@ -54,7 +54,7 @@ def flat(prefix: str = "", wrapper: str = "") -> dict[str, torch.Tensor]:
 def test_every_tensor_reaches_its_module(content: dict[str, Any], tmp_path: Path) -> None:
     torch.save(content, tmp_path / "m3po_modules.bin")
     net = model()
-    load_seed_modules(net, tmp_path / "m3po_modules.bin")
+    load_prototype_modules(net, tmp_path / "m3po_modules.bin")
     seed, base = seed_weights(), net.model
     collaborator, attention = base.m3po_path_collaborator, seed["m3po_path_collaborator"]
     assert torch.equal(base.m3po_router.gate.weight, seed["m3po_router"]["gate.weight"])
@@ -72,7 +72,7 @@ def test_the_copy_that_peft_keeps_of_the_start_is_left_out(tmp_path: Path) -> No
     start = {name: torch.zeros_like(value) for name, value in flat("model.", "original_module.").items()}
     torch.save(start | flat("model.", "modules_to_save.default."), tmp_path / "m3po_modules.bin")
     net = model()
-    load_seed_modules(net, tmp_path / "m3po_modules.bin")
+    load_prototype_modules(net, tmp_path / "m3po_modules.bin")
     assert torch.equal(net.model.m3po_router.gate.weight, seed_weights()["m3po_router"]["gate.weight"])
 
 
@@ -80,7 +80,7 @@ def test_collaborator_computes_what_the_prototypes_attention_does(tmp_path: Path
     """At temperature 1, where ours is `nn.MultiheadAttention`."""
     torch.save(seed_weights(), tmp_path / "m3po_modules.bin")
     net = model()
-    load_seed_modules(net, tmp_path / "m3po_modules.bin")
+    load_prototype_modules(net, tmp_path / "m3po_modules.bin")
     attention = nn.MultiheadAttention(H, 8, batch_first=True)
     named = seed_weights()["m3po_path_collaborator"]
     attention.load_state_dict({name.removeprefix("attention."): value for name, value in named.items()})
@@ -106,17 +106,17 @@ def test_file_that_does_not_fit_is_refused_and_changes_nothing(change: Any, said
     net = model()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(ValueError, match=said):
-        load_seed_modules(net, tmp_path / "m3po_modules.bin")
+        load_prototype_modules(net, tmp_path / "m3po_modules.bin")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_model_without_aslr_is_refused(tmp_path: Path) -> None:
     torch.save(flat(), tmp_path / "m3po_modules.bin")
     with pytest.raises(ValueError, match="load it with aslr_enabled=True"):
-        load_seed_modules(model(aslr_enabled=False), tmp_path / "m3po_modules.bin")
+        load_prototype_modules(model(aslr_enabled=False), tmp_path / "m3po_modules.bin")
 
 
 def test_code_in_the_file_is_never_run(tmp_path: Path) -> None:
     torch.save({"m3po_router": Path("anything")}, tmp_path / "m3po_modules.bin")
     with pytest.raises(Exception, match="[Ww]eights.only"):
-        load_seed_modules(model(), tmp_path / "m3po_modules.bin")
+        load_prototype_modules(model(), tmp_path / "m3po_modules.bin")

@@ -16,13 +16,12 @@ from transformers.m3po.gating import (
     KLDivergenceGating,
     create_gating_function,
     factory,
+    kernels,
     list_gating_functions,
     parameter_free_gates,
     register_gating_function,
 )
-from transformers.m3po.gating import gram as products
-from transformers.m3po.gating.block_topk import block_topk
-from transformers.m3po.gating.gram import gram, root_gram
+from transformers.m3po.gating.kernels import block_topk, gram, root_gram
 
 GATES = sorted(reference.GATES)
 KINDS = ("peaked", "flat", "one-hot", "uniform", "identical", "disjoint")
@@ -109,7 +108,7 @@ def test_gram_is_the_product(paths: int) -> None:
 def test_root_gram_in_parts_is_the_sum_of_the_roots(
     shape: tuple[int, ...], with_gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "BUFFER", 8192)  # several parts, the last of them shorter
+    monkeypatch.setattr(kernels, "BUFFER", 8192)  # several parts, the last of them shorter
     probs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     probs[..., 7] = 0.0
     roots = probs.double().sqrt()
@@ -240,7 +239,10 @@ def test_a_gate_from_outside_is_known_everywhere(overlap: str) -> None:
         (lambda: create_gating_function("cosine"), "gating_type='cosine' is unknown; set one of bahdanau, baseline, "),
         (lambda: create_gating_function("raw_dot", {"exact": True}), "no option 'exact' for RawDotProductGating"),
         (lambda: create_gating_function("raw_dot", {"temperature": 0}), "temperature=0.0 is not above 0"),
-        (lambda: ThinkingSettings(gating_type="raw_dot", gating_config={"exact": True}), "'exact' for gate 'raw_dot'"),
+        (
+            lambda: ThinkingSettings(gating_type="raw_dot", gating_config={"exact": True}),
+            "'exact' for gating function 'raw_dot'",
+        ),
     ],
 )
 def test_wrong_names_and_options_are_refused_in_one_line(call: Any, said: str) -> None:

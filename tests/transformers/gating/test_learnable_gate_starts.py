@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where learnable gates start: near the dot product, different for each path, the same for the same seed."""
+"""Where learnable gating functions start: near the dot product, different for each path, fixed by the seed."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from reference import learnable_gates as reference
 from reference.gates import distributions
 from transformers.m3po.gating import create_gating_function
 from transformers.m3po.gating.base import attention_weights
-from transformers.m3po.thinking.thoughts import likeliest
+from transformers.m3po.thinking.thoughts import top_k_tokens
 
 VOCAB, HIDDEN, SIZE = 40, 12, 8
 KINDS = ("peaked", "flat", "one-hot", "uniform", "identical", "disjoint")
@@ -112,7 +112,7 @@ def test_all_tokens_in_any_order_are_the_whole_distribution(name: str, projects:
 def test_the_likeliest_tokens_are_the_cut_distribution(name: str, projects: bool, top_k: int) -> None:
     gate, table = made(name, projects)
     probs = distributions("flat", 4, groups=1)[0]
-    kept = likeliest(probs, top_k, VOCAB)
+    kept = top_k_tokens(probs, top_k, VOCAB)
     cut = reference.whole(kept.ids, kept.probs, VOCAB)
     assert (cut > 0).sum() == 4 * top_k and cut.sum(-1).max() < 0.9
     mine = gate(kept.probs[None], ids=kept.ids[None], embed_tokens=table)

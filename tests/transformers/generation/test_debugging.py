@@ -63,7 +63,7 @@ def test_every_switch_logs_every_step_of_groups_of_every_size(tiny_llama, monkey
     with heard() as lines:
         rollout(tiny_llama(), paths=paths, cross_path_lambda=0.3, **given)
     assert [line.split(":")[0] for line in lines] == ["M3PO step 0", "M3PO step 1", "M3PO step 2"]
-    assert " active paths in 2 groups, lambda=0.3, temperature=0.1, gate=CosineGating(" in lines[0]
+    assert " active paths in 2 groups, lambda=0.3, temperature=0.1, gating_function=CosineGating(" in lines[0]
     for line in lines[:-1]:
         assert all(word in line for word in ("entropy", "largest weight", "variance", "similarity"))
         assert ("\nweights\n" in line) == (paths <= 8), "matrices are of small groups"
@@ -141,7 +141,9 @@ def test_functions_on_dense_vectors_and_logits_log_too(monkeypatch, way):
         )
         apply_m3po_to_logits(torch.rand(4, 1, 6), [0, 0, 1, 1], [[True]] * 4, gate, lambda_blend=0.3)
     assert [line.split(":")[0] for line in lines] == ["M3PO interaction", "M3PO logits"]
-    assert all("lambda=0.3, temperature=0.2, gate=RawDotProductGating(temperature=0.2" in line for line in lines)
+    assert all(
+        "lambda=0.3, temperature=0.2, gating_function=RawDotProductGating(temperature=0.2" in line for line in lines
+    )
 
 
 # --- a gate that is given itself

@@ -318,18 +318,20 @@ def test_the_rollout_says_in_one_line_what_it_does(tiny_llama):
             rollout(tiny_llama(), cross_path_lambda=0.37, cross_path_temp=0.21, answer_start="##A", max_new_tokens=2)
     lines = [message for message in messages if "mode m3po" in message]
     assert len(lines) == 1 and "\n" not in lines[0]
-    assert all(word in lines[0] for word in ("lambda=0.37", "temperature=0.21", "gate=baseline", "thinking", "##A"))
+    assert all(
+        word in lines[0] for word in ("lambda=0.37", "temperature=0.21", "gating_type=baseline", "thinking", "##A")
+    )
 
 
 def test_settings_describe_themselves_in_one_line():
     line = ThinkingSettings(cross_path_lambda=0.2, cross_path_top_k=3).describe()
-    assert line == "lambda=0.2, temperature=0.1, gate=baseline, top_k=3, phase=thinking, answer marker '####'"
+    assert line == "lambda=0.2, temperature=0.1, gating_type=baseline, top_k=3, phase=thinking, answer marker '####'"
     both = ThinkingSettings(mode="h3po", thought_top_k=32).describe()
     assert both == (
-        "lambda=0.1, temperature=0.1, gate=baseline, thought_top_k=32, phase=thinking, answer marker '####'"
+        "lambda=0.1, temperature=0.1, gating_type=baseline, thought_top_k=32, phase=thinking, answer marker '####'"
     )
     options = {"temperature": 0.2, "rank": 8, "vocab_size": 64}
     learned = ThinkingSettings(gating_type="luong", gating_config=options).describe()
-    assert "temperature=0.2, gate=luong (rank=8, vocab_size=64), " in learned
+    assert "temperature=0.2, gating_type=luong (rank=8, vocab_size=64), " in learned
     alone = ThinkingSettings(mode="hrpo", thought_top_k=0, cross_path_lambda=0.3).describe()
     assert alone == "thought_top_k=0, phase=thinking, answer marker '####'"

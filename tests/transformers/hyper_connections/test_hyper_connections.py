@@ -22,7 +22,7 @@ from transformers.m3po.hyper_connections.connections import (
 )
 from transformers.m3po.hyper_connections.doubly_stochastic import permutation_basis
 from transformers.m3po.hyper_connections.routing_gate import as_gate, pop_routing_gate
-from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_numbers
+from transformers.m3po.hyper_connections.settings import MHC_DEFAULTS, check_mhc_hyperparameters
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 KINDS = ["sinkhorn", "birkhoff"]
@@ -362,7 +362,7 @@ def test_generate_gets_a_gate_for_all_rows_in_a_form_that_it_does_not_repeat():
 )
 def test_a_number_that_breaks_its_rule_is_named(flag, value):
     with pytest.raises(ValueError, match=flag) as error:
-        check_mhc_numbers({**MHC_DEFAULTS, flag: value})
+        check_mhc_hyperparameters({**MHC_DEFAULTS, flag: value})
     assert "\n" not in str(error.value)
 
 
@@ -370,7 +370,7 @@ def test_birkhoff_takes_at_most_four_streams():
     for attempt in (
         lambda: DynamicMHC(8, 5, residual="birkhoff"),
         lambda: permutation_basis(5),
-        lambda: check_mhc_numbers({**MHC_DEFAULTS, "mhc_num_streams": 5, "mhc_residual": "birkhoff"}),
+        lambda: check_mhc_hyperparameters({**MHC_DEFAULTS, "mhc_num_streams": 5, "mhc_residual": "birkhoff"}),
     ):
         with pytest.raises(ValueError, match=r"mhc_num_streams=5.*at most 4 streams.*sinkhorn"):
             attempt()

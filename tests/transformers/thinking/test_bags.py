@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import cross_path
 from transformers.m3po import PathGroups, apply_cross_path_interaction, bag_vectors
-from transformers.m3po.thinking.bags import cross_path_bags, heard_peers
+from transformers.m3po.thinking.bags import cross_path_bags, select_peers
 from transformers.m3po.thinking.inputs import mix_bags, mix_thinking_inputs
 from transformers.m3po.thinking.interaction import path_attention
 
@@ -23,7 +23,7 @@ def step(lambda_blend=0.3, top_k=None, groups=GROUPS, thinking=THINKING):
     probs = (torch.randn(len(groups), VOCAB) * 2).softmax(-1)
     tokens = probs.multinomial(1).squeeze(-1)
     paths = PathGroups(groups)
-    peers = heard_peers(path_attention(probs, thinking, paths, 0.1).weights, paths, top_k)
+    peers = select_peers(path_attention(probs, thinking, paths, 0.1).weights, paths, top_k)
     return tokens, probs, *cross_path_bags(tokens, peers.weights, peers.rows, lambda_blend)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`regated_weights` and `blended_weights`: the bags of a rollout once more, from what it recorded."""
+"""`recompute_bag_weights` and `recompute_blend_weights`: the bags of a rollout once more, from its record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers.m3po import PathGroups, ThinkingSettings
 from transformers.m3po.gating import create_gating_function
 from transformers.m3po.generation.rollout import ThinkingRollout
 from transformers.m3po.thinking import policy_gating
-from transformers.m3po.thinking.bags import cross_path_bags, heard_peers
+from transformers.m3po.thinking.bags import cross_path_bags, select_peers
 from transformers.m3po.thinking.interaction import path_attention
-from transformers.m3po.thinking.policy_gating import regated_weights
+from transformers.m3po.thinking.policy_gating import recompute_bag_weights
 from transformers.m3po.thinking.record import GatingRecord, RolloutRecord
-from transformers.m3po.thinking.thoughts import blend_thoughts, blended_weights, likeliest
+from transformers.m3po.thinking.thoughts import blend_thoughts, recompute_blend_weights, top_k_tokens
 
 VOCAB, HIDDEN, STEPS, TOP_K, LAMBDA = 24, 6, 9, 4, 0.4
 GROUPS = torch.tensor([7, 2, 7, 4, 2, 7, 7])  # sizes 4, 2 and 1
@@ -47,7 +47,7 @@ class Rolled:
 
     def regated(self, gate: Any = None) -> torch.Tensor:
         given = (self.bag_ids, self.bag_weights, self.record, self.groups, LAMBDA, self.thoughts)
-        return regated_weights(gate or self.gate, self.table, *given)
+        return recompute_bag_weights(gate or self.gate, self.table, *given)
 
 
 def made(name: str, projects: bool = False) -> tuple[Any, torch.nn.Embedding | None]:
@@ -108,14 +108,14 @@ def roll_out(
     record = GatingRecord.zeros(rows, STEPS, kept_tokens, peers_kept, torch.device("cpu"))
     bags = []
     for step in range(STEPS):
-        kept = likeliest(probs[step], top_k, num_embeddings)
+        kept = top_k_tokens(probs[step], top_k, num_embeddings)
 
         def sparse(_: torch.Tensor, kept: Any = kept) -> torch.Tensor:
             return gate(paths.split(kept.probs), ids=paths.split(kept.ids), embed_tokens=table)
 
         with torch.no_grad():
             attention = path_attention(probs[step], active[step], paths, temperature, sparse)
-            peers = heard_peers(attention.weights, paths, top_k_peers)
+            peers = select_peers(attention.weights, paths, top_k_peers)
             if mode == "h3po":
                 ids, weights = blend_thoughts(kept.ids, kept.probs / kept.norm, peers.weights, peers.rows, LAMBDA)
                 weights = weights * active[step].unsqueeze(-1)
@@ -398,7 +398,7 @@ def test_the_record_of_a_rollout_gives_its_weights_back(
     rollout.end(STEPS - 1)
     record = rollout.record
     assert record.gating is not None and record.gating.ids.shape == (len(GROUPS), STEPS - 1, TOP_K)
-    mine = regated_weights(
+    mine = recompute_bag_weights(
         gate, table, record.bag_ids, record.bag_weights, record.gating, GROUPS, LAMBDA, mode == "h3po"
     )
     assert (record.bag_weights > 0).any(-1).sum() > 10
@@ -409,14 +409,14 @@ def test_the_record_of_a_rollout_gives_its_weights_back(
 @pytest.mark.parametrize("lambda_blend", [0.4, 1.0])
 def test_the_weights_of_a_chosen_bag_are_those_of_the_blend(lambda_blend: float) -> None:
     """Bags of other weights: what `blend_thoughts` would give the same tokens, token by token."""
-    kept = likeliest(distributions()[3], TOP_K, VOCAB)
+    kept = top_k_tokens(distributions()[3], TOP_K, VOCAB)
     own = kept.probs / kept.norm
     rows = torch.tensor([[2, 5], [4, 4], [0, 5], [3, 3], [1, 1], [0, 2], [0, 0]])
     then = torch.tensor([[0.9, 0.1], [1.0, 0.0], [0.5, 0.5], [0.0, 0.0], [1.0, 0.0], [0.2, 0.8], [0.0, 1.0]])
     now = torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.5, 0.5], [1.0, 0.0]])
     now.requires_grad_()
     bag_ids, bag_weights = blend_thoughts(kept.ids, own, then, rows, lambda_blend)
-    mine = blended_weights(bag_ids, bag_weights, kept.ids, own, now, rows, lambda_blend)
+    mine = recompute_blend_weights(bag_ids, bag_weights, kept.ids, own, now, rows, lambda_blend)
     for row in range(len(rows)):
         for token, weight, found in zip(
             bag_ids[row].tolist(), bag_weights[row].tolist(), mine[row].tolist(), strict=True

@@ -15,8 +15,8 @@ from reference.gated import PARAMETERS, STRONG, gate_parameters, reference_gate
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from transformers.m3po import ThinkingResidualLambda
-from transformers.m3po.modules import RESIDUAL_GATE, copy_own_modules
-from transformers.m3po.thinking.residual_gate import GATE_MODULES, attach_residual_gate
+from transformers.m3po.modules import RESIDUAL_GATE
+from transformers.m3po.thinking.residual_gate import RESIDUAL_GATE_MODULES, attach_residual_gate
 
 NAMES = {f"model.{name}" for name in PARAMETERS}
 DEFAULTS = {"thinking_residual_enabled": True, "thinking_residual_r_min": 0.99, "thinking_residual_r_max": 0.999}
@@ -294,7 +294,7 @@ def test_copying_a_gate_makes_it_the_same_and_a_thing_of_its_own(make):
     source, target = make(seed=1, **STRONG), make(seed=2, **STRONG)
     head = target.lm_head.weight.clone()
     assert not same_gate(source, target)
-    copy_own_modules(RESIDUAL_GATE, source, target)
+    RESIDUAL_GATE.copy(source, target)
     assert same_gate(source, target) and torch.equal(target.lm_head.weight, head)
     with torch.no_grad():
         gate_parameters(source)[-1].add_(1)
@@ -325,7 +325,7 @@ def test_an_adapter_carries_the_trained_gate(make, tmp_path, dtype):
 
     config, weights = make().config, make().state_dict()
 
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=list(GATE_MODULES))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=list(RESIDUAL_GATE_MODULES))
     model = get_peft_model(gated(seed=1), lora)
     before = thinking_logits(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "thinking_residual" in name}
@@ -347,7 +347,10 @@ def test_an_adapter_carries_the_trained_gate(make, tmp_path, dtype):
     assert_computes_the_same(thinking_logits(again), after)
 
     merged = again.merge_and_unload()
-    assert {type(getattr(merged.model, name)).__name__ for name in GATE_MODULES} == {"Linear", "ThinkingResidualLambda"}
+    assert {type(getattr(merged.model, name)).__name__ for name in RESIDUAL_GATE_MODULES} == {
+        "Linear",
+        "ThinkingResidualLambda",
+    }
     for name, p in trained.items():
         plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
         assert torch.equal(merged.get_parameter(plain), p)

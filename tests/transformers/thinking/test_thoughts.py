@@ -11,7 +11,7 @@ from reference import cross_path, thinking_residual
 from reference.gated import assert_same_bag, bag_of
 from transformers.m3po import PathGroups
 from transformers.m3po.bag_vectors import bag_vectors
-from transformers.m3po.thinking.bags import heard_peers
+from transformers.m3po.thinking.bags import select_peers
 from transformers.m3po.thinking.interaction import path_attention
 from transformers.m3po.thinking.thoughts import blend_thoughts, thought_bags
 
@@ -88,7 +88,7 @@ def blended(probs, groups, active, top_k, lambda_blend, temperature=0.2, matrix=
     """Own bags, blended bags, and A (B, B) as the blend got it."""
     paths = PathGroups(groups)
     attention = path_attention(probs, active, paths, temperature).weights
-    peers, rows, _, _ = heard_peers(attention, paths, peers_kept)
+    peers, rows, _, _ = select_peers(attention, paths, peers_kept)
     own = thought_bags(probs, top_k, matrix)
     a = torch.zeros(len(probs), len(probs)).scatter_add(1, rows, peers)
     return own, blend_thoughts(*own, peers, rows, lambda_blend), a

@@ -19,9 +19,9 @@ from peft import LoraConfig, PeftModel
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.aslr import modules as aslr
 from transformers.m3po.aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr
-from transformers.m3po.aslr.settings import ASLR_DEFAULTS, ASLR_NUMBERS
+from transformers.m3po.aslr.settings import ASLR_DEFAULTS, ASLR_HYPERPARAMETERS
 from trl.trainer.m3po.aslr import latent_statistics
-from trl.trainer.m3po.modules import settle_modules
+from trl.trainer.m3po.modules import prepare_modules
 
 ON = {"aslr_enabled": True, "answer_start": "#"}
 ADAPTER = {"r": 2, "target_modules": "all-linear"}
@@ -179,7 +179,7 @@ def test_modules_that_were_cast_are_float32_again_and_train(tiny: Any, tmp_path:
     run = tiny.trainer(tmp_path, flags=ON, peft_config=lora())
     for value in run.model.parameters():
         value.data = value.data.to(torch.bfloat16)
-    settle_modules(run.model, run.args)
+    prepare_modules(run.model, run.args)
     assert {value.dtype for value in tiny.aslr_of(run.model).values()} == {torch.float32}
     assert all(value.requires_grad for name, value in run.model.named_parameters() if "modules_to_save.default" in name)
 
@@ -268,7 +268,7 @@ def test_a_model_with_aslr_lends_its_numbers_to_a_run_that_leaves_them_open(tiny
 def test_a_plain_model_stays_plain_unless_asked(tiny: Any, tmp_path: Path, said: Any):
     run = tiny.trainer(tmp_path, flags={"aslr_enabled": said})
     assert not tiny.aslr_of(run.model) and run.args.aslr_enabled is False
-    assert all(getattr(run.args, name) is None for name in ASLR_NUMBERS)
+    assert all(getattr(run.args, name) is None for name in ASLR_HYPERPARAMETERS)
     run.save_model()
     for file in ("m3po.json", "config.json"):
         assert "aslr" not in (tmp_path / file).read_text(encoding="utf-8")
@@ -276,8 +276,8 @@ def test_a_plain_model_stays_plain_unless_asked(tiny: Any, tmp_path: Path, said:
 
 def test_what_is_left_open_on_a_plain_model_gets_the_defaults(tiny: Any, tmp_path: Path):
     run = tiny.trainer(tmp_path, flags=ON)
-    assert {name: getattr(run.args, name) for name in ASLR_NUMBERS} == ASLR_DEFAULTS
-    assert {name: getattr(run.model.config, name) for name in ASLR_NUMBERS} == ASLR_DEFAULTS
+    assert {name: getattr(run.args, name) for name in ASLR_HYPERPARAMETERS} == ASLR_DEFAULTS
+    assert {name: getattr(run.model.config, name) for name in ASLR_HYPERPARAMETERS} == ASLR_DEFAULTS
 
 
 @pytest.mark.parametrize("mode", ["none", "m3po"])
@@ -288,7 +288,7 @@ def test_a_run_without_aslr_refuses_a_model_that_has_it(tiny: Any, tmp_path: Pat
 
 
 def test_a_number_of_aslr_without_it_is_refused(tiny: Any, tmp_path: Path):
-    for name, enabled in zip(ASLR_NUMBERS, (None, False) * 3, strict=True):
+    for name, enabled in zip(ASLR_HYPERPARAMETERS, (None, False) * 3, strict=True):
         expected = f"^{name} does nothing without ASLR: set aslr_enabled=True, or leave it out"
         with pytest.raises(ValueError, match=expected):
             tiny.trainer(tmp_path, flags={"aslr_enabled": enabled, name: ASLR_DEFAULTS[name]})
@@ -352,7 +352,7 @@ def test_what_is_saved_has_the_logits_of_the_run_and_its_numbers(tiny: Any, tmp_
             assert {name: value for name, value in config.items() if "aslr" in name} == expected
     if adapted:
         base = tiny.model()
-        attach_aslr(base, **{name: expected[name] for name in ASLR_NUMBERS})
+        attach_aslr(base, **{name: expected[name] for name in ASLR_HYPERPARAMETERS})
         base.load_state_dict(tiny.with_aslr().state_dict())
         loaded = PeftModel.from_pretrained(base, tmp_path / "export")
     else:

@@ -18,7 +18,7 @@ import torch
 from transformers.m3po.aslr.modules import pop_aslr_inputs
 from transformers.m3po.aslr.modules import refine_states as _refine_states
 from transformers.m3po.flags import has_aslr, has_hyper_connections
-from transformers.m3po.modules import OWN_MODULES
+from transformers.m3po.modules import ADDED_MODULES
 from transformers.m3po.thinking.inputs import mix_thinking_inputs as _mix_thinking_inputs
 from transformers.m3po.thinking.record import BAG_ARGUMENTS, RolloutRecord
 from transformers.utils import logging
@@ -41,7 +41,7 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-_OWN = tuple(name for own in OWN_MODULES for name in own.names)
+_OWN = tuple(name for modules in ADDED_MODULES for name in modules.names)
 # What 4-bit and 8-bit loading leaves alone, as patterns that upstream matches from the start of a module's full name.
 UNQUANTIZED = [rf".*\b{name}\b" for name in _OWN]
 
@@ -128,7 +128,7 @@ def mix_step_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs: dic
 def with_added_modules(model: Any, modules_to_save: list[str] | None) -> list[str] | None:
     """Hook of `get_peft_model`: adds the modules of this overlay that the model has; an adapter trains them whole."""
     refuse_hyper_connections(model)
-    has = [name for own in OWN_MODULES if own.on(model) for name in own.names]
+    has = [name for modules in ADDED_MODULES if modules.on(model) for name in modules.names]
     missing = [name for name in has if name not in (modules_to_save or [])]
     return [*(modules_to_save or []), *missing] if missing else modules_to_save
 
@@ -141,8 +141,8 @@ def without_added_modules(modules_to_save: Iterable[str]) -> list[str]:
 def make_float32(model: Any) -> None:
     """Hook of `patch_peft_model`: the parameters of our modules in float32, whatever the load has cast them to."""
     named = dict(model.named_parameters())
-    for own in OWN_MODULES:
-        for name in own.among(named):
+    for modules in ADDED_MODULES:
+        for name in modules.among(named):
             named[name].data = named[name].data.float()
 
 

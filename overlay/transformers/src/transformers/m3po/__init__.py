@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""M3PO (arXiv 2512.01485, eq. 2-6), HRPO (arXiv 2505.18454) and ASLR (seed 2): paths that interact, soft thoughts as
-inputs, latent paths inside the model.
+"""M3PO (arXiv 2512.01485, eq. 2-6), HRPO (arXiv 2505.18454) and ASLR: paths that interact, soft thoughts as inputs,
+latent paths inside the model.
 
 The patches of this overlay call into this package from `_sample` (generation) and from the forward of the Llama and
 Qwen2 models; everything else lives here.
@@ -15,34 +15,31 @@ zero has no bag: there the model gets the embedding of its own token.
 Names are loaded when they are first asked for: a configuration class imports this package too, long before torch.
 """
 
-from importlib import import_module
-from typing import Any
+from .lazy import loader
 
 _HOMES = {
-    "CHECKPOINT_FILE": "checkpoint",
-    "M3POGenerateOutput": "generation.output",
-    "M3POGenerationState": "generation.state",
-    "M3POPathAggregator": "aslr.modules",
-    "M3POPathCollaborator": "aslr.modules",
-    "M3PORouter": "aslr.modules",
-    "PathGroups": "thinking.interaction",
-    "ThinkingResidualLambda": "thinking.residual_gate",
-    "ThinkingSettings": "settings",
-    "apply_cross_path_interaction": "thinking.interaction",
-    "apply_m3po_to_logits": "thinking.logits",
-    "attach_gating": "gating.module",
-    "cosine_similarity": "gating.parameter_free_gates",
-    "cross_path_weights": "thinking.interaction",
-    "generate_with_m3po": "generation.generate",
-    "load_seed_modules": "aslr.legacy_checkpoint",
-    "read_checkpoint_info": "checkpoint",
-    "write_checkpoint_info": "checkpoint",
+    "CHECKPOINT_FILE": ".checkpoint",
+    "M3POGenerateOutput": ".generation.output",
+    "M3POGenerationState": ".generation.state",
+    "M3POPathAggregator": ".aslr.modules",
+    "M3POPathCollaborator": ".aslr.modules",
+    "M3PORouter": ".aslr.modules",
+    "PathGroups": ".thinking.interaction",
+    "ThinkingResidualLambda": ".thinking.residual_gate",
+    "ThinkingSettings": ".settings",
+    "apply_cross_path_interaction": ".thinking.interaction",
+    "apply_m3po_to_logits": ".thinking.logits",
+    "attach_gating": ".gating.module",
+    "cosine_similarity": ".gating.parameter_free_gates",
+    "cross_path_weights": ".thinking.interaction",
+    "generate_with_m3po": ".generation.generate",
+    "load_prototype_modules": ".aslr.legacy_checkpoint",
+    "load_seed_modules": ".aslr.legacy_checkpoint",  # its name before
+    "read_checkpoint_info": ".checkpoint",
+    "write_checkpoint_info": ".checkpoint",
 }
 
 __all__ = [*_HOMES]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = loader(__name__, __package__ or "", _HOMES)

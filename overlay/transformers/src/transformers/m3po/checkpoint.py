@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`m3po.json`: what a checkpoint is, beside its weights, adapter or full model (design, section 4).
+"""`m3po.json`: what a checkpoint is, beside its weights, adapter or full model.
 
 A checkpoint that does not carry its mode cannot be evaluated as it was trained; so every save of the trainer writes the
 mode, every number of it, the answer marker, the sampling temperature and the versions.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What paths and latent paths do, as lines of the log, while debugging is on: `M3PO_DEBUG=1`, or `debug` of a gate.
+"""What paths and latent paths do, as lines of the log, while debugging is on: `M3PO_DEBUG=1`, or `debug` of a gating
+function.
 
 Every line reads numbers back from the device, so nothing here is called while debugging is off.
 """
@@ -28,7 +29,7 @@ def debugging() -> bool:
 
 
 def log_attention(
-    where: str, attention: Attention, active: torch.Tensor, cross_path_lambda: float | None, gate: str
+    where: str, attention: Attention, active: torch.Tensor, cross_path_lambda: float | None, gating: str
 ) -> None:
     """Logs who listened to whom: numbers of the interaction, means over the paths that listened, small matrices.
 
@@ -37,7 +38,7 @@ def log_attention(
         attention: of one step.
         active: (..., N) bool, the paths that took part.
         cross_path_lambda: λ; None where only the weights are asked for.
-        gate: the gating function and its options.
+        gating: the gating function and its options.
     """
     weights, pairs = attention.weights, attention.pairs
     listens = (weights > 0).any(-1)
@@ -46,7 +47,8 @@ def log_attention(
     temperature = torch.as_tensor(attention.temperature).flatten().tolist()
     line = (
         f"M3PO {where}: {int(active.sum())} active paths in {active[..., 0].numel()} groups, "
-        f"lambda={cross_path_lambda}, temperature={', '.join(f'{value:.4g}' for value in temperature)}, gate={gate}"
+        f"lambda={cross_path_lambda}, temperature={', '.join(f'{value:.4g}' for value in temperature)}, "
+        f"gating_function={gating}"
     )
     if len(heard) == 0:
         logger.warning(f"{line}; no path has an active peer")
@@ -82,18 +84,18 @@ def log_thoughts(where: str, active: torch.Tensor, probs: torch.Tensor | None, w
     logger.warning(line)
 
 
-def log_latent_paths(numbers: Any, score: torch.Tensor, spreads: tuple[torch.Tensor, torch.Tensor]) -> None:
+def log_latent_paths(hyperparameters: Any, score: torch.Tensor, spreads: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Logs what ASLR did in a forward.
 
     Args:
-        numbers: `ASLRNumbers` of the call.
+        hyperparameters: `ASLRHyperparameters` of the call.
         score: (B, L) float32, the router's.
         spreads: (B, L) float32 each, how far the latent paths lie apart after expansion and after the last round.
     """
     before, after = (float(spread.mean()) for spread in spreads)
     logger.warning(
-        f"ASLR: the router activates {int((score > numbers.threshold).sum())} of {score.numel()} positions "
-        f"(score {float(score.amin()):.4f} to {float(score.amax()):.4f}), {numbers.max_iterations} rounds of "
-        f"{numbers.num_paths} latent paths, which lie {before:.4g} apart before and {after:.4g} after them; "
-        f"{numbers.describe()}"
+        f"ASLR: the router activates {int((score > hyperparameters.threshold).sum())} of {score.numel()} positions "
+        f"(score {float(score.amin()):.4f} to {float(score.amax()):.4f}), {hyperparameters.max_iterations} rounds of "
+        f"{hyperparameters.num_paths} latent paths, which lie {before:.4g} apart before and {after:.4g} after them; "
+        f"{hyperparameters.describe()}"
     )

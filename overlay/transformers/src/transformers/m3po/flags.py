@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields that this overlay adds to `LlamaConfig`, `Qwen2Config` and `NanoChatConfig` (design, the flag table).
+"""The fields that this overlay adds to `LlamaConfig`, `Qwen2Config` and `NanoChatConfig`, with their rules.
 
 A class decorator under `@strict`, rather than lines in the class body: the bodies of the first two are the source from
 which upstream generates a good dozen other configurations, which have no such modules.
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .aslr.settings import ASLR_DEFAULTS, check_aslr_numbers
-from .hyper_connections.settings import MHC_DEFAULTS, MHC_FIELDS, check_mhc_numbers
+from .aslr.settings import ASLR_DEFAULTS, check_aslr_hyperparameters
+from .hyper_connections.settings import MHC_DEFAULTS, MHC_FIELDS, check_mhc_hyperparameters
 
 # Model types whose forward calls `mix_thinking_inputs`.
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
@@ -40,10 +40,10 @@ def with_m3po_fields(cls: type) -> type:
     """Declares the fields on a configuration class: typed, saved, loaded and overridable in `from_pretrained`.
 
     thinking_residual_enabled: the model has HRPO's residual gate (`transformers.m3po.thinking.residual_gate`).
-    thinking_residual_r_min, thinking_residual_r_max: bounds of the decay that the gate starts with, in (0, 1).
+    thinking_residual_r_min, thinking_residual_r_max: bounds of the decay that the residual gate starts with, in (0, 1).
     aslr_enabled: the model has the modules of ASLR (`transformers.m3po.aslr.modules`).
-    aslr_num_paths and the other five: their numbers, see `ASLRNumbers`; the defaults are seed 2's.
-    m3po_gating_enabled: the model has a learnable gate (`transformers.m3po.gating.module`).
+    aslr_num_paths and the other five: their hyperparameters, see `ASLRHyperparameters`.
+    m3po_gating_enabled: the model has a learnable gating function (`transformers.m3po.gating.module`).
     m3po_gating_type, m3po_gating_config: its name and the options that say its size.
     mhc_enabled and the others: see `with_mhc_fields`.
 
@@ -56,7 +56,7 @@ def with_m3po_fields(cls: type) -> type:
 
     def validate_aslr(self: Any) -> None:
         size = self.hidden_size if self.aslr_enabled else None
-        check_aslr_numbers({name: getattr(self, name) for name in ASLR_DEFAULTS}, size)
+        check_aslr_hyperparameters({name: getattr(self, name) for name in ASLR_DEFAULTS}, size)
 
     def validate_m3po_gating(self: Any) -> None:
         if self.m3po_gating_enabled:
@@ -86,7 +86,7 @@ def with_mhc_fields(cls: type) -> type:
 
 
 def _validate_mhc(self: Any) -> None:
-    check_mhc_numbers({name: getattr(self, name) for name in MHC_DEFAULTS})
+    check_mhc_hyperparameters({name: getattr(self, name) for name in MHC_DEFAULTS})
 
 
 def _with_fields(cls: type, added: dict[str, tuple[type | Any, Any]]) -> type:
@@ -140,7 +140,7 @@ def has_aslr(model: Any) -> bool:
 
 
 def has_gating(model: Any) -> bool:
-    """Whether the configuration of a model says that it has a learnable gate."""
+    """Whether the configuration of a model says that it has a learnable gating function."""
     return bool(getattr(model.config, "m3po_gating_enabled", False))
 
 
@@ -158,7 +158,7 @@ def check_aslr_overrides(model: Any, overrides: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a number breaks its rule, the model has no ASLR, or `aslr_num_paths` is another than its path
-            aggregator was built for (erratum E14).
+            aggregator was built for.
     """
     if not overrides:
         return
@@ -167,7 +167,7 @@ def check_aslr_overrides(model: Any, overrides: Mapping[str, Any]) -> None:
             f"{next(iter(overrides))} does nothing on a model without ASLR: load it with aslr_enabled=True, or leave "
             "it out."
         )
-    check_aslr_numbers(overrides)
+    check_aslr_hyperparameters(overrides)
     built = model.config.aslr_num_paths
     if overrides.get("aslr_num_paths", built) != built:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of this overlay compute in float32 whatever the model's dtype (design, section 5)."""
+"""The modules of this overlay compute in float32 whatever the model's dtype."""
 
 from __future__ import annotations
 

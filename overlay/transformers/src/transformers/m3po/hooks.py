@@ -6,44 +6,38 @@ wanted, so nothing here may import torch at the top. `patches/README.md` has the
 on.
 """
 
-from importlib import import_module
-from typing import Any
+from .lazy import loader
 
 _HOMES = {
     # The configuration classes, when they are defined.
-    "with_m3po_fields": "flags",
-    "with_mhc_fields": "flags",
+    "with_m3po_fields": ".flags",
+    "with_mhc_fields": ".flags",
     # The models, when they are made and when their weights are loaded.
-    "add_modules": "modules",
-    "add_hyper_connections": "hyper_connections.connections",
-    "add_streams": "hyper_connections.connections",
-    "check_loaded_modules": "modules",
+    "add_modules": ".modules",
+    "add_hyper_connections": ".hyper_connections.connections",
+    "add_streams": ".hyper_connections.connections",
+    "check_loaded_modules": ".modules",
     # `generate`, before it decodes.
-    "pop_state": "generation.state",
-    "check_generation_mode": "generation.checks",
+    "pop_state": ".generation.state",
+    "check_generation_mode": ".generation.checks",
     # `_sample`, before its loop; what it calls in the loop are the methods of the state that this returns.
-    "begin_rollout": "generation.state",
+    "begin_rollout": ".generation.state",
     # The forward of the base model, from the token embeddings to the last norm.
-    "mix_thinking_inputs": "thinking.inputs",
-    "thinking_residual": "thinking.residual_gate",
-    "pop_aslr_inputs": "aslr.modules",
-    "expand_streams": "hyper_connections.connections",
-    "read_streams": "hyper_connections.connections",
-    "write_streams": "hyper_connections.connections",
-    "reduce_streams": "hyper_connections.connections",
-    "refine_states": "aslr.modules",
+    "mix_thinking_inputs": ".thinking.inputs",
+    "thinking_residual": ".thinking.residual_gate",
+    "pop_aslr_inputs": ".aslr.modules",
+    "expand_streams": ".hyper_connections.connections",
+    "read_streams": ".hyper_connections.connections",
+    "write_streams": ".hyper_connections.connections",
+    "reduce_streams": ".hyper_connections.connections",
+    "refine_states": ".aslr.modules",
     # Classes that can be imported from the model files.
-    "M3PORouter": "aslr.modules",
-    "M3POPathCollaborator": "aslr.modules",
-    "M3POPathAggregator": "aslr.modules",
+    "M3PORouter": ".aslr.modules",
+    "M3POPathCollaborator": ".aslr.modules",
+    "M3POPathAggregator": ".aslr.modules",
 }
 
 __all__ = [*_HOMES]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f".{_HOMES[name]}", __package__), name)
-    globals()[name] = found  # from here on it is an ordinary attribute
-    return found
+__getattr__ = loader(__name__, __package__ or "", _HOMES)

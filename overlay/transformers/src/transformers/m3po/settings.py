@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a thinking mode, with their rules (seed 1; design, the flag table).
+"""The hyperparameters of a thinking mode, with their rules.
 
 `GenerationConfig` carries the same names as plain attributes, all None unless asked for, so that saved configurations
 do not change; `ThinkingSettings.from_generation_config` turns them into checked values.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .debugging import debugging
 from .flags import has_gating, has_residual_gate
-from .gating.factory import gate_class
+from .gating.factory import gating_class
 from .gating.matched_temperature import MATCH
 from .thinking.interaction import Temperature, check_temperature
 
@@ -24,7 +24,7 @@ PHASES = ("thinking", "all")
 CROSS_PATH_MODES = ("m3po", "h3po")
 RESIDUAL_MODES = ("hrpo", "h3po")
 DEFAULT_THOUGHT_TOP_K = 64
-DEFAULT_GATE = "baseline"
+DEFAULT_GATING_TYPE = "baseline"
 # What a soft thought needs, with or without peers; the other numbers say how paths interact.
 THOUGHT_FLAGS = ("thought_top_k", "cross_path_phase", "answer_start", "debug")
 
@@ -34,19 +34,21 @@ class ThinkingSettings:
     """What the model reads at a thinking position.
 
     Args:
-        mode: `m3po`, `hrpo` or `h3po` (design, the mode table).
+        mode: `m3po`, `hrpo` or `h3po`.
         cross_path_lambda: λ of eq. 2, the share of the peers in the thinking input, in [0, 1]. At 0 nothing is blended
             and decoding is the plain one, bit for bit.
-        cross_path_temp: T of eq. 5, above 0. None takes the default of the gate (`baseline`: 0.1); `match` takes, in
-            each group and step, the T at which the attention has the entropy of the baseline's at its default.
+        cross_path_temp: T of eq. 5, above 0. None takes the default of the gating function (`baseline`: 0.1); `match`
+            takes, in each group and step, the T at which the attention has the entropy of the baseline's at its
+            default.
         cross_path_phase: `thinking` blends until the answer marker is complete in the completion; `all` blends to the
-            end (the ablation "no phase isolation" of seed 1).
+            end (the ablation "no phase isolation").
         thought_top_k: likeliest tokens of a distribution that are kept, as a soft thought (modes hrpo and h3po) and for
-            a learnable gate; 0 keeps the whole vocabulary.
+            a learnable gating function; 0 keeps the whole vocabulary.
         cross_path_top_k: keep this many peers per path, those with the largest weights; None keeps all.
         answer_start: the answer marker.
-        gating_type: name of the gate, one of `transformers.m3po.gating.list_gating_functions()`.
-        gating_config: options of the gate. `temperature` is an alias of `cross_path_temp`, `debug` of `debug`.
+        gating_type: name of the gating function, one of `transformers.m3po.gating.list_gating_functions()`.
+        gating_config: options of the gating function. `temperature` is an alias of `cross_path_temp`, `debug` of
+            `debug`.
         debug: log every step: active paths, attention statistics, the matrices of small groups (also `M3PO_DEBUG=1`).
 
     Raises:
@@ -60,7 +62,7 @@ class ThinkingSettings:
     cross_path_top_k: int | None = None
     thought_top_k: int = DEFAULT_THOUGHT_TOP_K
     answer_start: str = "####"
-    gating_type: str = DEFAULT_GATE
+    gating_type: str = DEFAULT_GATING_TYPE
     gating_config: dict[str, Any] = field(default_factory=dict)
     debug: bool = False
 
@@ -83,13 +85,13 @@ class ThinkingSettings:
             )
         if not self.answer_start:
             raise ValueError('answer_start is empty; set the text that opens the answer, e.g. "####".')
-        gate = gate_class(self.gating_type)
-        options = gate.known_options()
+        gating = gating_class(self.gating_type)
+        options = gating.known_options()
         unknown = set(self.gating_config) - set(options)
         if unknown:
             raise ValueError(
-                f"gating_config has no option {', '.join(sorted(map(repr, unknown)))} for gate {self.gating_type!r}; "
-                f"it takes {' and '.join(options)}."
+                f"gating_config has no option {', '.join(sorted(map(repr, unknown)))} for gating function "
+                f"{self.gating_type!r}; it takes {' and '.join(options)}."
             )
         alias = self.gating_config.get("temperature")
         if alias is not None and self.cross_path_temp is not None and alias != self.cross_path_temp:
@@ -98,8 +100,8 @@ class ThinkingSettings:
                 "set one of them."
             )
         check_temperature("cross_path_temp", self.temperature)
-        if gate.learnable:
-            gate.structure(self.gating_config)
+        if gating.learnable:
+            gating.structure(self.gating_config)
 
     @property
     def logs_steps(self) -> bool:
@@ -108,16 +110,16 @@ class ThinkingSettings:
 
     @property
     def temperature(self) -> Temperature:
-        """T of eq. 5: `cross_path_temp`, else the alias in `gating_config`, else the default of the gate."""
+        """T of eq. 5: `cross_path_temp`, else the alias in `gating_config`, else the default of the gating function."""
         for value in (self.cross_path_temp, self.gating_config.get("temperature")):
             if value is not None:
                 return value if value == MATCH else float(value)
-        return gate_class(self.gating_type).default_temperature
+        return gating_class(self.gating_type).default_temperature
 
     @property
     def learns(self) -> bool:
-        """Whether paths interact through a gate with parameters."""
-        return self.mode in CROSS_PATH_MODES and gate_class(self.gating_type).learnable
+        """Whether paths interact through a gating function with parameters."""
+        return self.mode in CROSS_PATH_MODES and gating_class(self.gating_type).learnable
 
     @property
     def crosses(self) -> bool:
@@ -133,8 +135,8 @@ class ThinkingSettings:
     def from_generation_config(cls, generation_config: GenerationConfig, model: Any) -> ThinkingSettings | None:
         """Settings of a `generate` call: the mode follows from `enable_cross_path` and from the model's residual gate.
 
-        None when it has neither. `model.answer_start`, if set, is the default of `answer_start` (erratum E29), and the
-        learnable gate of a model that has one is that of `gating_type`.
+        None when it has neither. `model.answer_start`, if set, is the default of `answer_start`, and the
+        learnable gating function of a model that has one is that of `gating_type`.
         """
         crosses, has_gate = bool(generation_config.enable_cross_path), has_residual_gate(model)
         if not crosses and not has_gate:
@@ -148,7 +150,7 @@ class ThinkingSettings:
             given["gating_type"] = model.config.m3po_gating_type
         return cls(mode=mode, **{name: value for name, value in given.items() if value is not None})
 
-    def numbers(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """The mode and the numbers that it has, T resolved: what a checkpoint says of itself."""
         without = set() if self.has_thoughts or self.learns else {"thought_top_k"}
         if self.mode not in CROSS_PATH_MODES:
@@ -156,8 +158,8 @@ class ThinkingSettings:
         told = asdict(self) | {"cross_path_temp": self.temperature}
         return {name: value for name, value in told.items() if name not in without}
 
-    def _gate(self) -> str:
-        """The name of the gate, with its options but for the temperature, which stands beside it."""
+    def _gating(self) -> str:
+        """The name of the gating function, with its options but for the temperature, which stands beside it."""
         options = {name: value for name, value in self.gating_config.items() if name != "temperature"}
         told = ", ".join(f"{name}={value}" for name, value in options.items())
         return f"{self.gating_type} ({told})" if told else self.gating_type
@@ -166,7 +168,11 @@ class ThinkingSettings:
         """One line: the numbers that the mode has, phase and answer marker."""
         told = []
         if self.mode in CROSS_PATH_MODES:
-            told += [f"lambda={self.cross_path_lambda}", f"temperature={self.temperature}", f"gate={self._gate()}"]
+            told += [
+                f"lambda={self.cross_path_lambda}",
+                f"temperature={self.temperature}",
+                f"gating_type={self._gating()}",
+            ]
             told += [] if self.cross_path_top_k is None else [f"top_k={self.cross_path_top_k}"]
         if self.has_thoughts or self.learns:
             told.append(f"thought_top_k={self.thought_top_k}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training does to the modules of ASLR, in numbers; one reading per optimizer step (E12)."""
+"""What training does to the modules of ASLR, in numbers; one reading per optimizer step."""
 
 from __future__ import annotations
 

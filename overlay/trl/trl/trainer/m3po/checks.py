@@ -11,9 +11,9 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper
 from transformers.m3po import ThinkingSettings
-from transformers.m3po.aslr.settings import ASLR_NUMBERS, check_aslr_numbers
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS, check_aslr_hyperparameters
 from transformers.m3po.flags import SUPPORTED_MODEL_TYPES, check_bounds
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.gating.matched_temperature import MATCH
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
@@ -45,12 +45,14 @@ def check_m3po_arguments(args: Any) -> None:
             raise ValueError(f"mode={args.mode!r} and {name}={value} contradict each other; set mode alone.")
     for name, modes in switches.items():
         setattr(args, name, args.mode in modes)
-    _settle_gating(args)
+    _prepare_gating(args)
     check_bounds(args.thinking_residual_r_min, args.thinking_residual_r_max)
     for name in ("thinking_residual_gate_learning_rate", "thinking_residual_lambda_learning_rate"):
         if not getattr(args, name) >= 0.0:
-            raise ValueError(f"{name}={getattr(args, name)} is below 0; HRPO uses 1e-4 for the gate, 1e-3 for Lambda.")
-    check_aslr_numbers({name: getattr(args, name) for name in ASLR_NUMBERS})
+            raise ValueError(
+                f"{name}={getattr(args, name)} is below 0; HRPO uses 1e-4 for the residual gate, 1e-3 for Lambda."
+            )
+    check_aslr_hyperparameters({name: getattr(args, name) for name in ASLR_HYPERPARAMETERS})
     if args.mode != "none":
         _check_distribution(args)
     if args.mode != "none" or args.aslr_enabled:
@@ -107,9 +109,9 @@ def _check_gating(trainer: Any) -> None:
     engine = trainer.accelerator.distributed_type
     if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"gating_type={args.gating_type!r} cannot be trained with {engine.value}: a rollout reads the gate "
-            "outside the forward pass, where its parameters are split over the processes. Take DDP "
-            "(configs/accelerate), or a gate without parameters."
+            f"gating_type={args.gating_type!r} cannot be trained with {engine.value}: a rollout reads the gating "
+            "function outside the forward pass, where its parameters are split over the processes. Take DDP "
+            "(configs/accelerate), or a gating function without parameters."
         )
     if args.gating_training == "logits" and type(trainer).__name__.startswith("Unsloth"):
         raise ValueError(
@@ -178,8 +180,8 @@ def _check_engine(args: Any) -> None:
         raise ValueError(f"use_transformers_continuous_batching=True cannot be combined with {what}: set it to False.")
 
 
-def _settle_gating(args: Any) -> None:
-    """Reads T from a command line, fills in what says the size of a learnable gate, and checks the numbers."""
+def _prepare_gating(args: Any) -> None:
+    """Reads T from a command line, fills in what says the size of a learnable gating function, checks the values."""
     if isinstance(args.cross_path_temp, str) and args.cross_path_temp != MATCH:
         try:
             args.cross_path_temp = float(args.cross_path_temp)
@@ -188,7 +190,7 @@ def _settle_gating(args: Any) -> None:
                 f"cross_path_temp={args.cross_path_temp!r} is neither a number above 0 nor {MATCH!r}."
             ) from error
     thinking_settings(args)
-    gate = gate_class(args.gating_type)
+    gating = gating_class(args.gating_type)
     if args.gating_training not in GATING_TRAININGS:
         raise ValueError(
             f"gating_training={args.gating_training!r} is unknown; set one of {', '.join(GATING_TRAININGS)}."
@@ -197,7 +199,7 @@ def _settle_gating(args: Any) -> None:
         raise ValueError(f"gating_learning_rate={args.gating_learning_rate} is below 0; the default is 1e-3.")
     if args.gating_warmup_steps < 0:
         raise ValueError(f"gating_warmup_steps={args.gating_warmup_steps} is below 0; 0 is none.")
-    if not gate.learnable:
+    if not gating.learnable:
         for name, default in (("gating_training", "embeddings"), ("gating_warmup_steps", 0)):
             if getattr(args, name) != default:
                 raise ValueError(
@@ -205,7 +207,7 @@ def _settle_gating(args: Any) -> None:
                     "parameters; leave it out, or set gating_type='luong' or 'bahdanau'."
                 )
         return
-    args.gating_config = {**(args.gating_config or {}), **gate.structure(args.gating_config)}
+    args.gating_config = {**(args.gating_config or {}), **gating.structure(args.gating_config)}
     if args.mode not in CROSS_PATH_MODES:
         return
     if args.gating_training == "logits" and args.mode != "m3po":

@@ -11,18 +11,18 @@ from importlib.metadata import version
 from typing import Any
 
 from transformers.m3po import ThinkingSettings
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
 from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K, RESIDUAL_MODES
 
 MODES = ("none", "m3po", "hrpo", "h3po")
 GATING_TRAININGS = ("embeddings", "logits")
 # The flags that say what a fresh residual gate starts with; of a model that has one, its config says it.
-GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
+RESIDUAL_GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
 
 
 @dataclass
 class M3POArguments:
-    """The flags of `GRPOConfig` that this overlay adds; names from the seeds (design, the flag table)."""
+    """The flags of `GRPOConfig` that this overlay adds."""
 
     mode: str | None = field(
         default=None,
@@ -36,20 +36,24 @@ class M3POArguments:
     enable_cross_path: bool | None = field(
         default=None,
         metadata={
-            "help": "Seed 1's way to say the mode, together with thinking_residual_enabled: True for `m3po` and "
+            "help": "Another way to say the mode, together with thinking_residual_enabled: True for `m3po` and "
             "`h3po`, False for `none` and `hrpo`. Set the mode or these two."
         },
     )
     thinking_residual_enabled: bool | None = field(
         default=None,
-        metadata={"help": "Likewise: True for `hrpo` and `h3po`, whose model has HRPO's residual gate."},
+        metadata={
+            "help": "The other half of enable_cross_path: True for `hrpo` and `h3po`, whose model has HRPO's residual "
+            "gate, False for `none` and `m3po`."
+        },
     )
     thinking_residual_r_min: float = field(
         default=0.99,
         metadata={"help": "A fresh residual gate's decay is drawn between this and r_max, both in (0, 1)."},
     )
     thinking_residual_r_max: float = field(
-        default=0.999, metadata={"help": "Upper end of that, HRPO's Table 5 has 0.999."}
+        default=0.999,
+        metadata={"help": "Upper end of what a fresh residual gate's decay is drawn from; HRPO's Table 5 has 0.999."},
     )
     thinking_residual_gate_learning_rate: float = field(
         default=1e-4, metadata={"help": "Learning rate of the residual gate's two linear layers."}
@@ -60,8 +64,8 @@ class M3POArguments:
     thought_top_k: int = field(
         default=DEFAULT_THOUGHT_TOP_K,
         metadata={
-            "help": "Likeliest tokens of a distribution that are kept, as a soft thought and for a learnable gate; 0 "
-            "keeps the whole vocabulary."
+            "help": "Likeliest tokens of a distribution that are kept, as a soft thought and for a learnable gating "
+            "function; 0 keeps the whole vocabulary."
         },
     )
     cross_path_lambda: float = field(
@@ -72,12 +76,13 @@ class M3POArguments:
         default=None,
         metadata={
             "help": "Temperature of the weights over the peers, T of eq. 5, above 0; `match`: in each group and step "
-            "the one at which the attention is as sharp as the baseline's. Default: the gate's (baseline: 0.1)."
+            "the one at which the attention is as sharp as the baseline's. Default: the gating function's (baseline: "
+            "0.1)."
         },
     )
     cross_path_phase: str = field(
         default="thinking",
-        metadata={"help": "`thinking`: think until the answer marker. `all`: to the end (ablation of seed 1)."},
+        metadata={"help": "`thinking`: think until the answer marker. `all`: think to the end (an ablation)."},
     )
     cross_path_top_k: int | None = field(
         default=None,
@@ -90,35 +95,38 @@ class M3POArguments:
     gating_type: str = field(
         default="baseline",
         metadata={
-            "help": "The gate, a similarity of two paths' distributions: `baseline` (the paper's cosine, eq. 3), "
-            "`raw_dot`, `scaled_dot`, `kl_divergence` or `bhattacharyya`; and two that learn, `luong` and `bahdanau`."
+            "help": "The gating function, a similarity of two paths' distributions: `baseline` (the paper's cosine, "
+            "eq. 3), `raw_dot`, `scaled_dot`, `kl_divergence` or `bhattacharyya`; and two that learn, `luong` and "
+            "`bahdanau`."
         },
     )
     gating_config: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Options of the gate as a JSON object: temperature (alias of cross_path_temp), debug; for "
-            "`kl_divergence` exact; for `luong` rank (128) and for `bahdanau` attention_dim (256), for both "
+            "help": "Options of the gating function as a JSON object: temperature (alias of cross_path_temp), debug; "
+            "for `kl_divergence` exact; for `luong` rank (128) and for `bahdanau` attention_dim (256), for both "
             "project_embeddings (false)."
         },
     )
     gating_training: str = field(
         default="embeddings",
         metadata={
-            "help": "How a learnable gate gets its gradient: `embeddings` works its weights out again in the policy "
-            "pass (the policy that was rolled out), `logits` blends the output distributions of a group (another one)."
+            "help": "How a learnable gating function gets its gradient: `embeddings` works its weights out again in "
+            "the policy pass (the policy that was rolled out), `logits` blends the output distributions of a group "
+            "(another one)."
         },
     )
     gating_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate of a learnable gate, which has no weight decay."}
+        default=1e-3, metadata={"help": "Learning rate of a learnable gating function, which has no weight decay."}
     )
     gating_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps at the start in which a learnable gate is trained alone."}
+        default=0,
+        metadata={"help": "Optimizer steps at the start in which a learnable gating function is trained alone."},
     )
     aslr_enabled: bool | None = field(
         default=None,
         metadata={
-            "help": "ASLR (seed 2), on top of any mode: an inner loop over latent paths refines each final hidden "
+            "help": "ASLR, on top of any mode: an inner loop over latent paths refines each final hidden "
             "state. True gives the model the modules if it has none. Default: on if the model has them."
         },
     )
@@ -144,7 +152,7 @@ class M3POArguments:
 
 
 def thinking_settings(args: Any) -> ThinkingSettings | None:
-    """The numbers of the mode of a `GRPOConfig`, None in mode `none`.
+    """The hyperparameters of the mode of a `GRPOConfig`, None in mode `none`.
 
     Raises:
         ValueError: one of them breaks its rule, in mode `none` too: a control fails like its pair on a mistyped number.
@@ -170,9 +178,11 @@ def checkpoint_info(args: Any) -> dict[str, Any]:
     """What `m3po.json` says of a checkpoint of a run with these arguments (a `GRPOConfig`)."""
     settings = thinking_settings(args)
     return {
-        **({"mode": args.mode, "answer_start": args.answer_start} if settings is None else settings.numbers()),
-        **({name: getattr(args, name) for name in GATE_START} if args.mode in RESIDUAL_MODES else {}),
-        **({name: getattr(args, name) for name in ("aslr_enabled", *ASLR_NUMBERS)} if args.aslr_enabled else {}),
+        **({"mode": args.mode, "answer_start": args.answer_start} if settings is None else settings.hyperparameters()),
+        **({name: getattr(args, name) for name in RESIDUAL_GATE_START} if args.mode in RESIDUAL_MODES else {}),
+        **(
+            {name: getattr(args, name) for name in ("aslr_enabled", *ASLR_HYPERPARAMETERS)} if args.aslr_enabled else {}
+        ),
         **({"gating_training": args.gating_training} if settings is not None and settings.learns else {}),
         "num_generations": args.num_generations,
         "sampling_temperature": args.temperature,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A learnable gate in training (erratum E18): whole groups in a micro-batch, blended scores, numbers, the warm-up."""
+"""A learnable gating function in training: whole groups in a micro-batch, blended scores, statistics, warm-up."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def blended_scores(
 
     Args:
         model: the policy or reference as it is called.
-        base_model: the base model in it, for its gate and its embeddings.
+        base_model: the base model in it, for its gating function and its embeddings.
         model_inputs: of the forward, without bags.
         labels: (B, L) long, -100 where nothing is scored.
         record: of the rows, C positions; its thinking mask and groups are read.
@@ -84,15 +84,16 @@ def blended_scores(
     return SimpleNamespace(log_probs=chosen * scored, entropy=entropy * scored, aux_loss=None)
 
 
-def gate_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a model's gate that are trained, by name; of an adapter's copies, the trained one."""
+def trained_gating_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters of a model's gating function by name; of an adapter's copies, the trained one."""
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     return {name: named[name] for name in GATING.among(named)}
 
 
 @torch.no_grad()
-def gate_statistics(model: Any, start: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """Numbers of the gate before an optimizer step, with its gradients before clipping; 0-dim float32 tensors.
+def gating_statistics(model: Any, start: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """Numbers of the gating function before an optimizer step, with its gradients before clipping; 0-dim float32
+    tensors.
 
     Args:
         model: the policy.
@@ -103,7 +104,7 @@ def gate_statistics(model: Any, start: dict[str, torch.Tensor], scale: float) ->
         gating_grad_norm: L2 norm of the gradients. gating_distance: L2 norm of what the parameters have moved by, over
         that of the start.
     """
-    parameters = gate_parameters(model)
+    parameters = trained_gating_parameters(model)
     gradients = [value.grad.float().norm() for value in parameters.values() if value.grad is not None]
     moved = torch.stack([(value - start[name]).norm() for name, value in parameters.items()]).norm()
     size = torch.stack([start[name].norm() for name in parameters]).norm()
@@ -111,9 +112,9 @@ def gate_statistics(model: Any, start: dict[str, torch.Tensor], scale: float) ->
     return found | ({"gating_grad_norm": torch.stack(gradients).norm() / scale} if gradients else {})
 
 
-def hold_back_the_rest(model: Any) -> None:
-    """Takes the gradients of all but the gate, so that an optimizer step moves the gate alone."""
-    gate = gate_parameters(model)
+def zero_other_gradients(model: Any) -> None:
+    """Takes the gradients of all other parameters, so that an optimizer step moves the gating function alone."""
+    gating = trained_gating_parameters(model)
     for name, value in model.named_parameters():
-        if name not in gate:
+        if name not in gating:
             value.grad = None

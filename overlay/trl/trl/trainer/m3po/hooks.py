@@ -4,8 +4,7 @@
 Each name is loaded when it is first asked for, so that `grpo_config.py` does not import what only the trainer needs.
 """
 
-from importlib import import_module
-from typing import Any
+from transformers.m3po.lazy import loader
 
 _HOMES = {
     # `GRPOConfig`: the flags, and their check when all others are settled.
@@ -20,9 +19,4 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(_HOMES[name], __package__), name)
-    globals()[name] = found  # from here on it is an ordinary attribute
-    return found
+__getattr__ = loader(__name__, __package__ or "", _HOMES)

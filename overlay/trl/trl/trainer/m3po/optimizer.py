@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter groups of the residual gate and of a learnable gate, which learn at rates of their own."""
+"""The parameter groups of the residual gate and of a learnable gating function, which learn at rates of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.m3po.gating.module import GATING_MODULE
 from transformers.m3po.modules import GATING, RESIDUAL_GATE
-from transformers.m3po.thinking.residual_gate import GATE_MODULES
+from transformers.m3po.thinking.residual_gate import RESIDUAL_GATE_MODULES
 
 from .modules import wanted_modules
 
@@ -18,8 +18,8 @@ def create_optimizer(trainer: Any, upstream: Callable[..., torch.optim.Optimizer
     """Hook of `GRPOTrainer.create_optimizer`: more groups for the parameters that have learning rates of their own.
 
     As in HRPO, the residual gate's two linear layers and its Λ are two groups, both with the run's weight decay (biases
-    and Λ included). A learnable gate is one group without weight decay, which would pull it to where all weights are
-    alike (E17). An optimizer that the user passed in keeps its groups.
+    and Λ included). A learnable gating function is one group without weight decay, which would pull it to where all
+    weights are alike. An optimizer that the user passed in keeps its groups.
     """
     theirs = trainer.optimizer is not None
     optimizer = upstream(model)
@@ -43,8 +43,8 @@ def _own_groups(args: Any) -> list[tuple[tuple[str, ...], float, float]]:
     wanted, groups = wanted_modules(args), []
     if RESIDUAL_GATE in wanted:
         groups += [
-            (GATE_MODULES[:2], args.thinking_residual_gate_learning_rate, args.weight_decay),
-            (GATE_MODULES[2:], args.thinking_residual_lambda_learning_rate, args.weight_decay),
+            (RESIDUAL_GATE_MODULES[:2], args.thinking_residual_gate_learning_rate, args.weight_decay),
+            (RESIDUAL_GATE_MODULES[2:], args.thinking_residual_lambda_learning_rate, args.weight_decay),
         ]
     if GATING in wanted:
         groups.append(((GATING_MODULE,), args.gating_learning_rate, 0.0))

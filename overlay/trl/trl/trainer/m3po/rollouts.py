@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers.m3po import M3POGenerationState, write_checkpoint_info
-from transformers.m3po.aslr.settings import ASLRNumbers
+from transformers.m3po.aslr.settings import ASLRHyperparameters
 from transformers.m3po.settings import CROSS_PATH_MODES, ThinkingSettings
 from transformers.m3po.thinking.record import RolloutRecord
 from transformers.utils import logging
@@ -25,9 +25,16 @@ from transformers.utils import logging
 from .aslr import latent_parameters, latent_statistics
 from .checks import check_trainer
 from .config import checkpoint_info, thinking_settings
-from .gating import as_groups, as_rows, blended_scores, gate_parameters, gate_statistics, hold_back_the_rest
+from .gating import (
+    as_groups,
+    as_rows,
+    blended_scores,
+    gating_statistics,
+    trained_gating_parameters,
+    zero_other_gradients,
+)
 from .metrics import MetricsLog, distinct_answers
-from .modules import prepare_reference, settle_modules
+from .modules import prepare_modules, prepare_reference
 
 logger = logging.get_logger(__name__)
 
@@ -61,13 +68,13 @@ class GRPORollouts:
                 elsewhere = ["generation_kwargs"]  # beams, or an assistant
         if self.settings is not None or self.aslr:
             check_trainer(trainer, self.settings, elsewhere)
-        settle_modules(trainer.model, trainer.args)
+        prepare_modules(trainer.model, trainer.args)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             prepare_reference(trainer.accelerator.unwrap_model(trainer.model), reference, trainer.args)
         self.learns = self.settings is not None and self.settings.learns and self.settings.crosses
         self._blends_logits = self.learns and trainer.args.gating_training == "logits"
-        start = gate_parameters(trainer.model) if self.learns else {}
+        start = trained_gating_parameters(trainer.model) if self.learns else {}
         self._gating_start = {name: value.detach().clone() for name, value in start.items()}
         latent = latent_parameters(trainer.model) if self.aslr else {}
         self._latent_start = {name: value.detach().float().clone() for name, value in latent.items()}
@@ -86,7 +93,7 @@ class GRPORollouts:
         if self.settings is not None and self.settings.learns:
             parts.append(f"gating_training={self._trainer.args.gating_training}")
         if self.aslr:
-            parts.append(f"ASLR: {ASLRNumbers.of(self._trainer.args, {}).describe()}")
+            parts.append(f"ASLR: {ASLRHyperparameters.of(self._trainer.args, {}).describe()}")
         return "; ".join(parts)
 
     def generate_kwargs(self, num_rows: int, num_generations: int) -> dict[str, Any]:
@@ -153,7 +160,7 @@ class GRPORollouts:
         return blended_scores(model, base.base_model, model_inputs, labels, record, self.settings, temperature)
 
     def as_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Before a rollout is shuffled: where a gate learns from whole groups, they are what is shuffled."""
+        """Before a rollout is shuffled: where a gating function learns from whole groups, they are what is shuffled."""
         return as_groups(batch, self._trainer.num_generations) if self.learns else batch
 
     def as_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -188,20 +195,20 @@ class GRPORollouts:
     def after_backward(self, model: Any) -> None:
         """When all gradients of an optimizer step are there: logs our modules' own, and holds back what waits.
 
-        For the first `gating_warmup_steps` steps only a learnable gate keeps its gradients.
+        For the first `gating_warmup_steps` steps only a learnable gating function keeps its gradients.
         """
         accelerator, args = self._trainer.accelerator, self._trainer.args
         if not accelerator.sync_gradients:
             return
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # fp16 scales the loss
         statistics: dict[str, torch.Tensor] = {}
-        if self.aslr and ASLRNumbers.of(args, {}).runs:
+        if self.aslr and ASLRHyperparameters.of(args, {}).runs:
             statistics |= latent_statistics(accelerator.unwrap_model(model), scale, self._latent_start)
         if self._gating_start:
             policy = accelerator.unwrap_model(model)
-            statistics |= gate_statistics(policy, self._gating_start, scale)
+            statistics |= gating_statistics(policy, self._gating_start, scale)
             if self._trainer.state.global_step < args.gating_warmup_steps:
-                hold_back_the_rest(policy)
+                zero_other_gradients(policy)
         for name, value in statistics.items():
             self._metrics.log(name, value)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the `m3po_modules.bin` that seed 2's training wrote beside a model (erratum E13)."""
+"""Reads the `m3po_modules.bin` that training by the prototype wrote beside a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .modules import ASLR_MODULES, ASLR_PARAMETERS
 
 # What PEFT puts between a module's name and its parameters.
 WRAPPER = "modules_to_save.default."
-# Seed 2's collaborator is an `nn.MultiheadAttention`.
+# The prototype's collaborator is an `nn.MultiheadAttention`.
 RENAMED = {
     "m3po_path_collaborator.attention.in_proj_weight": "m3po_path_collaborator.in_proj.weight",
     "m3po_path_collaborator.attention.in_proj_bias": "m3po_path_collaborator.in_proj.bias",
@@ -24,12 +24,14 @@ RENAMED = {
 
 
 @torch.no_grad()
-def load_seed_modules(model: Any, file: str | Path) -> None:
-    """Makes the ASLR modules of a model those of a file of seed 2 (in place), tensors only (`weights_only=True`).
+def load_prototype_modules(model: Any, file: str | Path) -> None:
+    """Makes the ASLR modules of a model those of a file of the prototype (in place), tensors only
+    (`weights_only=True`).
 
-    Seed 2 aggregates to W x and ours to s + (W - 1) x, so the unit matrix is taken off its `weight_proj.weight`. It is
-    a start for a training and not the same function: seed 2 refines the last position alone (E8), with other noise
-    (E9), without a temperature, and its attention reads states that are not divided by their RMS, by which the
+    The prototype aggregates to W x and ours to s + (W - 1) x, so the unit matrix is taken off its `weight_proj.weight`.
+    It is
+    a start for a training and not the same function: the prototype refines the last position alone, with other noise,
+    without a temperature, and its attention reads states that are not divided by their RMS, by which the
     aggregator's bias is multiplied here.
 
     Args:
@@ -78,3 +80,6 @@ def _tensors(stored: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             continue
         start = next((name.index(module) for module in ASLR_MODULES if module in name), 0)
         yield name[start:].replace(WRAPPER, ""), value
+
+
+load_seed_modules = load_prototype_modules  # its name before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ASLR: an inner loop on the final hidden state, at every position (seed 2, section 3; errata E8-E14).
+"""ASLR: an inner loop on the final hidden state, at every position.
 
 With s the hidden state after the last norm, ρ its RMS and z = s / ρ:
 
@@ -11,7 +11,7 @@ With s the hidden state after the last norm, ρ its RMS and z = s / ρ:
 
 n is `latent_noise`. The modules start as the identity: the collaborator's four projections are unit matrices, so that a
 path begins by listening to those like it, and W = 0 and c = 0, so that s' is s bit for bit; W and c get gradient at
-once and the rest from the second step, as with LoRA. The seed's form, a blend of s with its aggregate, would carry the
+once and the rest from the second step, as with LoRA. A blend of s with its aggregate, would carry the
 noise into the output from the start. All of it is float32 whatever the model's dtype
 (an engine that hands out parameters in bf16 is the exception, see `float32`).
 
@@ -33,7 +33,7 @@ from ..debugging import debugging, log_latent_paths
 from ..flags import check_aslr_overrides, has_aslr
 from ..float32 import linear
 from .noise import latent_noise
-from .settings import ASLR_NUMBERS, NUM_HEADS, ASLRNumbers, check_aslr_numbers
+from .settings import ASLR_HYPERPARAMETERS, NUM_HEADS, ASLRHyperparameters, check_aslr_hyperparameters
 
 logger = logging.get_logger(__name__)
 
@@ -45,12 +45,12 @@ ASLR_PARAMETERS = (
     "m3po_path_aggregator.weight",
     *(f"m3po_path_aggregator.weight_proj.{part}" for part in ("weight", "bias")),
 )
-# What the forward of a model takes for ASLR besides the overrides `ASLR_NUMBERS`.
-ASLR_INPUTS = ("is_m3po_inference", "aslr_row_seeds", "aslr_trace", *ASLR_NUMBERS)
+# What the forward of a model takes for ASLR besides the overrides `ASLR_HYPERPARAMETERS`.
+ASLR_INPUTS = ("is_m3po_inference", "aslr_row_seeds", "aslr_trace", *ASLR_HYPERPARAMETERS)
 # RMS of the noise over that of the state at aslr_gumbel_temp=1: attention among the paths is then neither uniform nor
 # one-hot at the default temperature (docs/aslr.md).
 NOISE_SCALE = 0.1
-GATE_SLOPE = 10.0  # of the soft gate, as in seed 2
+ROUTER_SLOPE = 10.0  # of the sigmoid that turns the score into how much of the refinement is let in
 MAX_SEED = 1 << 31
 
 
@@ -157,25 +157,25 @@ def add_aslr(model: Any) -> None:
     if not has_aslr(model):
         return
     config = model.config
-    check_aslr_numbers({name: getattr(config, name) for name in ASLR_NUMBERS}, config.hidden_size)
+    check_aslr_hyperparameters({name: getattr(config, name) for name in ASLR_HYPERPARAMETERS}, config.hidden_size)
     model.m3po_router = M3PORouter(config)
     model.m3po_path_collaborator = M3POPathCollaborator(config)
     model.m3po_path_aggregator = M3POPathAggregator(config)
 
 
-def attach_aslr(model: Any, **numbers: Any) -> None:
+def attach_aslr(model: Any, **hyperparameters: Any) -> None:
     """Gives a plain model the modules in their start (in place); torch's generators are left alone.
 
     Args:
         model: a Llama or Qwen2 model, with or without its head; its configuration is changed too.
-        **numbers: any of `ASLR_NUMBERS`; the others are the configuration's.
+        **hyperparameters: any of `ASLR_HYPERPARAMETERS`; the others are the configuration's.
 
     Raises:
         ValueError: a number breaks its rule.
     """
     base = model.base_model
-    given = {name: getattr(base.config, name) for name in ASLR_NUMBERS} | numbers
-    check_aslr_numbers(given, base.config.hidden_size)
+    given = {name: getattr(base.config, name) for name in ASLR_HYPERPARAMETERS} | hyperparameters
+    check_aslr_hyperparameters(given, base.config.hidden_size)
     for config in {id(net.config): net.config for net in (model, base)}.values():
         config.aslr_enabled = True
         for name, value in given.items():
@@ -187,7 +187,7 @@ def attach_aslr(model: Any, **numbers: Any) -> None:
 
 
 def runs_aslr(is_m3po_inference: bool | None) -> bool:
-    """Whether ASLR runs: not at inference; unset means that it does, which is said once (erratum E14)."""
+    """Whether ASLR runs: not at inference; unset means that it does, which is said once."""
     if is_m3po_inference is None and not torch.compiler.is_compiling():
         logger.warning_once(
             "is_m3po_inference is not set: ASLR runs. Set it to True to decode without the loop, to False to silence "
@@ -226,7 +226,7 @@ def refine_states(
         inputs: of `pop_aslr_inputs`. `is_m3po_inference`: True skips the loop. `aslr_row_seeds`: (B,) integers, one
             for each row; missing ones are drawn from torch's generator. `aslr_trace`: (B, T, 3) float32, written for
             the *last* T positions: the score g, and the spread of the latent paths (`path_spread`) after expansion and
-            after the last round. The others override the numbers of the configuration for this call.
+            after the last round. The others override the hyperparameters of the configuration for this call.
 
     Returns:
         (B, L, H) in the dtype of `hidden_states`; the very tensor that came in where ASLR is off, at inference, and
@@ -235,19 +235,19 @@ def refine_states(
     Raises:
         ValueError: see `check_aslr_overrides` and `check_row_seeds`.
     """
-    overrides = {name: inputs[name] for name in ASLR_NUMBERS if inputs.get(name) is not None}
+    overrides = {name: inputs[name] for name in ASLR_HYPERPARAMETERS if inputs.get(name) is not None}
     check_aslr_overrides(model, overrides)
     if not has_aslr(model) or not runs_aslr(inputs.get("is_m3po_inference")):
         return hidden_states
-    numbers = ASLRNumbers.of(model.config, overrides)
-    if not numbers.runs:
+    hyperparameters = ASLRHyperparameters.of(model.config, overrides)
+    if not hyperparameters.runs:
         return hidden_states
     seeds = inputs.get("aslr_row_seeds")
     if seeds is not None:
         check_row_seeds(seeds, hidden_states.shape[0])
-    elif numbers.gumbel_temp > 0:
+    elif hyperparameters.gumbel_temp > 0:
         seeds = torch.randint(MAX_SEED, hidden_states.shape[:1], device=hidden_states.device)
-    loop = partial(_inner_loop, model, position_ids, seeds, numbers, inputs.get("aslr_trace"))
+    loop = partial(_inner_loop, model, position_ids, seeds, hyperparameters, inputs.get("aslr_trace"))
     if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
         return model._gradient_checkpointing_func(loop, hidden_states)  # the noise is the same when it is done again
     return loop(hidden_states)
@@ -257,7 +257,7 @@ def _inner_loop(
     model: Any,
     position_ids: torch.Tensor,
     seeds: torch.Tensor | None,
-    numbers: ASLRNumbers,
+    hyperparameters: ASLRHyperparameters,
     trace: torch.Tensor | None,
     hidden_states: torch.Tensor,
 ) -> torch.Tensor:
@@ -266,16 +266,16 @@ def _inner_loop(
         states = hidden_states.float()
         scale = states.square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         score = model.m3po_router(states)
-        paths = (states / scale).unsqueeze(-2).expand(-1, -1, numbers.num_paths, -1)
-        paths = expanded = _noisy(paths, position_ids, seeds, numbers, 0)
-        for round_index in range(numbers.max_iterations):
-            heard = _noisy(paths, position_ids, seeds, numbers, round_index) if round_index else paths
-            heard = model.m3po_path_collaborator(heard, numbers.cross_path_temp)
-            paths = torch.lerp(paths, heard, numbers.cross_path_lambda)
-        share = torch.sigmoid(GATE_SLOPE * (score - numbers.threshold))
+        paths = (states / scale).unsqueeze(-2).expand(-1, -1, hyperparameters.num_paths, -1)
+        paths = expanded = _noisy(paths, position_ids, seeds, hyperparameters, 0)
+        for round_index in range(hyperparameters.max_iterations):
+            heard = _noisy(paths, position_ids, seeds, hyperparameters, round_index) if round_index else paths
+            heard = model.m3po_path_collaborator(heard, hyperparameters.cross_path_temp)
+            paths = torch.lerp(paths, heard, hyperparameters.cross_path_lambda)
+        share = torch.sigmoid(ROUTER_SLOPE * (score - hyperparameters.threshold))
         refined = states + share * scale * model.m3po_path_aggregator(paths)
     if debugging() and not torch.compiler.is_compiling():
-        log_latent_paths(numbers, score.squeeze(-1), (path_spread(expanded), path_spread(paths)))
+        log_latent_paths(hyperparameters, score.squeeze(-1), (path_spread(expanded), path_spread(paths)))
     if trace is not None:
         tail = slice(states.shape[1] - trace.shape[1], None)
         spreads = [path_spread(latent[:, tail]) for latent in (expanded, paths)]
@@ -287,14 +287,14 @@ def _noisy(
     paths: torch.Tensor,
     position_ids: torch.Tensor,
     seeds: torch.Tensor | None,
-    numbers: ASLRNumbers,
+    hyperparameters: ASLRHyperparameters,
     round_index: int,
 ) -> torch.Tensor:
     """The latent paths (B, L, P, H) with the noise of a round on them."""
-    if seeds is None or numbers.gumbel_temp == 0:
+    if seeds is None or hyperparameters.gumbel_temp == 0:
         return paths
-    noise = latent_noise(seeds, position_ids, numbers.num_paths, round_index, paths.shape[-1])
-    return paths + NOISE_SCALE * numbers.gumbel_temp * noise
+    noise = latent_noise(seeds, position_ids, hyperparameters.num_paths, round_index, paths.shape[-1])
+    return paths + NOISE_SCALE * hyperparameters.gumbel_temp * noise
 
 
 def path_spread(paths: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise that a scoring pass repeats exactly: a function of where it stands, not of when it is drawn (erratum E9).
+"""Noise that a scoring pass repeats exactly: a function of where it stands, not of when it is drawn.
 
 A generator with a state would have to be brought to the same state in the rollout, the policy pass and every other
 pass. Here each number is a hash of (row seed, token index, round, latent path, hidden unit), in whole numbers below

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ASLR in a rollout: the seeds of the rows, the overrides of a call, and what the latent paths did (E9, E12, E14)."""
+"""ASLR in a rollout: the seeds of the rows, the overrides of a call, and what the latent paths did."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ..flags import has_aslr
 from .modules import MAX_SEED, check_row_seeds, runs_aslr
-from .settings import ASLRNumbers
+from .settings import ASLRHyperparameters
 
 if TYPE_CHECKING:
     from ...generation import GenerationConfig
@@ -49,11 +49,11 @@ class LatentRollout:
         overrides: Mapping[str, Any],
     ):
         self._overrides = dict(overrides)
-        self._numbers = ASLRNumbers.of(model.config, overrides)
+        self._hyperparameters = ASLRHyperparameters.of(model.config, overrides)
         if row_seeds is not None:
             check_row_seeds(row_seeds, rows)
             self.row_seeds = row_seeds.to(device).long()
-        elif self._numbers.runs and self._numbers.gumbel_temp > 0:
+        elif self._hyperparameters.runs and self._hyperparameters.gumbel_temp > 0:
             self.row_seeds = torch.randint(MAX_SEED, (rows,), device=device)
         else:  # without noise nothing is drawn, so that torch's generator is left where plain decoding leaves it
             self.row_seeds = torch.zeros(rows, dtype=torch.long, device=device)
@@ -107,12 +107,12 @@ class LatentRollout:
             expansion and after the last round. {} when the loop is skipped (P = 1 or R = 0).
         """
         self.trace, self._sampled = self.trace[:, :steps], self._sampled[:, :steps]
-        if not self._numbers.runs:
+        if not self._hyperparameters.runs:
             return {}
         score, before, after = self.trace.unbind(-1)
         means = {
             "router_weight_mean": score,
-            "activation_rate_actual": (score > self._numbers.threshold).float(),
+            "activation_rate_actual": (score > self._hyperparameters.threshold).float(),
             "latent_diversity_before": before,
             "latent_diversity_after": after,
         }

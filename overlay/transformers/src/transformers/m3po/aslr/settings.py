@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of ASLR (adaptive stochastic latent reasoning), with their rules (seed 2, section 1.1).
+"""The hyperparameters of ASLR (adaptive stochastic latent reasoning), with their rules.
 
 The model configuration carries them; a `generate` call and a forward can override all but the number of latent paths.
 Imported by the configuration classes, so nothing here needs torch.
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-NUM_HEADS = 8  # of the path collaborator, as in seed 2
+NUM_HEADS = 8  # of the path collaborator
 MAX_PATHS = 1 << 16  # what the noise can number
 
 
-class ASLRNumbers(NamedTuple):
+class ASLRHyperparameters(NamedTuple):
     """P, R and the rest; the fields of the configuration are called `aslr_` and these names.
 
     Args:
@@ -34,13 +34,13 @@ class ASLRNumbers(NamedTuple):
     cross_path_temp: float = 0.1
 
     @classmethod
-    def of(cls, config: Any, overrides: Mapping[str, Any]) -> ASLRNumbers:
-        """The numbers of a model configuration, with those of `overrides` (flag: value) in their place."""
-        return cls(*[overrides.get(name, getattr(config, name)) for name in ASLR_NUMBERS])
+    def of(cls, config: Any, overrides: Mapping[str, Any]) -> ASLRHyperparameters:
+        """Those of a model configuration, with those of `overrides` (flag: value) in their place."""
+        return cls(*[overrides.get(name, getattr(config, name)) for name in ASLR_HYPERPARAMETERS])
 
     def describe(self) -> str:
-        """One line: the numbers under their flags."""
-        return ", ".join(f"{name}={value}" for name, value in zip(ASLR_NUMBERS, self, strict=True))
+        """One line: the values under their flags."""
+        return ", ".join(f"{name}={value}" for name, value in zip(ASLR_HYPERPARAMETERS, self, strict=True))
 
     @property
     def runs(self) -> bool:
@@ -48,15 +48,15 @@ class ASLRNumbers(NamedTuple):
         return self.num_paths > 1 and self.max_iterations > 0
 
 
-ASLR_NUMBERS = tuple(f"aslr_{name}" for name in ASLRNumbers._fields)
-ASLR_DEFAULTS = dict(zip(ASLR_NUMBERS, ASLRNumbers(), strict=True))
+ASLR_HYPERPARAMETERS = tuple(f"aslr_{name}" for name in ASLRHyperparameters._fields)
+ASLR_DEFAULTS = dict(zip(ASLR_HYPERPARAMETERS, ASLRHyperparameters(), strict=True))
 
 
-def check_aslr_numbers(numbers: Mapping[str, Any], hidden_size: int | None = None) -> None:
-    """Refuses numbers that ASLR cannot run with.
+def check_aslr_hyperparameters(hyperparameters: Mapping[str, Any], hidden_size: int | None = None) -> None:
+    """Refuses hyperparameters that ASLR cannot run with.
 
     Args:
-        numbers: flag: value, any of `ASLR_NUMBERS`; a None is not looked at.
+        hyperparameters: flag: value, any of `ASLR_HYPERPARAMETERS`; a None is not looked at.
         hidden_size: H of the model that gets the modules; None leaves it unchecked.
 
     Raises:
@@ -71,13 +71,13 @@ def check_aslr_numbers(numbers: Mapping[str, Any], hidden_size: int | None = Non
         "aslr_cross_path_temp": (lambda value: 0.0 < value < float("inf"), "is not above 0"),
     }
     for name, (holds, complaint) in rules.items():
-        value = numbers.get(name)
+        value = hyperparameters.get(name)
         if value is None:
             continue
         if not isinstance(value, int | float):
             raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give a Python number.")
         if not holds(value):
-            raise ValueError(f"{name}={value} {complaint}; seed 2 uses {ASLR_DEFAULTS[name]}.")
+            raise ValueError(f"{name}={value} {complaint}; the default is {ASLR_DEFAULTS[name]}.")
     if hidden_size is not None and hidden_size % NUM_HEADS:
         raise ValueError(
             f"aslr_enabled=True needs a hidden size that the {NUM_HEADS} heads of the path collaborator divide, and "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gating functions (gates): how alike two paths' distributions are, and the weights A that follow (seeds 3 and 4).
+"""Gating functions: how alike two paths' distributions are, and the weights A that follow.
 
 Axes: (...) any leading ones, usually G groups; N paths of a group; V vocabulary.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every gate is: a similarity of distributions with a temperature, and the masked softmax that they share."""
+"""What every gating function is: a similarity of distributions with a temperature, and a masked softmax."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 TINY = torch.finfo(torch.float32).tiny
-# Options that every gate takes; `GenerationConfig` and `GRPOConfig` carry them in `gating_config`.
+# Options that every gating function takes; `GenerationConfig` and `GRPOConfig` carry them in `gating_config`.
 COMMON_OPTIONS = ("temperature", "debug")
 
 
 class BaseM3POGating(nn.Module, ABC):
-    """A gate. A new one is a subclass with `default_temperature` and `compute_similarity_matrix`.
+    """A gating function. A new one is a subclass with `default_temperature` and `compute_similarity_matrix`.
 
     Args:
-        config: options of the gate, `temperature` and `debug` (which the rollout reads) among them.
+        config: options of the gating function, `temperature` and `debug` (which the rollout reads) among them.
 
     Attributes:
         temperature: T of eq. 5, above 0: the option, else the class's `default_temperature`.
@@ -27,7 +27,7 @@ class BaseM3POGating(nn.Module, ABC):
         debug: whether every step is logged.
 
     Raises:
-        ValueError: an option that the gate does not have, or a temperature that is not above 0.
+        ValueError: an option that the gating function does not have, or a temperature that is not above 0.
     """
 
     default_temperature: ClassVar[float]
@@ -66,7 +66,7 @@ class BaseM3POGating(nn.Module, ABC):
 
     @classmethod
     def structure(cls, config: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The options that say what parameters a gate has, defaults filled in."""
+        """The options that say what parameters a gating function has, defaults filled in."""
         return {}
 
     @abstractmethod
@@ -77,16 +77,16 @@ class BaseM3POGating(nn.Module, ABC):
         """
 
     def forward(self, probs: torch.Tensor) -> torch.Tensor:
-        """The similarity in float32 whatever comes in, so that a gate can stand where a function is expected."""
+        """The similarity in float32 whatever comes in, so that it can stand where a plain function is expected."""
         with torch.autocast(probs.device.type, enabled=False):
             return self.compute_similarity_matrix(probs.float())
 
     def compute_attention_weights(self, similarity: torch.Tensor, active_mask: torch.Tensor) -> torch.Tensor:
-        """A of eq. 5 at the gate's temperature: (..., N, N), (..., N) bool -> (..., N, N), see `attention_weights`."""
+        """A of eq. 5 at its temperature: (..., N, N), (..., N) bool -> (..., N, N), see `attention_weights`."""
         return attention_weights(similarity, active_mask, self.temperature)[0]
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """What the gate has to say of itself beyond the statistics that all share; 0-dim tensors by name."""
+        """Statistics of its own, beyond those that all gating functions share; 0-dim tensors by name."""
         return {}
 
 
@@ -102,7 +102,7 @@ def attention_weights(
 
     Returns:
         weights (..., N, N) float32: zero on the diagonal and at paths that do not take part; every row of an active
-        path with an active peer sums to 1, every other row is zero. Finite forward and backward (erratum E1).
+        path with an active peer sums to 1, every other row is zero. Finite forward and backward.
         pairs (..., N, N) bool: the pairs that may exchange.
     """
     pairs = active_mask[..., :, None] & active_mask[..., None, :]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A space in which the embeddings of likely tokens are close to orthonormal: where a gate behind them starts (E17)."""
+"""A space in which the embeddings of likely tokens are close to orthonormal: the start of a gating function."""
 
 from __future__ import annotations
 

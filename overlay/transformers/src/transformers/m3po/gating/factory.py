@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates by name (seed 3): `gating_type` says which, `gating_config` its options."""
+"""Gating functions by name: `gating_type` says which, `gating_config` its options."""
 
 from __future__ import annotations
 
@@ -28,52 +28,54 @@ _GATES: dict[str, type[BaseM3POGating]] = {
 
 
 def create_gating_function(gating_type: str = "baseline", config: Mapping[str, Any] | None = None) -> BaseM3POGating:
-    """A gate by name.
+    """A gating function by name.
 
     Raises:
         ValueError: the name is unknown (the message lists the known ones), or an option is.
     """
-    return gate_class(gating_type)(config)
+    return gating_class(gating_type)(config)
 
 
-def gate_class(gating_type: str) -> type[BaseM3POGating]:
-    """The class of a gate, for its default temperature; errors as `create_gating_function`."""
+def gating_class(gating_type: str) -> type[BaseM3POGating]:
+    """The class of a gating function, for its default temperature; errors as `create_gating_function`."""
     if gating_type not in _GATES:
         raise ValueError(f"gating_type={gating_type!r} is unknown; set one of {', '.join(list_gating_functions())}.")
     return _GATES[gating_type]
 
 
-def register_gating_function(gating_type: str, gate: type[BaseM3POGating]) -> None:
-    """Makes a gate of somebody else known under a name, e.g. to the flag `gating_type`.
+def register_gating_function(gating_type: str, gating: type[BaseM3POGating]) -> None:
+    """Makes a gating function of somebody else known under a name, e.g. to the flag `gating_type`.
 
     Raises:
         ValueError: the name is taken by another class.
         TypeError: the class is no `BaseM3POGating`, or has no `default_temperature`.
     """
-    if not (isinstance(gate, type) and issubclass(gate, BaseM3POGating)):
-        raise TypeError(f"{gate!r} is no subclass of BaseM3POGating.")
-    if not hasattr(gate, "default_temperature"):
-        raise TypeError(f"{gate.__name__} has no default_temperature; set one that suits the range of its similarity.")
-    if _GATES.get(gating_type, gate) is not gate:
+    if not (isinstance(gating, type) and issubclass(gating, BaseM3POGating)):
+        raise TypeError(f"{gating!r} is no subclass of BaseM3POGating.")
+    if not hasattr(gating, "default_temperature"):
+        raise TypeError(
+            f"{gating.__name__} has no default_temperature; set one that suits the range of its similarity."
+        )
+    if _GATES.get(gating_type, gating) is not gating:
         raise ValueError(f"gating_type={gating_type!r} is {_GATES[gating_type].__name__} already; take another name.")
-    _GATES[gating_type] = gate
+    _GATES[gating_type] = gating
 
 
 def list_gating_functions() -> list[str]:
-    """The names of all gates, those that were registered included."""
+    """The names of all gating functions, those that were registered included."""
     return sorted(_GATES)
 
 
 def check_gating_fields(gating_type: str | None, gating_config: Mapping[str, Any] | None) -> None:
-    """The rule of a model configuration that has a gate.
+    """The rule of a model configuration that has a gating function.
 
     Raises:
-        ValueError: the gate is unknown or has no parameters, or an option is wrong.
+        ValueError: the gating function is unknown or has no parameters, or an option is wrong.
     """
-    gate = gate_class(gating_type or "")
-    if not gate.learnable:
+    gating = gating_class(gating_type or "")
+    if not gating.learnable:
         raise ValueError(
             f"m3po_gating_type={gating_type!r} has no parameters, so a model has nothing to keep of it; leave "
             "m3po_gating_enabled out."
         )
-    gate.structure(gating_config)
+    gating.structure(gating_config)

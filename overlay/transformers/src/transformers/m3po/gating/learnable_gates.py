@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates with parameters: Luong's and Bahdanau's attention on distributions (seeds 3 and 4).
+"""Gating functions with parameters: Luong's and Bahdanau's attention on distributions.
 
-They start as an approximation of the dot product p · q (erratum E17), from which they can only learn away: at a random
+They start as an approximation of the dot product p · q, from which they can only learn away: at a random
 or zero start all weights are alike, and were seen to stay so. Both read a distribution through linear maps of it, of
 (V, r) entries each or, with `project_embeddings`, of (H, r) behind the frozen embedding matrix. A distribution comes
-whole or as its likeliest tokens, in which form the rollout keeps it for the policy pass (E18).
+whole or as its likeliest tokens, in which form the rollout keeps it for the policy pass.
 
-Axes: (...) any leading ones; N paths of a group; V vocabulary; K likeliest tokens; H hidden size; r size of the gate.
+Axes: (...) any leading ones; N paths of a group; V vocabulary; K likeliest tokens; H hidden size; r size of the gating
+    function.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ SMALL = 0.1
 
 
 class LearnableGating(BaseM3POGating):
-    """A gate that learns; a subclass has `size_option`, `default_size`, its parameters and their start.
+    """A learnable gating function; a subclass has `size_option`, `default_size`, its parameters and their start.
 
     Args:
-        config: options: `vocab_size`, V, which must be there; the gate's size under the name `size_option`, unless
-            given `default_size`, or twice that with `project_embeddings`, which is False unless given and needs
-            `hidden_size`, H. And those of every gate.
+        config: options: `vocab_size`, V, which must be there; the gating function's size under the name `size_option`,
+            unless given `default_size`, or twice that with `project_embeddings`, which is False unless given and needs
+            `hidden_size`, H. And those of every gating function.
 
     Raises:
-        ValueError: as every gate, or a size is missing or is no whole number above 0.
+        ValueError: as every gating function, or a size is missing or is no whole number above 0.
     """
 
     learnable = True
@@ -153,13 +154,13 @@ class LearnableGating(BaseM3POGating):
         """Random directions r_d with (1 / n) Σ_d (r_d · p)(r_d · q) near p · q, as columns (V or H, n) of RMS 1.
 
         Of the vocabulary they are signs. Behind an embedding matrix they are orthogonal, in the space in which
-        `unit_whitening` has made the embeddings of likely tokens so; it is kept with the gate. Without a matrix, as for
-        weights that somebody will bring, it is the matrix's own.
+        `unit_whitening` has made the embeddings of likely tokens so; it is kept with the gating function. Without a
+        matrix, as for weights that somebody will bring, it is the matrix's own.
 
         Args:
             number: n.
             generator: of the draw; None is torch's own.
-            embed: the input embedding of the model whose gate it is.
+            embed: the input embedding of the model whose gating function it is.
             balanced: Σ_d ±r_d = 0, with + for the even columns and - for the odd ones.
         """
         if not self.project_embeddings:
@@ -222,13 +223,14 @@ class LuongAttentionGating(LearnableGating):
 
 
 class BahdanauAttentionGating(LearnableGating):
-    """`bahdanau`: S = vᵀ tanh(W1 p + W2 q + b) with r units (Bahdanau et al., 2015), and a bias, which E17 adds.
+    """`bahdanau`: S = vᵀ tanh(W1 p + W2 q + b) with r units (Bahdanau et al., 2015), and a bias, which the paper has
+    not.
 
     Without it the start could not depend on the pair: tanh is odd. A random direction d has two units at the start,
     projections s r_d of p and ±s r_d of q, bias c ε_d, output ±k ε_d, with signs ε_d = ±1 and Σ_d ε_d r_d = 0. With
     x = s r_d · p and y = s r_d · q, tanh(c ε + x + y) - tanh(c ε + x - y) = 2 tanh'(c) y + 2 ε tanh''(c) x y + ...:
     the first term adds to 0 over the directions, the second to a multiple of p · q, and with tanh(c) = 1 / sqrt(3)
-    there is no third. (E17 has four units a direction, half as many directions, and so twice the variance.)
+    there is no third.
     """
 
     default_temperature = 0.033

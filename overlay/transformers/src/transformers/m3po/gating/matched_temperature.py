@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cross_path_temp: match`: the temperature at which a gate's attention is as sharp as the baseline's (E16)."""
+"""`cross_path_temp: match`: the temperature at which the attention is as sharp as the baseline's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GRID, ROUNDS = 65, 3
 def matched_temperature(similarity: torch.Tensor, active_mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """T at which the attention of a group has, summed over its paths, the entropy of given weights.
 
-    The entropy rises with T. Sharpness is then the same for all gates, and what differs is who is listened to;
-    `scaled_dot` becomes `raw_dot`. T follows from the group alone, so groups do not touch each other.
+    The entropy rises with T. Sharpness is then the same for all gating functions, and what differs is who is listened
+    to; `scaled_dot` becomes `raw_dot`. T follows from the group alone, so groups do not touch each other.
 
     Args:
         similarity: (..., N, N) float32.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates without parameters: cosine (M3PO paper, eq. 3), dot products, Jensen-Shannon, Bhattacharyya (seed 3, E16).
+"""Gating functions without parameters: cosine (M3PO paper, eq. 3), dot products, Jensen-Shannon, Bhattacharyya.
 
 A default temperature is the one at which the attention of typical groups has the entropy of the baseline's at its own
-0.1 (docs/gates.md): at one common temperature, gates of different range would be compared by their temperature.
+0.1 (docs/gates.md): at one common temperature, gating functions of different range would be compared by
+their temperature.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from typing import Any
 import torch
 
 from .base import TINY, BaseM3POGating
-from .block_topk import block_topk
-from .gram import gram, root_gram
+from .kernels import block_topk, gram, root_gram
 
 SUPPORT = 8  # likeliest tokens of each path that the Jensen-Shannon divergence is worked out on
 EXACT_CHUNK = 1024  # tokens that an exact divergence takes at a time
@@ -51,7 +51,7 @@ class RawDotProductGating(BaseM3POGating):
 
 
 class ScaledDotProductGating(BaseM3POGating):
-    """`scaled_dot`: S = p · q / sqrt(V), in [0, 1 / sqrt(V)]: `raw_dot` at another temperature, and nothing else (E16).
+    """`scaled_dot`: S = p · q / sqrt(V), in [0, 1 / sqrt(V)]: `raw_dot` at another temperature, and nothing else.
 
     The default temperature is `raw_dot`'s over sqrt(49,152), SmolLM2's vocabulary.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..aslr.settings import ASLR_NUMBERS
+from ..aslr.settings import ASLR_HYPERPARAMETERS
 from ..flags import SUPPORTED_MODEL_TYPES, check_aslr_overrides, has_aslr, has_gating, has_residual_gate
 from ..modules import refuse_nested
 from ..settings import THOUGHT_FLAGS, ThinkingSettings
@@ -83,7 +83,7 @@ def check_generation_mode(
 
 def _check_aslr(model: Any, generation_config: GenerationConfig | None, state: Any) -> None:
     """Refuses what a call says of ASLR and would not be heeded."""
-    for name in ASLR_NUMBERS:
+    for name in ASLR_HYPERPARAMETERS:
         if getattr(generation_config, name, None) is not None:
             raise ValueError(f"{name} in a generation config is not read: give it to the call, generate({name}=...).")
     if state is None:
@@ -110,13 +110,14 @@ def _check_nothing_is_lost(
         given = ["enable_cross_path"] * enabled + [name for name in given if name != "return_thinking_embeds"]
         if given:
             raise ValueError(
-                f"{given[0]} and m3po=M3POGenerationState(settings=...) both give the numbers of the mode; leave one "
-                "of them out."
+                f"{given[0]} and m3po=M3POGenerationState(settings=...) both give the hyperparameters of the mode; "
+                "leave one of them out."
             )
         return
     if "thought_top_k" in given and not reads_likeliest:
         raise ValueError(
-            "thought_top_k does nothing on a model without a residual gate or a learnable gate; leave it out."
+            "thought_top_k does nothing on a model without a residual gate or a learnable gating function; leave it "
+            "out."
         )
     useful = (*THOUGHT_FLAGS, "return_thinking_embeds") if has_gate else ()
     given = [name for name in given if not enabled and name not in useful]

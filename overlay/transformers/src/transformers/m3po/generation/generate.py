@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`generate_with_m3po`, the entry that seed 3 names: a thin wrapper around `model.generate`."""
+"""`generate_with_m3po`: a thin wrapper around `model.generate` with the signature of the prototype notes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def generate_with_m3po(
     tokenizer: Any = None,
     **generate_kwargs: Any,
 ) -> M3POGenerateOutput:
-    """Samples `num_generations` paths per prompt that interact while they think (seed 3).
+    """Samples `num_generations` paths per prompt that interact while they think.
 
     Args:
         model: a Llama or Qwen2 model with a language modelling head.
@@ -32,10 +32,11 @@ def generate_with_m3po(
         max_new_tokens, num_generations: length and number of the paths of each prompt.
         lambda_blend, temperature_m3po: λ of eq. 2 and T of eq. 5 (`cross_path_lambda`, `cross_path_temp`); T of None
             is that of the gating function, 0.1 for the cosine.
-        gating_function: similarity (G, N, V) -> (G, N, N), or a gate, whose temperature and `debug` are heeded; None is
-            the cosine.
+        gating_function: similarity (G, N, V) -> (G, N, N), or a `BaseM3POGating`, whose temperature and `debug` are
+            heeded; None is the cosine.
         tokenizer: finds the answer marker, where the paths of a prompt part; not needed with `cross_path_phase="all"`.
-        **generate_kwargs: passed to `generate`. `top_k` is 0 unless given (erratum E7).
+        **generate_kwargs: passed to `generate`. `top_k` is 0 unless given: a cut
+            distribution would not be the one whose similarity is taken.
 
     Returns:
         `M3POGenerateOutput` with (B * num_generations, ...) rows, the paths of a prompt side by side.

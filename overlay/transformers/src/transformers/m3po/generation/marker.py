@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the answer marker in the completions while they are sampled, without decoding text (erratum E6).
+"""Finds the answer marker in the completions while they are sampled, without decoding text.
 
 Upstream's `StopStringCriteria` matches a string on token ids, on the device, across token boundaries and with overhang
 on both ends. It answers for the last token of a row only; here it sees the completion alone (a prompt may contain the

@@ -12,10 +12,10 @@ from ...utils import logging
 from ..debugging import log_attention, log_thoughts
 from ..gating import BaseM3POGating, create_gating_function
 from ..settings import CROSS_PATH_MODES, ThinkingSettings
-from ..thinking.bags import Peers, cross_path_bags, heard_peers
-from ..thinking.interaction import Attention, GatingFunction, PathGroups, Temperature, gate_name, path_attention
+from ..thinking.bags import Peers, cross_path_bags, select_peers
+from ..thinking.interaction import Attention, GatingFunction, PathGroups, Temperature, gating_name, path_attention
 from ..thinking.record import GatingRecord, RolloutRecord
-from ..thinking.thoughts import Likeliest, blend_thoughts, likeliest
+from ..thinking.thoughts import TopKTokens, blend_thoughts, top_k_tokens
 from .marker import AnswerMarker
 from .statistics import AttentionSums, attention_statistics, residual_statistics
 
@@ -32,7 +32,8 @@ class ThinkingRollout:
         vocabulary: V, the width of the logits.
         embed_tokens: the model's input embedding.
         tokenizer: to find the answer marker; not needed in phase `all`.
-        gating_function: similarity in place of the gate that the settings name; a learnable gate itself.
+        gating_function: similarity in place of the gating function that the settings name; a learnable gating function
+            itself.
         temperature: T of eq. 5; None takes that of the settings.
 
     Attributes:
@@ -130,7 +131,7 @@ class ThinkingRollout:
             return
         tokens = None
         if self.settings.has_thoughts or self.record.gating is not None:
-            tokens = likeliest(probs, self.settings.thought_top_k, self._num_embeddings)
+            tokens = top_k_tokens(probs, self.settings.thought_top_k, self._num_embeddings)
         peers = self._select_peers(step, probs, tokens, active) if self._crosses else None
         if self._debug and peers is None:
             log_thoughts(f"step {step}", active, None if tokens is None else tokens.probs, self._why_alone)
@@ -145,9 +146,9 @@ class ThinkingRollout:
             ids, weights = cross_path_bags(completion_ids[:, -1], peers.weights, peers.rows, cross_path_lambda)
         self.record.write_bags(step, ids, weights)
 
-    def _select_peers(self, step: int, probs: torch.Tensor, tokens: Likeliest | None, active: torch.Tensor) -> Peers:
+    def _select_peers(self, step: int, probs: torch.Tensor, tokens: TopKTokens | None, active: torch.Tensor) -> Peers:
         attention = self._attention(probs, tokens, active)
-        peers = heard_peers(attention.weights, self.groups, self.settings.cross_path_top_k)
+        peers = select_peers(attention.weights, self.groups, self.settings.cross_path_top_k)
         self._sums.add(attention, peers)
         if self.record.gating is not None and tokens is not None:
             temperature = torch.as_tensor(attention.temperature, device=probs.device)
@@ -155,16 +156,16 @@ class ThinkingRollout:
             self.record.gating.write(step, tokens, peers.slots, by_row)
         if self._debug:
             participating = self.groups.split(active) & self.groups.present
-            name = gate_name(self._gate)
+            name = gating_name(self._gate)
             log_attention(f"step {step}", attention, participating, self.settings.cross_path_lambda, name)
         return peers
 
-    def _attention(self, probs: torch.Tensor, tokens: Likeliest | None, active: torch.Tensor) -> Attention:
-        gate = self._gate
+    def _attention(self, probs: torch.Tensor, tokens: TopKTokens | None, active: torch.Tensor) -> Attention:
+        gating = self._gate
         if self.record.gating is not None and tokens is not None:  # it reads what the policy pass will read
             ids, entries = self.groups.split(tokens.ids), self.groups.split(tokens.probs)
-            gate = partial(_similarity_of, self._gate, entries, ids, self._embed_tokens)
-        return path_attention(probs, active, self.groups, self._temperature, gate)
+            gating = partial(_similarity_of, self._gate, entries, ids, self._embed_tokens)
+        return path_attention(probs, active, self.groups, self._temperature, gating)
 
     def forward_kwargs(self, positions: slice) -> dict[str, torch.Tensor]:
         """What the model's forward gets for the completion positions of its input; {} when nothing differs."""
@@ -201,7 +202,7 @@ class ThinkingRollout:
 
 
 def _similarity_of(
-    gate: Any, entries: torch.Tensor, ids: torch.Tensor, embed_tokens: Any, probs: torch.Tensor
+    gating: Any, entries: torch.Tensor, ids: torch.Tensor, embed_tokens: Any, probs: torch.Tensor
 ) -> torch.Tensor:
-    """A learnable gate's similarity of the likeliest tokens of `probs`, as a function of `probs`."""
-    return gate(entries, ids=ids, embed_tokens=embed_tokens)
+    """A learnable gating function's similarity of the likeliest tokens of `probs`, as a function of `probs`."""
+    return gating(entries, ids=ids, embed_tokens=embed_tokens)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..aslr.rollout import LatentRollout
-from ..aslr.settings import ASLR_NUMBERS
+from ..aslr.settings import ASLR_HYPERPARAMETERS
 from ..flags import has_aslr, has_residual_gate
-from ..gating.module import gate_of_model
+from ..gating.module import gating_of_model
 from ..hyper_connections.routing_gate import pop_routing_gate
-from ..settings import CROSS_PATH_MODES, DEFAULT_GATE, ThinkingSettings
+from ..settings import CROSS_PATH_MODES, DEFAULT_GATING_TYPE, ThinkingSettings
 from ..thinking.inputs import mix_bags
 from ..thinking.interaction import GatingFunction, Temperature, temperature_of
 from ..thinking.record import RolloutRecord
@@ -35,11 +35,11 @@ class M3POGenerationState:
     Args:
         group_ids: (B,) integers, the group of each row that is decoded; None when `num_return_sequences` makes the
             groups.
-        settings: the numbers of the mode; None takes them from the generation config. A state without settings, in a
-            call that asks for no mode and on a model without a residual gate, only records `rollout_logps`.
+        settings: the hyperparameters of the mode; None takes them from the generation config. A state without settings,
+            in a call that asks for no mode and on a model without a residual gate, only records `rollout_logps`.
         tokenizer: needed to find the answer marker, unless it is given to `generate`.
-        gating_function: similarity (G, N, V) -> (G, N, N) in place of the gate named by `gating_type`; a learnable gate
-            is given itself.
+        gating_function: similarity (G, N, V) -> (G, N, N) in place of the one named by `gating_type`; a learnable
+            gating function is given itself.
         thought_temperature: temperature of the soft thoughts where tokens are chosen greedily; sampled tokens and
             their thoughts share the sampling temperature. None takes the generation config's.
         row_seeds: (B,) integers, what ASLR's noise is made of in each row that is decoded; None draws them from torch's
@@ -68,9 +68,9 @@ class M3POGenerationState:
     ):
         if thought_temperature is not None and not thought_temperature > 0.0:
             raise ValueError(f"thought_temperature={thought_temperature} is not above 0; set the sampling temperature.")
-        unknown = sorted(set(aslr_overrides or {}) - set(ASLR_NUMBERS))
+        unknown = sorted(set(aslr_overrides or {}) - set(ASLR_HYPERPARAMETERS))
         if unknown:
-            raise ValueError(f"aslr_overrides has {unknown[0]}; it takes {', '.join(ASLR_NUMBERS)}.")
+            raise ValueError(f"aslr_overrides has {unknown[0]}; it takes {', '.join(ASLR_HYPERPARAMETERS)}.")
         self.group_ids = group_ids
         self.settings = settings
         self.tokenizer = tokenizer
@@ -159,15 +159,16 @@ class M3POGenerationState:
         """T of a gating function that was given itself; None where the settings name the gate.
 
         Raises:
-            ValueError: the settings name a gate too, or another T than the one it was made with.
+            ValueError: the settings name a gating function too, or another T than the one it was made with.
         """
         if self.gating_function is None:
             return None
-        names = {"gating_type": settings.gating_type != DEFAULT_GATE, "gating_config": bool(settings.gating_config)}
+        names = {
+            "gating_type": settings.gating_type != DEFAULT_GATING_TYPE,
+            "gating_config": bool(settings.gating_config),
+        }
         for name in (name for name, is_given in names.items() if is_given):
-            raise ValueError(
-                f"{name} is not read beside gating_function, which is a gate already; leave one of them out."
-            )
+            raise ValueError(f"{name} is not read beside gating_function, which is one already; leave one of them out.")
         return temperature_of("cross_path_temp", settings.cross_path_temp, self.gating_function)
 
     def _groups_of(self, rows: int, num_return_sequences: int, settings: ThinkingSettings) -> torch.Tensor:
@@ -286,8 +287,8 @@ class M3POGenerationState:
 
 
 def _own_gate(model: Any, settings: ThinkingSettings) -> Any:
-    """The learnable gate that the settings name; None where they name one without parameters."""
-    return gate_of_model(model, settings.gating_type, settings.gating_config) if settings.learns else None
+    """The learnable gating function that the settings name; None where they name one without parameters."""
+    return gating_of_model(model, settings.gating_type, settings.gating_config) if settings.learns else None
 
 
 def begin_rollout(
@@ -321,7 +322,7 @@ def pop_state(generate_kwargs: dict[str, Any]) -> M3POGenerationState | None:
     """
     pop_routing_gate(generate_kwargs)
     state = generate_kwargs.pop("m3po", None)
-    given = {name: generate_kwargs.pop(name) for name in ASLR_NUMBERS if name in generate_kwargs}
+    given = {name: generate_kwargs.pop(name) for name in ASLR_HYPERPARAMETERS if name in generate_kwargs}
     overrides = {name: value for name, value in given.items() if value is not None}
     if not overrides:
         return state

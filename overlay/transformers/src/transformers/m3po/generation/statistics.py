@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the paths did, in numbers: computed on the device, once per rollout, from what the rollout recorded (E12, E19).
+"""What the paths did, in numbers: computed on the device, once per rollout, from what the rollout recorded.
 
 In mode m3po the attention statistics come from the recorded bags, whose first entry is the path itself and whose other
 entries are λ A_ij of its peers: A is read back from them. Only the similarity, which no record holds, is summed up step
@@ -105,8 +105,8 @@ def residual_statistics(trace: torch.Tensor, bag_weights: torch.Tensor) -> dict[
         bag_weights: (B, T, K) float32, zero where there was no thought.
 
     Returns:
-        embeds_ratio: the gate's a, mean over H. hidden_ratio: sqrt(1 - embeds_ratio²) of each position, HRPO's measure
-        of how much thought there is. mix_norm: L2 norm of the input. NaN where a rollout had no thought.
+        embeds_ratio: the residual gate's a, mean over H. hidden_ratio: sqrt(1 - embeds_ratio²) of each position, HRPO's
+        measure of how much thought there is. mix_norm: L2 norm of the input. NaN where a rollout had no thought.
     """
     read = (bag_weights > 0).any(-1)  # the last token of a row has no bag
     count = read.sum()

@@ -11,7 +11,7 @@ With x_s the S streams of a position, vec(x) all of them in a row, ρ its RMS, F
 H_res acts transposed, as in Transformers' `DeepseekV4HyperConnection`: its columns, normalised last, are the weights of
 the new streams. The streams begin as x_s = x + RMS(x) o_s and end in their mean.
 
-The start: φ = 0, b = 0 but for H_res, which leans to the identity (E22), and offsets o_s that sum to 0 (E24). So
+The start: φ = 0, b = 0 but for H_res, which leans to the identity, and offsets o_s that sum to 0. So
 H_pre = 1/S, H_post = 1, and the mean of the streams, which a doubly stochastic H_res leaves alone, runs as the plain
 model does. H_pre and H_post get gradient at once, and when they have told the streams apart, at the second step, H_res
 does; but not that of the last sublayer, which the mean behind it undoes. (Sinkhorn's gradient is a little wider: near
@@ -33,7 +33,7 @@ from ... import initialization as init
 from ..flags import has_hyper_connections
 from .doubly_stochastic import birkhoff, permutation_basis, sinkhorn, wide
 from .routing_gate import forward_gate, pop_routing_gate, set_mhc_gate, set_mhc_gates_per_layer
-from .settings import MHC_BIRKHOFF, MHC_DEFAULTS, check_mhc_numbers
+from .settings import MHC_BIRKHOFF, MHC_DEFAULTS, check_mhc_hyperparameters
 
 __all__ = [
     "MHC_MODULES",
@@ -95,7 +95,7 @@ class DynamicMHC(nn.Module):
     ):
         super().__init__()
         given = (num_streams, sinkhorn_iters, sinkhorn_tau, residual, alpha, diagonal_bias)
-        check_mhc_numbers({**MHC_DEFAULTS, **dict(zip(MHC_DEFAULTS, given, strict=False))})
+        check_mhc_hyperparameters({**MHC_DEFAULTS, **dict(zip(MHC_DEFAULTS, given, strict=False))})
         self.dim, self.num_streams, self.residual, self.index, self.eps = dim, num_streams, residual, index, eps
         self.sinkhorn_iters, self.sinkhorn_tau = sinkhorn_iters, sinkhorn_tau
         self.alpha, self.diagonal_bias = alpha, diagonal_bias
@@ -330,7 +330,7 @@ def write_streams(
 
 
 def parameters_without_decay(model: Any) -> list[str]:
-    """The parameters of the hyper-connections that weight decay must leave alone: biases, scales and offsets (E26).
+    """The parameters of the hyper-connections that weight decay must leave alone: biases, scales and offsets.
 
     Trainer leaves them out by their names; this is for other optimizers.
     """

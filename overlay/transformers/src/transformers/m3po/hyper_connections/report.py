@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hyper-connections of a model do on a batch, and whether they do anything at all (erratum E22).
+"""What the hyper-connections of a model do on a batch, and whether they do anything at all.
 
 Axes: D = 2L sublayers, in the order in which they run; M positions that are no padding.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing gate of the hyper-connections: how much of H_res is used, per row, layer and sublayer (erratum E23).
+"""The routing gate of the hyper-connections: how much of H_res is used, per row, layer and sublayer.
 
 g = 0 is identity routing, H_res = I, and g = 1 is the full H_res, both exact; H_pre and H_post do not heed it. It is an
 argument of the forward, `mhc_gate`, and never a weight.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of the hyper-connections (mHC), with their rules (seed 5, section 2.3; errata E22-E24)."""
+"""The hyperparameters of the hyper-connections (mHC), with their rules."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ MHC_FIELDS: dict[str, tuple[type | Any, Any]] = {
 }
 
 
-def check_mhc_numbers(numbers: Mapping[str, Any]) -> None:
-    """Refuses numbers that break their rule.
+def check_mhc_hyperparameters(hyperparameters: Mapping[str, Any]) -> None:
+    """Refuses hyperparameters that break their rule.
 
     Args:
-        numbers: all of `MHC_DEFAULTS`.
+        hyperparameters: all of `MHC_DEFAULTS`.
 
     Raises:
         ValueError: one line that names the flag and what it may be.
     """
-    streams, residual = numbers["mhc_num_streams"], numbers["mhc_residual"]
+    streams, residual = hyperparameters["mhc_num_streams"], hyperparameters["mhc_residual"]
     rules = {
         "mhc_num_streams": (streams >= 1, "at least 1; the paper has 4"),
-        "mhc_sinkhorn_iters": (numbers["mhc_sinkhorn_iters"] >= 1, "at least 1; the paper has 20"),
-        "mhc_sinkhorn_tau": (numbers["mhc_sinkhorn_tau"] > 0, "above 0; the paper has none, which is 1.0"),
+        "mhc_sinkhorn_iters": (hyperparameters["mhc_sinkhorn_iters"] >= 1, "at least 1; the paper has 20"),
+        "mhc_sinkhorn_tau": (hyperparameters["mhc_sinkhorn_tau"] > 0, "above 0; the paper has none, which is 1.0"),
         "mhc_residual": (residual in (MHC_SINKHORN, MHC_BIRKHOFF), "'sinkhorn' or 'birkhoff'"),
         "mhc_diagonal_bias": (
-            0 <= numbers["mhc_diagonal_bias"] <= 100,
+            0 <= hyperparameters["mhc_diagonal_bias"] <= 100,
             "in [0, 100]; about 5 learns, and from 12 on H_res hardly does",
         ),
-        "mhc_stream_offset": (numbers["mhc_stream_offset"] >= 0, "0 or more, in units of the state's RMS"),
-        "mhc_gate_noise": (0 <= numbers["mhc_gate_noise"] <= 1, "a probability, in [0, 1]"),
+        "mhc_stream_offset": (hyperparameters["mhc_stream_offset"] >= 0, "0 or more, in units of the state's RMS"),
+        "mhc_gate_noise": (0 <= hyperparameters["mhc_gate_noise"] <= 1, "a probability, in [0, 1]"),
     }
     for name, (holds, rule) in rules.items():
         if not holds:
-            raise ValueError(f"{name}={numbers[name]!r} must be {rule}.")
+            raise ValueError(f"{name}={hyperparameters[name]!r} must be {rule}.")
     if residual == MHC_BIRKHOFF and streams > 4:
         raise ValueError(
             f"mhc_residual='birkhoff' with mhc_num_streams={streams}: it weighs all S! permutations, so at most 4 "

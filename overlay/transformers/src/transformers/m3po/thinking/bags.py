@@ -3,7 +3,8 @@
 
 A position j of the completion owns the bag at index j: it belongs to the *input* of token j, was made of the
 distributions that the tokens of this step were sampled from, and so acts on token j + 1. Without a residual gate the
-bag's vector is the input (mode m3po); with one, it is the thought that the gate mixes into the token's embedding.
+bag's vector is the input (mode m3po); with one, it is the thought that the residual gate mixes into the token's
+embedding.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Peers(NamedTuple):
     cut: torch.Tensor
 
 
-def heard_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) -> Peers:
+def select_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) -> Peers:
     """The peers of each path.
 
     Args:
@@ -58,7 +59,7 @@ def cross_path_bags(
 
     Args:
         next_tokens: (B,) long, the tokens just sampled.
-        peers, peer_rows: (B, P), the weights and rows of `heard_peers`.
+        peers, peer_rows: (B, P), the weights and rows of `select_peers`.
         cross_path_lambda: λ in (0, 1].
 
     Returns:

@@ -10,7 +10,7 @@ import torch
 
 from ..bag_vectors import bag_vectors
 from ..flags import has_residual_gate
-from .policy_gating import regated_weights
+from .policy_gating import recompute_bag_weights
 
 ResidualGate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -32,8 +32,8 @@ def mix_bags(
             forward.
         residual_gate: mixes embeddings (B, T, H) and the bags' vectors, see `model.thinking_residual`; without one the
             vector of a bag is the input.
-        trace: (B, T, 2) float32, written if there is a gate: the mean of its a over H, 1 where there is no bag, and
-            the L2 norm of the input.
+        trace: (B, T, 2) float32, written if there is a residual gate: the mean of its a over H, 1 where there is no
+            bag, and the L2 norm of the input.
 
     Returns:
         (B, L, H) in the dtype of `inputs_embeds`; sums are taken in fp32. Positions without a bag keep their token's
@@ -74,9 +74,9 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
         model: the base model, for its `embed_tokens` and its residual gate if it has one.
         inputs_embeds: (B, L, H).
         forward_kwargs: the extra arguments of the forward; `thinking_bag_ids`, `thinking_bag_weights`,
-            `thinking_trace`, `thinking_gating` (arguments of `regated_weights`) and `thinking_columns` are taken out of
-            it, so that the layers never see them. The last, (B, T) long, says where the positions of the bags stand in
-            rows that an engine has packed; without it they are the last ones.
+            `thinking_trace`, `thinking_gating` (arguments of `recompute_bag_weights`) and `thinking_columns` are taken
+            out of it, so that the layers never see them. The last, (B, T) long, says where the positions of the bags
+            stand in rows that an engine has packed; without it they are the last ones.
 
     Returns:
         (B, L, H): the very tensor that came in when the pass has no bags.
@@ -86,7 +86,7 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
     trace = forward_kwargs.pop("thinking_trace", None)
     gating = forward_kwargs.pop("thinking_gating", None)
     if gating is not None and bag_ids is not None and bag_weights is not None:
-        bag_weights = regated_weights(model.m3po_gating, model.embed_tokens, bag_ids, bag_weights, **gating)
+        bag_weights = recompute_bag_weights(model.m3po_gating, model.embed_tokens, bag_ids, bag_weights, **gating)
     gate = model.thinking_residual if has_residual_gate(model) else None
     columns = forward_kwargs.pop("thinking_columns", None)
     if columns is None:

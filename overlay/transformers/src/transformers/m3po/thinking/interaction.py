@@ -2,8 +2,8 @@
 """Who listens to whom: similarity of the paths' distributions and the weights A (M3PO paper, eq. 3-6).
 
 Departures: a path that has left the thinking phase is masked out instead of getting similarity 0, which would still
-carry weight (errata E1); a path without an active peer keeps its own vector (E1); only the current step is looked at
-(E2); groups are given by ids, in any order and of any size (E3).
+carry weight; a path without an active peer keeps its own vector; only the current step is looked at; groups are given
+by ids, in any order and of any size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GatingFunction = Callable[[torch.Tensor], torch.Tensor]
 Temperature = float | str  # a number above 0 or MATCH
 
 
-def gate_name(gating_function: GatingFunction | None) -> str:
+def gating_name(gating_function: GatingFunction | None) -> str:
     """A gating function in the log."""
     if isinstance(gating_function, BaseM3POGating):
         return gating_function.describe()
@@ -145,18 +145,19 @@ def temperature_of(name: str, temperature: Temperature | None, gating_function: 
     Args:
         name: the argument that `temperature` is, for the error.
         temperature: what was asked for; None takes that of the gating function, and 0.1 where it has none.
-        gating_function: a gate brings the temperature it was made with, or the default of its class.
+        gating_function: a gating function brings the temperature it was made with, or the default of its class.
 
     Raises:
-        ValueError: T breaks its rule, or the gate was made with another one.
+        ValueError: T breaks its rule, or the gating function was made with another one.
     """
-    gate = gating_function if isinstance(gating_function, BaseM3POGating) else None
+    gating = gating_function if isinstance(gating_function, BaseM3POGating) else None
     if temperature is None:
-        return CosineGating.default_temperature if gate is None else gate.temperature
+        return CosineGating.default_temperature if gating is None else gating.temperature
     check_temperature(name, temperature)
-    if gate is not None and gate.given_temperature not in (None, temperature):
+    if gating is not None and gating.given_temperature not in (None, temperature):
         raise ValueError(
-            f"{name}={temperature} and {gate.describe()} contradict each other: leave out one of the two temperatures."
+            f"{name}={temperature} and {gating.describe()} contradict each other: leave out one of the two "
+            "temperatures."
         )
     return temperature
 
@@ -216,7 +217,7 @@ def cross_path_weights(
     attention = path_attention(probs, mask, groups, scale, gating_function)
     if debugging() or getattr(gating_function, "debug", False):
         active = groups.split(mask) & groups.present
-        log_attention("interaction", attention, active, lambda_blend, gate_name(gating_function))
+        log_attention("interaction", attention, active, lambda_blend, gating_name(gating_function))
     weights = attention.weights
     batch = weights.new_zeros(len(probs), len(probs))
     # Padding points at row 0 with weight 0: it must add nothing rather than overwrite.
@@ -233,7 +234,7 @@ def apply_cross_path_interaction(
     temperature: Temperature | None = None,
     gating_function: GatingFunction | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 2 and 6 on dense vectors (seed 1): (1 - λ) e_i + λ Σ_j A_ij e_j.
+    """Eq. 2 and 6 on dense vectors: (1 - λ) e_i + λ Σ_j A_ij e_j.
 
     Args:
         embeds: (B, H), any floating dtype; probs, thinking_mask, group_ids, temperature and gating_function as in

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`apply_m3po_to_logits`: the paths of a group interact in their output distributions (seed 3, tasks 3.1 and 3.2)."""
+"""`apply_m3po_to_logits`: the paths of a group interact in their output distributions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .interaction import (
     GatingFunction,
     PathGroups,
     Temperature,
-    gate_name,
+    gating_name,
     group_attention,
     mask_of,
     temperature_of,
@@ -34,11 +34,11 @@ def apply_m3po_to_logits(
 ) -> torch.Tensor:
     """Blends the distributions of a group position by position: p'_i = (1 - λ) p_i + λ Σ_j A_ij p_j.
 
-    **This is not the policy that was rolled out** (erratum E18). The rollout blends the *inputs* of the paths that
+    **This is not the policy that was rolled out**. The rollout blends the *inputs* of the paths that
     think, and samples each token from the model's own distribution; here the model reads plain tokens and the *outputs*
     are blended, of positions that are alike in nothing but their number. It is the policy "draw a path of the group, my
-    own with probability 1 - λ, and take what it would say at this position": a way to get a gradient to a gate without
-    going through the model, which the seeds ask for (`gating_training: logits`).
+    own with probability 1 - λ, and take what it would say at this position": a way to get a gradient to a gating
+    function without going through the model, offered as `gating_training: logits`.
 
     Args:
         logits: (B, T, V) floating, already divided by the sampling temperature.
@@ -84,7 +84,7 @@ def _blend(
         active = (groups.split(thinking_mask) & groups.present.unsqueeze(-1)).transpose(1, 2)
         attention = group_attention(probs, active, temperature, gating_function)
         if debugging() or getattr(gating_function, "debug", False):
-            log_attention("logits", attention, active, lambda_blend, gate_name(gating_function))
+            log_attention("logits", attention, active, lambda_blend, gating_name(gating_function))
         weights = attention.weights
         blended = (1.0 - lambda_blend) * probs + lambda_blend * (weights @ probs)
         listens = groups.rows((weights > 0).any(-1, keepdim=True).transpose(1, 2))

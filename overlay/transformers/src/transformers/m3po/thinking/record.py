@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .thoughts import Likeliest
+from .thoughts import TopKTokens
 
 PREFIX = "rollout_"  # of the record's tensors in a batch
 GATING_PREFIX = f"{PREFIX}gating_"
@@ -50,7 +50,7 @@ class GatingRecord:
             temperature=torch.zeros(shape, device=device),
         )
 
-    def write(self, step: int, tokens: Likeliest, slots: torch.Tensor, temperature: torch.Tensor) -> None:
+    def write(self, step: int, tokens: TopKTokens, slots: torch.Tensor, temperature: torch.Tensor) -> None:
         """Fills position `step`: slots (B, P) long, temperature 0-dim or (B,)."""
         self.ids[:, step], self.probs[:, step], self.norm[:, step] = tokens.ids, tokens.probs, tokens.norm.squeeze(-1)
         self.slots[:, step], self.temperature[:, step] = slots, temperature

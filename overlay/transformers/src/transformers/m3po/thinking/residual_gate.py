@@ -21,9 +21,9 @@ from ..flags import check_bounds, has_residual_gate
 from ..float32 import linear
 
 # The gate's modules on the base model, in HRPO's names; a checkpoint with the gate has all of their parameters.
-GATE_MODULES = ("thinking_residual_gate_r", "thinking_residual_gate_i", "thinking_residual_Lambda")
-GATE_PARAMETERS = (
-    *(f"{name}.{part}" for name in GATE_MODULES[:2] for part in ("weight", "bias")),
+RESIDUAL_GATE_MODULES = ("thinking_residual_gate_r", "thinking_residual_gate_i", "thinking_residual_Lambda")
+RESIDUAL_GATE_PARAMETERS = (
+    *(f"{name}.{part}" for name in RESIDUAL_GATE_MODULES[:2] for part in ("weight", "bias")),
     "thinking_residual_Lambda.Lambda",
 )
 DECAY_CONSTANT = 8.0  # c
@@ -74,7 +74,7 @@ def add_residual_gate(model: Any) -> None:
     if not has_residual_gate(model):
         return
     config = model.config
-    for name in GATE_MODULES[:2]:
+    for name in RESIDUAL_GATE_MODULES[:2]:
         setattr(model, name, nn.Linear(config.hidden_size, config.hidden_size, dtype=torch.float32))
     decay = ThinkingResidualLambda(config.hidden_size, config.thinking_residual_r_min, config.thinking_residual_r_max)
     model.thinking_residual_Lambda = decay
@@ -116,7 +116,7 @@ def attach_residual_gate(model: Any, r_min: float, r_max: float, seed: int) -> N
         add_residual_gate(base)
     generator = torch.Generator().manual_seed(seed)
     where = base.embed_tokens.weight.device
-    for name in GATE_MODULES[:2]:
+    for name in RESIDUAL_GATE_MODULES[:2]:
         layer = getattr(base, name)
         nn.init.normal_(layer.weight, std=base.config.initializer_range, generator=generator)
         nn.init.zeros_(layer.bias)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft thoughts as bags (HRPO, arXiv 2505.18454, section 3), and their blend across a group (mode h3po of seed 1).
+"""Soft thoughts as bags (HRPO, arXiv 2505.18454, section 3), and their blend across a group (mode h3po).
 
 A soft thought is h = (p E) / ||p||_2, p the distribution that a token was sampled from. Its bag holds the k likeliest
 tokens with the weights p_k / ||p||_2, the norm being that of the whole p: what a bag leaves out is the tail of the sum,
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 
-class Likeliest(NamedTuple):
+class TopKTokens(NamedTuple):
     """The likeliest tokens of distributions.
 
     Attributes:
@@ -27,8 +27,8 @@ class Likeliest(NamedTuple):
     norm: torch.Tensor
 
 
-def likeliest(probs: torch.Tensor, top_k: int, num_embeddings: int) -> Likeliest:
-    """What a bag or a learnable gate keeps of distributions.
+def top_k_tokens(probs: torch.Tensor, top_k: int, num_embeddings: int) -> TopKTokens:
+    """What a bag or a learnable gating function keeps of distributions.
 
     Args:
         probs: p (B, V) float32.
@@ -47,16 +47,16 @@ def likeliest(probs: torch.Tensor, top_k: int, num_embeddings: int) -> Likeliest
     if num_embeddings < probs.shape[-1]:
         known = ids < num_embeddings
         kept, ids = kept * known, ids * known
-    return Likeliest(ids.int(), kept, norm)
+    return TopKTokens(ids.int(), kept, norm)
 
 
 def thought_bags(probs: torch.Tensor, top_k: int, num_embeddings: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The soft thoughts of distributions; arguments as `likeliest`.
+    """The soft thoughts of distributions; arguments as `top_k_tokens`.
 
     Returns:
         ids (B, K) int32 and weights (B, K) float32.
     """
-    kept = likeliest(probs, top_k, num_embeddings)
+    kept = top_k_tokens(probs, top_k, num_embeddings)
     return kept.ids, kept.probs / kept.norm
 
 
@@ -85,7 +85,7 @@ def blend_thoughts(
     return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, kept, weights)
 
 
-def blended_weights(
+def recompute_blend_weights(
     bag_ids: torch.Tensor,
     bag_weights: torch.Tensor,
     ids: torch.Tensor,

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import path of seed 3 (E29); the code is in `transformers.m3po.gating.parameter_free_gates`."""
+"""An import path of the prototype notes; the code is in `transformers.m3po.gating.parameter_free_gates`."""
 
 from ....m3po.gating.parameter_free_gates import *  # noqa: F403

@@ -2,7 +2,7 @@
 """Flags that do something only with another one: LoRA's without LoRA, a mode's in another mode.
 
 On the command line such a flag is refused where it would do nothing. A YAML file may keep the numbers of what is
-switched off, as a control does that differs from its pair in one line, so long as the switch is given at all.
+switched off, as a control does that differs from its pair in one line, so long as the switch itself is set.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.m3po.aslr.settings import ASLR_NUMBERS
-from transformers.m3po.gating.factory import gate_class
+from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
 from m3po_lab.core.errors import UserError
@@ -35,17 +35,17 @@ class Switch:
         flags: their names.
         idle: says when they do nothing.
         on: on the parsed values, whether they do something.
-        given_by: one of these has to be given where a YAML has the flags; empty where off is as usual as on.
+        set_by: one of these has to be set where a YAML has the flags; empty where off is as usual as on.
     """
 
     flags: str
     idle: str
     on: Callable[[Values], bool]
-    given_by: tuple[str, ...]
+    set_by: tuple[str, ...]
 
 
 def _learns(values: Values) -> bool:
-    return values["mode"] in CROSS_PATH_MODES and gate_class(values["gating_type"]).learnable
+    return values["mode"] in CROSS_PATH_MODES and gating_class(values["gating_type"]).learnable
 
 
 def _has_no_adapter(values: Values) -> bool:
@@ -89,9 +89,9 @@ SWITCHES = (
         lambda values: values["mode"] in RESIDUAL_MODES or _learns(values),
         (*MODE, "gating_type"),
     ),
-    # Where it is not given, the model may have ASLR; the trainer looks.
+    # Where it is not set, the model may have ASLR; the trainer looks.
     Switch(
-        " ".join(ASLR_NUMBERS),
+        " ".join(ASLR_HYPERPARAMETERS),
         "without --aslr_enabled true",
         lambda values: values["aslr_enabled"] is not False,
         ("aslr_enabled",),
@@ -117,7 +117,7 @@ def idle_flags(groups: Iterable[Any], names: Iterable[str]) -> dict[str, Switch]
 
 
 def check_idle(groups: Sequence[Any], words: Iterable[str], in_yaml: Iterable[str]) -> None:
-    """Refuse a flag that does nothing: on the command line, or in the YAML where its switch is not given at all.
+    """Refuse a flag that does nothing: on the command line, or in the YAML where its switch is not set.
 
     Args:
         groups: the parsed arguments.
@@ -127,19 +127,19 @@ def check_idle(groups: Sequence[Any], words: Iterable[str], in_yaml: Iterable[st
     Raises:
         UserError: names the flag and says when it does nothing.
     """
-    typed, kept = given_flags(words), set(in_yaml)
-    for name, switch in idle_flags(groups, typed | kept).items():
-        if name in typed or (switch.given_by and not (typed | kept) & set(switch.given_by)):
+    on_command_line, keys = given_flags(words), set(in_yaml)
+    for name, switch in idle_flags(groups, on_command_line | keys).items():
+        if name in on_command_line or (switch.set_by and not (on_command_line | keys) & set(switch.set_by)):
             raise UserError(f"--{name} does nothing {switch.idle}: change that, or leave --{name} out.")
 
 
 def without(words: Sequence[str], names: Iterable[str]) -> list[str]:
     """Command-line words without the flags `names` and their values."""
-    left: list[str] = []
+    remaining: list[str] = []
     dropping = False
     for word in words:
         if word.startswith("--"):
             dropping = bool(given_flags([word]) & set(names))
         if not dropping:
-            left.append(word)
-    return left
+            remaining.append(word)
+    return remaining
