@@ -9,6 +9,7 @@ collected only when asked for by path.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -58,6 +59,16 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Keeps what the imports have made out of the garbage collection, which every `Trainer.train` runs twice.
+
+    It is looked through object by object, which takes longer than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -274,11 +274,28 @@ def test_killed_at_two_steps_the_next_call_finishes_then_does_nothing_then_takes
     assert (project / ".venv/kept").exists()  # other pins: completed in place
 
 
-def test_an_extra_is_added_to_a_complete_environment_which_then_keeps_it(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_complete_environment_serves_any_locale_and_reader_and_keeps_an_extra_that_is_added(
+    project: Path, monkeypatch: pytest.MonkeyPatch, reader: list[str]
 ) -> None:
+    with monkeypatch.context() as poor:
+        for key, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+            poor.setenv(key, value)
+        assert last_line(tool(project)).startswith("env: done")
+        for mode in ("0", "1"):
+            poor.setenv("PYTHONUTF8", mode)
+            assert python_says(project, "import transformers, patchset; print(transformers.WHERE)") == "vendor"
+    (project / "gpu").touch()
+    subprocess.run(["chmod", "-R", "a-w", project], check=True)
+    done = make_env(project, prefix=reader)
+    told = "env: this machine has an NVIDIA GPU; without the extra unsloth, which cannot be added: "
+    assert (done.returncode, done.stdout) == (0, f"{told}no right to write here\nenv: up to date\n")
+    refused = make_env(project, "--extra=unsloth", prefix=reader)
+    line = f"you may not write in {project}: its owner completes it (make env)\n"
+    assert (refused.returncode, refused.stdout.count("\n"), refused.stdout.endswith(line)) == (2, 1, True)
+    subprocess.run(["chmod", "-R", "u+w", project], check=True)
+    (project / "gpu").unlink()
+
     where = "import unsloth; print(unsloth.WHERE)"
-    assert make_env(project).returncode == 0
     assert python_says(project, where) == ""
     (project / ".venv/kept").touch()
 
@@ -310,18 +327,12 @@ def test_an_extra_is_added_to_a_complete_environment_which_then_keeps_it(
     assert environment.choose_extras((), environment.read_stamp(project)) == set()  # --rebuild starts from nothing
 
 
-def test_a_fresh_environment_with_the_extra_is_made_in_one_go(project: Path) -> None:
-    done = make_env(project, "--extra=unsloth")
-    assert done.returncode == 0 and "adding" not in done.stdout
-    assert python_says(project, "import importlib.metadata as m; print(m.version('addon'))") == "0.1.0"
-    assert make_env(project).stdout == "env: up to date\n"
-
-
-def test_a_machine_with_a_gpu_gets_the_extra_with_a_line_that_says_so_once(project: Path) -> None:
+def test_a_machine_with_a_gpu_gets_the_extra_in_one_go_with_a_line_that_says_so_once(project: Path) -> None:
     (project / "gpu").touch()
     done = make_env(project)
     assert done.stdout.splitlines()[0] == "env: this machine has an NVIDIA GPU: the extra unsloth is taken"
-    assert "with the extra unsloth" in last_line(done)
+    assert "with the extra unsloth" in last_line(done) and "adding" not in done.stdout
+    assert python_says(project, "import importlib.metadata as m; print(m.version('addon'))") == "0.1.0"
     assert make_env(project).stdout == "env: up to date\n"
 
 
@@ -468,22 +479,3 @@ def test_a_python_that_does_not_exist_is_one_clear_line(project: Path, tmp_path:
     assert (done.returncode, done.stdout) == (2, line)
     done = tool(project, PATH=path_without_python(tmp_path / "bin"))
     assert (done.returncode, done.stdout) == (2, line.replace("python9.9", "python3"))
-
-
-def test_a_complete_environment_serves_any_locale_and_a_user_who_may_not_write(
-    project: Path, monkeypatch: pytest.MonkeyPatch, reader: list[str]
-) -> None:
-    for key, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
-        monkeypatch.setenv(key, value)
-    assert last_line(tool(project)).startswith("env: done")
-    for mode in ("0", "1"):
-        monkeypatch.setenv("PYTHONUTF8", mode)
-        assert python_says(project, "import transformers, patchset; print(transformers.WHERE)") == "vendor"
-    (project / "gpu").touch()
-    subprocess.run(["chmod", "-R", "a-w", project], check=True)
-    done = make_env(project, prefix=reader)
-    told = "env: this machine has an NVIDIA GPU; without the extra unsloth, which cannot be added: "
-    assert (done.returncode, done.stdout) == (0, f"{told}no right to write here\nenv: up to date\n")
-    refused = make_env(project, "--extra=unsloth", prefix=reader)
-    line = f"you may not write in {project}: its owner completes it (make env)\n"
-    assert (refused.returncode, refused.stdout.count("\n"), refused.stdout.endswith(line)) == (2, 1, True)

@@ -75,15 +75,15 @@ def test_a_script_and_what_it_starts_are_isolated_and_stay_in_the_callers_folder
         assert one["kept"] == "1"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_runs_its_module_by_that_script(name: str, checkout: Path, tmp_path: Path) -> None:
+def test_every_command_runs_its_module_by_that_script(checkout: Path, tmp_path: Path) -> None:
     variables = os.environ | hostile_folder(tmp_path)
     (checkout / ".venv/bin/python").unlink()
     (checkout / ".venv/bin/python").write_text('#!/bin/sh\necho "$PYTHONSAFEPATH$PYTHONPATH$PYTHONHOME" "$@"\n')
     (checkout / ".venv/bin/python").chmod(0o755)
-    command = ["bash", checkout / "scripts" / name, "a file.yaml", "--flag", ""]
-    done = subprocess.run(command, cwd=tmp_path / "folder", env=variables, capture_output=True, text=True)
-    assert re.fullmatch(r"1 -m m3po_lab\.\w+ a file\.yaml --flag \n", done.stdout), done.stderr
+    for name in COMMANDS:
+        command = ["bash", checkout / "scripts" / name, "a file.yaml", "--flag", ""]
+        done = subprocess.run(command, cwd=tmp_path / "folder", env=variables, capture_output=True, text=True)
+        assert re.fullmatch(r"1 -m m3po_lab\.\w+ a file\.yaml --flag \n", done.stdout), (name, done.stderr)
 
 
 def test_what_make_runs_is_isolated_too() -> None:
@@ -98,10 +98,9 @@ def test_what_make_runs_is_isolated_too() -> None:
     assert [line for line in lines if not start.match(line)] == []
 
 
-@pytest.mark.parametrize(("name", "said"), [("eval_gsm8k.sh", "λ of a model"), ("train_grpo.sh", "--mode")])
-def test_a_real_command_helps_from_a_hostile_folder(name: str, said: str, tmp_path: Path) -> None:
+def test_a_real_command_helps_from_a_hostile_folder(tmp_path: Path) -> None:
     variables = os.environ | hostile_folder(tmp_path)
-    command = ["bash", ROOT / "scripts" / name, "--help"]
+    command = ["bash", ROOT / "scripts" / "eval_gsm8k.sh", "--help"]
     done = subprocess.run(command, cwd=tmp_path / "folder", env=variables, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr.decode()
-    assert said in done.stdout.decode()
+    assert "λ of a model" in done.stdout.decode()

@@ -42,28 +42,36 @@ def recovered(project, wanted):
     assert any("MINE_8" in project.git("show", f"{ref}:src/alpha/core.py") for ref in refs)
 
 
-@pytest.mark.parametrize("step", [step for step in common.STEPS if step not in ONLY_LINKS])
-def test_killed_at_a_step_of_a_rebuild(changed, step):
+def test_killed_at_each_step_of_a_rebuild(changed, one, crlf):
+    """Of a first kill and of those after it: what one left behind is there when the next begins."""
     project, wanted = changed
-    process = project.start("apply", "--discard", PATCHSET_KILL_AT=step)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    recovered(project, wanted)
+    for step in common.STEPS:
+        if step in ONLY_LINKS:
+            continue
+        process = project.start("apply", "--discard", PATCHSET_KILL_AT=step)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, step
+        recovered(project, wanted)
+        project.series(("one.patch", one))
+        project.ok("apply")
+        project.edit("src/alpha/core.py", b"line_8", b"MINE_8")
+        project.series(("one.patch", one), ("dos.patch", crlf))
 
 
-@pytest.mark.parametrize("step", ONLY_LINKS)
-def test_killed_while_only_new_files_change(project, step):
+def test_killed_while_only_new_files_change(project):
     file = project.root / "overlay" / "alpha" / "src" / "alpha" / "more.py"
     file.parent.mkdir(parents=True)
     file.write_text("NEW = 3\n")
     project.ok("apply")
-    file.rename(file.with_name("renamed.py"))
-    process = project.start("apply", PATCHSET_KILL_AT=step)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    project.ok("apply")
-    assert project.ok("status").code == 0 and project.vendor("src/alpha/renamed.py").read_text() == "NEW = 3\n"
-    assert not os.path.lexists(project.vendor("src/alpha/more.py"))
+    for step in ONLY_LINKS:
+        before, file = file, file.rename(file.with_name(f"{step.replace('-', '_')}.py"))
+        process = project.start("apply", PATCHSET_KILL_AT=step)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, step
+        project.ok("apply")
+        assert project.ok("status").code == 0
+        assert project.vendor(f"src/alpha/{file.name}").read_text() == "NEW = 3\n"
+        assert not os.path.lexists(project.vendor(f"src/alpha/{before.name}"))
 
 
 @pytest.mark.parametrize("step", ["git-made", "pristine-built", "tree-staged", "new-moved-in"])
