@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints, as JSON, what Transformers does when nothing of ours is asked for: run over pristine and patched code alike.
+"""Writes what Transformers and TRL do when nothing of ours is asked for: run over pristine and patched code alike.
 
 Everything is a hash of raw bytes or a text, so that equal means equal bit for bit.
 """
@@ -76,15 +76,30 @@ def facts_of(family: str, dtype_name: str) -> dict[str, Any]:
     return facts
 
 
+def tiny_grpo() -> Any:
+    """The module `tests/trl/tiny_grpo.py`: its folder is no package."""
+    path = Path(__file__).parents[1] / "trl" / "tiny_grpo.py"
+    spec = importlib.util.spec_from_file_location("tiny_grpo", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main(argv: list[str]) -> int:
-    """`argv[0]` is `pristine` or `patched`: the process refuses to speak for the wrong code."""
+    """argv: `pristine` or `patched`, or the process refuses to speak for the wrong code; FILE; the runs as JSON.
+
+    Writes FILE.json, what models do, and FILE.pt, what the runs of `tiny_grpo.py` do.
+    """
+    which, file, runs = argv
     patched = importlib.util.find_spec("transformers.m3po") is not None
-    if patched != (argv[0] == "patched"):
-        print(f"this is not the {argv[0]} transformers", file=sys.stderr)
+    if patched != (which == "patched"):
+        print(f"this is not the {which} transformers", file=sys.stderr)
         return 2
-    runs = [(family, dtype) for family in ("Llama", "Qwen2", "NanoChat") for dtype in ("float32", "bfloat16")]
-    print(json.dumps({f"{family} {dtype}": facts_of(family, dtype) for family, dtype in runs}))
-    return 0
+    kinds = [(family, dtype) for family in ("Llama", "Qwen2", "NanoChat") for dtype in ("float32", "bfloat16")]
+    facts = {f"{family} {dtype}": facts_of(family, dtype) for family, dtype in kinds}
+    Path(f"{file}.json").write_text(json.dumps(facts))
+    return int(tiny_grpo().main([f"{file}.pt", runs]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ its rows. From a run with "fsdp_config": {...} on, the processes share the model
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -283,6 +284,7 @@ def use_fsdp_on_cpus(fsdp_config: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> int:
     """argv: the file for the results, the runs as JSON. Of several processes each writes its own file, FILE.RANK."""
+    gc.freeze()  # every training collects garbage; what the imports have made need not be looked through
     if "RANK" not in os.environ:  # else no pristine TRL is compared with
         use_plain_scoring()
     results: dict[str, Any] = {
