@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from patchset import git, pins, series
 
 ROOT = Path(__file__).resolve().parents[2]
