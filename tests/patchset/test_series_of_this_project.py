@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches of this project: one author, names in order, and each can be dropped unless another one says it needs it."""
+"""The patches of this project: one author, names in order, and each can be dropped unless another one needs it."""
 
 from __future__ import annotations
 
