@@ -374,7 +374,7 @@ def test_another_python_or_place_asks_for_a_new_venv_and_other_pins_do_not(
 
 
 def test_when_pip_fails_one_line_names_the_step_and_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "call", lambda command, root: 1)
+    monkeypatch.setattr(packages, "call", lambda command, root: 1)
     with pytest.raises(
         environment.Failed, match=r"^pip failed while installing the pinned packages .*the same command tries again"
     ):

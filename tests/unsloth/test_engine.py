@@ -36,7 +36,7 @@ def parsed(trainer_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from m3po_lab.grpo import config
     from m3po_lab.grpo.engine import Engine
 
-    monkeypatch.setattr(config, "check_flags", lambda run: None)
+    monkeypatch.setattr(config, "check_flags", lambda engine, groups: None)
     (tmp_path / "run.yaml").write_text("\n".join(WORDS) + "\n")
     words = [str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]
     return lambda *more: config.parse_run([*words, *more], Engine("unsloth", "as asked"))

@@ -15,7 +15,7 @@ import torch
 from ..utils import logging
 
 if TYPE_CHECKING:
-    from .thinking.interaction import Attention
+    from .gating.base import Attention
 
 logger = logging.get_logger(__name__)
 
@@ -76,10 +76,10 @@ def log_thoughts(where: str, active: torch.Tensor, probs: torch.Tensor | None, w
     """
     line = f"M3PO {where}: {int(active.sum())} of {len(active)} paths think, none listens to another ({why})"
     if probs is not None and bool(active.any()):
-        kept = probs[active].float()
+        entries = probs[active].float()
         line += (
-            f"; soft thoughts: {kept.shape[-1]} entries, largest probability {float(kept.amax(-1).mean()):.4f}, "
-            f"probability kept {float(kept.sum(-1).mean()):.4f}"
+            f"; soft thoughts: {entries.shape[-1]} entries, largest probability {float(entries.amax(-1).mean()):.4f}, "
+            f"probability kept {float(entries.sum(-1).mean()):.4f}"
         )
     logger.warning(line)
 

@@ -143,37 +143,37 @@ class ThinkingSettings:
             return None
         mode = "h3po" if crosses and has_gate else "m3po" if crosses else "hrpo"
         names = cls.__dataclass_fields__.keys() - {"mode"}
-        given = {name: getattr(generation_config, name, None) for name in names}
-        if given["answer_start"] is None:
-            given["answer_start"] = getattr(model, "answer_start", None)
-        if given["gating_type"] is None and has_gating(model):
-            given["gating_type"] = model.config.m3po_gating_type
-        return cls(mode=mode, **{name: value for name, value in given.items() if value is not None})
+        values = {name: getattr(generation_config, name, None) for name in names}
+        if values["answer_start"] is None:
+            values["answer_start"] = getattr(model, "answer_start", None)
+        if values["gating_type"] is None and has_gating(model):
+            values["gating_type"] = model.config.m3po_gating_type
+        return cls(mode=mode, **{name: value for name, value in values.items() if value is not None})
 
     def hyperparameters(self) -> dict[str, Any]:
         """The mode and the numbers that it has, T resolved: what a checkpoint says of itself."""
         without = set() if self.has_thoughts or self.learns else {"thought_top_k"}
         if self.mode not in CROSS_PATH_MODES:
             without |= self.__dataclass_fields__.keys() - {"mode", *THOUGHT_FLAGS}
-        told = asdict(self) | {"cross_path_temp": self.temperature}
-        return {name: value for name, value in told.items() if name not in without}
+        parts = asdict(self) | {"cross_path_temp": self.temperature}
+        return {name: value for name, value in parts.items() if name not in without}
 
     def _gating(self) -> str:
         """The name of the gating function, with its options but for the temperature, which stands beside it."""
         options = {name: value for name, value in self.gating_config.items() if name != "temperature"}
-        told = ", ".join(f"{name}={value}" for name, value in options.items())
-        return f"{self.gating_type} ({told})" if told else self.gating_type
+        parts = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"{self.gating_type} ({parts})" if parts else self.gating_type
 
     def describe(self) -> str:
         """One line: the numbers that the mode has, phase and answer marker."""
-        told = []
+        parts = []
         if self.mode in CROSS_PATH_MODES:
-            told += [
+            parts += [
                 f"lambda={self.cross_path_lambda}",
                 f"temperature={self.temperature}",
                 f"gating_type={self._gating()}",
             ]
-            told += [] if self.cross_path_top_k is None else [f"top_k={self.cross_path_top_k}"]
+            parts += [] if self.cross_path_top_k is None else [f"top_k={self.cross_path_top_k}"]
         if self.has_thoughts or self.learns:
-            told.append(f"thought_top_k={self.thought_top_k}")
-        return ", ".join([*told, f"phase={self.cross_path_phase}", f"answer marker {self.answer_start!r}"])
+            parts.append(f"thought_top_k={self.thought_top_k}")
+        return ", ".join([*parts, f"phase={self.cross_path_phase}", f"answer marker {self.answer_start!r}"])

@@ -34,13 +34,13 @@ def check_m3po_arguments(args: Any) -> None:
         ValueError: one line that names the flag, the rule and what to set.
     """
     switches = {"enable_cross_path": CROSS_PATH_MODES, "thinking_residual_enabled": RESIDUAL_MODES}
-    given = {name: getattr(args, name) for name in switches if getattr(args, name) is not None}
+    requested = {name: getattr(args, name) for name in switches if getattr(args, name) is not None}
     if args.mode is None:
-        wanted = [bool(given.get(name)) for name in switches]
+        wanted = [bool(requested.get(name)) for name in switches]
         args.mode = next(mode for mode in MODES if [mode in modes for modes in switches.values()] == wanted)
     if args.mode not in MODES:
         raise ValueError(f"mode={args.mode!r} is unknown; set one of {', '.join(MODES)}.")
-    for name, value in given.items():
+    for name, value in requested.items():
         if value != (args.mode in switches[name]):
             raise ValueError(f"mode={args.mode!r} and {name}={value} contradict each other; set mode alone.")
     for name, modes in switches.items():
@@ -225,21 +225,23 @@ def _prepare_gating(args: Any) -> None:
 
 
 def _check_distribution(args: Any) -> None:
-    given = {name: getattr(args, name) for name in _NO_TRUNCATION} | (args.generation_kwargs or {})
+    requested = {name: getattr(args, name) for name in _NO_TRUNCATION} | (args.generation_kwargs or {})
     for name, allowed in _NO_TRUNCATION.items():
-        if given[name] not in allowed:
+        if requested[name] not in allowed:
             raise ValueError(
-                f"{name}={given[name]} changes the distribution a token is sampled from, which the policy pass does "
-                f"not see; mode={args.mode!r} needs {name}={allowed[0]}."
+                f"{name}={requested[name]} changes the distribution a token is sampled from, which the policy pass "
+                f"does not see; mode={args.mode!r} needs {name}={allowed[0]}."
             )
-    if given.get("cache_implementation", args.cache_implementation) == "quantized":
+    if requested.get("cache_implementation", args.cache_implementation) == "quantized":
         raise ValueError(
             f"cache_implementation='quantized' changes the numbers of a rollout but not those of the policy pass; "
             f"leave it out, or set mode='none' instead of {args.mode!r}."
         )
-    if given.get("num_beams", 1) != 1:
-        raise ValueError(f"num_beams={given['num_beams']} cannot be combined with mode={args.mode!r}; set num_beams=1.")
-    for name in sorted(set(given) - set(_NO_TRUNCATION) - _HARMLESS - {"num_beams"}):
+    if requested.get("num_beams", 1) != 1:
+        raise ValueError(
+            f"num_beams={requested['num_beams']} cannot be combined with mode={args.mode!r}; set num_beams=1."
+        )
+    for name in sorted(set(requested) - set(_NO_TRUNCATION) - _HARMLESS - {"num_beams"}):
         raise ValueError(
             f"generation_kwargs has {name}, which can change the distribution a token is sampled from; with "
             f"mode={args.mode!r} it may hold {', '.join(sorted(_HARMLESS))} only. Leave it out."

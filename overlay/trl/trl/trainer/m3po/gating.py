@@ -108,8 +108,8 @@ def gating_statistics(model: Any, start: dict[str, torch.Tensor], scale: float) 
     gradients = [value.grad.float().norm() for value in parameters.values() if value.grad is not None]
     moved = torch.stack([(value - start[name]).norm() for name, value in parameters.items()]).norm()
     size = torch.stack([start[name].norm() for name in parameters]).norm()
-    found = {"gating_distance": moved / size}
-    return found | ({"gating_grad_norm": torch.stack(gradients).norm() / scale} if gradients else {})
+    statistics = {"gating_distance": moved / size}
+    return statistics | ({"gating_grad_norm": torch.stack(gradients).norm() / scale} if gradients else {})
 
 
 def zero_other_gradients(model: Any) -> None:

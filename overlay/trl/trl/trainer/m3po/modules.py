@@ -89,7 +89,7 @@ def prepare_policy(model: Any, args: Any, peft_config: PeftConfig | None) -> Pef
 
 def _prepare_aslr(base: Any, args: Any) -> None:
     """Makes the arguments and the model's configuration say the same of ASLR; what is unset is taken from the model."""
-    given = {name: getattr(args, name) for name in ASLR_HYPERPARAMETERS if getattr(args, name) is not None}
+    requested = {name: getattr(args, name) for name in ASLR_HYPERPARAMETERS if getattr(args, name) is not None}
     if args.aslr_enabled is None:
         args.aslr_enabled = ASLR.on(base)
     if not args.aslr_enabled:
@@ -99,13 +99,15 @@ def _prepare_aslr(base: Any, args: Any) -> None:
                 "from the model without it (make export-model ... ASLR=off, or from_pretrained(..., aslr_enabled="
                 "False))."
             )
-        if given:
-            raise ValueError(f"{next(iter(given))} does nothing without ASLR: set aslr_enabled=True, or leave it out.")
+        if requested:
+            raise ValueError(
+                f"{next(iter(requested))} does nothing without ASLR: set aslr_enabled=True, or leave it out."
+            )
         return
     check_model_type(base, "aslr_enabled=True")
     if ASLR.on(base):
-        check_aslr_overrides(base, given)
-        for name, value in given.items():
+        check_aslr_overrides(base, requested)
+        for name, value in requested.items():
             setattr(base.config, name, value)
     for name in ASLR_HYPERPARAMETERS:
         if getattr(args, name) is None:
@@ -139,8 +141,8 @@ def _check_optimizer(args: Any, why: str) -> None:
         )
 
 
-def _with_modules(given: PeftConfig, wanted: list[AddedModules]) -> PeftConfig:
-    config = copy.deepcopy(given)
+def _with_modules(requested: PeftConfig, wanted: list[AddedModules]) -> PeftConfig:
+    config = copy.deepcopy(requested)
     names = [name for modules in wanted for name in modules.names]
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     return config

@@ -44,28 +44,28 @@ def load_prototype_modules(model: Any, file: str | Path) -> None:
     if not has_aslr(model):
         raise ValueError(f"{file} holds ASLR modules and the model has none; load it with aslr_enabled=True.")
     stored = torch.load(file, map_location="cpu", weights_only=True)
-    found: dict[str, torch.Tensor] = {}
-    for given, tensor in _tensors(stored):
-        if "original_module." in given:  # PEFT's copy of what the training began with
+    tensors: dict[str, torch.Tensor] = {}
+    for stored_name, tensor in _tensors(stored):
+        if "original_module." in stored_name:  # PEFT's copy of what the training began with
             continue
-        name = RENAMED.get(given, given)
-        if name in found:
+        name = RENAMED.get(stored_name, stored_name)
+        if name in tensors:
             raise ValueError(f"{file} has {name} twice; leave one copy of each module in it.")
-        found[name] = tensor
+        tensors[name] = tensor
     targets = {name: model.base_model.get_parameter(name) for name in ASLR_PARAMETERS}
     for name, target in targets.items():
-        if name not in found:
+        if name not in tensors:
             raise ValueError(f"{file} lacks {name}; it is not a whole m3po_modules.bin.")
-        if found[name].shape != target.shape:
+        if tensors[name].shape != target.shape:
             raise ValueError(
-                f"{file} has {name} of shape {tuple(found[name].shape)} and the model {tuple(target.shape)}; load the "
-                "model with the aslr_num_paths and the hidden size of the file."
+                f"{file} has {name} of shape {tuple(tensors[name].shape)} and the model {tuple(target.shape)}; load "
+                "the model with the aslr_num_paths and the hidden size of the file."
             )
-    unexpected = sorted(found.keys() - targets.keys())
+    unexpected = sorted(tensors.keys() - targets.keys())
     if unexpected:
         raise ValueError(f"{file} has {unexpected[0]}, which no ASLR module has.")
     for name, target in targets.items():
-        value = found[name].float()
+        value = tensors[name].float()
         if name == "m3po_path_aggregator.weight_proj.weight":
             value = value - torch.eye(len(value))
         target.copy_(value)

@@ -174,11 +174,11 @@ def attach_aslr(model: Any, **hyperparameters: Any) -> None:
         ValueError: a number breaks its rule.
     """
     base = model.base_model
-    given = {name: getattr(base.config, name) for name in ASLR_HYPERPARAMETERS} | hyperparameters
-    check_aslr_hyperparameters(given, base.config.hidden_size)
+    values = {name: getattr(base.config, name) for name in ASLR_HYPERPARAMETERS} | hyperparameters
+    check_aslr_hyperparameters(values, base.config.hidden_size)
     for config in {id(net.config): net.config for net in (model, base)}.values():
         config.aslr_enabled = True
-        for name, value in given.items():
+        for name, value in values.items():
             setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):  # a layer draws a start of its own, which is replaced
         add_aslr(base)

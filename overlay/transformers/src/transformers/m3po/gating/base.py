@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -37,18 +37,18 @@ class BaseM3POGating(nn.Module, ABC):
 
     def __init__(self, config: Mapping[str, Any] | None = None):
         super().__init__()
-        given = dict(config or {})
-        unknown = sorted(set(given) - set(self.known_options()))
+        chosen = dict(config or {})
+        unknown = sorted(set(chosen) - set(self.known_options()))
         if unknown:
             raise ValueError(
                 f"gating_config has no option {', '.join(map(repr, unknown))} for {type(self).__name__}; it takes "
                 f"{', '.join(self.known_options())}."
             )
-        temperature = given.get("temperature")
+        temperature = chosen.get("temperature")
         self.temperature = float(self.default_temperature if temperature is None else temperature)
         self.given_temperature = None if temperature is None else self.temperature
-        self.debug = bool(given.get("debug", False))
-        self._given = given
+        self.debug = bool(chosen.get("debug", False))
+        self._given = chosen
         if not self.temperature > 0.0:
             raise ValueError(
                 f"temperature={self.temperature} is not above 0; the default of {type(self).__name__} is "
@@ -88,6 +88,23 @@ class BaseM3POGating(nn.Module, ABC):
     def statistics(self) -> dict[str, torch.Tensor]:
         """Statistics of its own, beyond those that all gating functions share; 0-dim tensors by name."""
         return {}
+
+
+class Attention(NamedTuple):
+    """Who listens to whom in each group.
+
+    Attributes:
+        weights: (..., N, N), A of eq. 5: zero on the diagonal, at paths that do not take part and at padding; every row
+            of an active path with an active peer sums to 1, every other row is zero. Finite forward and backward.
+        similarity: (..., N, N), S of eq. 3, before any mask.
+        pairs: (..., N, N) bool, the pairs that may exchange.
+        temperature: T, one number or, matched, (..., 1, 1).
+    """
+
+    weights: torch.Tensor
+    similarity: torch.Tensor
+    pairs: torch.Tensor
+    temperature: float | torch.Tensor
 
 
 def attention_weights(

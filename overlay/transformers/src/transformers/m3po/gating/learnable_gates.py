@@ -55,18 +55,18 @@ class LearnableGating(BaseM3POGating):
 
     def __init__(self, config: Mapping[str, Any] | None = None):
         super().__init__(config)
-        given = dict(config or {})
-        structure = self.structure(given)
+        chosen = dict(config or {})
+        structure = self.structure(chosen)
         self.size: int = structure[self.size_option]
         self.project_embeddings: bool = structure["project_embeddings"]
         for name in ("vocab_size", "hidden_size")[: 2 if self.project_embeddings else 1]:
-            if not _is_size(given.get(name)):
+            if not _is_size(chosen.get(name)):
                 raise ValueError(
                     f"{type(self).__name__} needs {name} in its config, the model's; attach_gating(model, ...) gives "
-                    f"it, got {given.get(name)!r}."
+                    f"it, got {chosen.get(name)!r}."
                 )
-        self.vocab_size: int = given["vocab_size"]
-        self.input_size: int = given["hidden_size"] if self.project_embeddings else self.vocab_size
+        self.vocab_size: int = chosen["vocab_size"]
+        self.input_size: int = chosen["hidden_size"] if self.project_embeddings else self.vocab_size
         if self.project_embeddings:
             self.register_buffer("whitening", torch.eye(self.input_size))
             self.register_buffer("token_scale", torch.ones(self.vocab_size))
@@ -82,10 +82,10 @@ class LearnableGating(BaseM3POGating):
         Raises:
             ValueError: the size is no whole number above 0, or `project_embeddings` neither True nor False.
         """
-        given = dict(config or {})
-        projects = given.get("project_embeddings", False)
+        chosen = dict(config or {})
+        projects = chosen.get("project_embeddings", False)
         default = cls.default_size * (2 if projects is True else 1)  # behind an embedding matrix units cost little
-        size = given.get(cls.size_option, default)
+        size = chosen.get(cls.size_option, default)
         if not _is_size(size):
             raise ValueError(
                 f"gating_config {cls.size_option}={size!r} is no whole number above 0; the default is {default}."

@@ -70,12 +70,12 @@ def gating_of_model(model: Any, gating_type: str, gating_config: Mapping[str, An
     Raises:
         ValueError: the model has none, another one, or one of another size than `gating_config` says.
     """
-    found = getattr(model.config, "m3po_gating_type", None) if has_gating(model) else None
-    if found != gating_type:
+    present = getattr(model.config, "m3po_gating_type", None) if has_gating(model) else None
+    if present != gating_type:
         raise ValueError(
             f"gating_type={gating_type!r} learns, and the model has "
-            f"{repr(found) if found else 'no such gating function'}: a fresh one comes with attach_gating(model, "
-            f"{gating_type!r}) or with training; or set gating_type={found or 'baseline'!r}."
+            f"{repr(present) if present else 'no such gating function'}: a fresh one comes with attach_gating(model, "
+            f"{gating_type!r}) or with training; or set gating_type={present or 'baseline'!r}."
         )
     has = gating_class(gating_type).structure(model.config.m3po_gating_config)
     for name, value in has.items():

@@ -105,24 +105,24 @@ def _check_nothing_is_lost(
 ) -> None:
     """Refuses a number that the call would ignore: of a mode that is not on, or beside a state that has its own."""
     names = [*ThinkingSettings.__dataclass_fields__, "return_thinking_embeds"]
-    given = [name for name in names if name != "mode" and getattr(generation_config, name, None) is not None]
+    requested = [name for name in names if name != "mode" and getattr(generation_config, name, None) is not None]
     if state is not None and state.settings is not None:
-        given = ["enable_cross_path"] * enabled + [name for name in given if name != "return_thinking_embeds"]
-        if given:
+        requested = ["enable_cross_path"] * enabled + [name for name in requested if name != "return_thinking_embeds"]
+        if requested:
             raise ValueError(
-                f"{given[0]} and m3po=M3POGenerationState(settings=...) both give the hyperparameters of the mode; "
+                f"{requested[0]} and m3po=M3POGenerationState(settings=...) both give the hyperparameters of the mode; "
                 "leave one of them out."
             )
         return
-    if "thought_top_k" in given and not reads_likeliest:
+    if "thought_top_k" in requested and not reads_likeliest:
         raise ValueError(
             "thought_top_k does nothing on a model without a residual gate or a learnable gating function; leave it "
             "out."
         )
     useful = (*THOUGHT_FLAGS, "return_thinking_embeds") if has_gate else ()
-    given = [name for name in given if not enabled and name not in useful]
-    if given:
+    requested = [name for name in requested if not enabled and name not in useful]
+    if requested:
         raise ValueError(
-            f"{given[0]} does nothing without enable_cross_path: set enable_cross_path=True as well (False says that "
-            "it is off on purpose), or leave it out."
+            f"{requested[0]} does nothing without enable_cross_path: set enable_cross_path=True as well (False says "
+            "that it is off on purpose), or leave it out."
         )

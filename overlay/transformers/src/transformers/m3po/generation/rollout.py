@@ -79,8 +79,8 @@ class ThinkingRollout:
         self._num_embeddings = getattr(embed_tokens, "base_layer", embed_tokens).num_embeddings  # LoRA wraps it
         self._crosses = settings.crosses and self.groups.size > 1
         num_peers = min(self.groups.size - 1, settings.cross_path_top_k or self.groups.size) if self._crosses else 0
-        kept = min(settings.thought_top_k or vocabulary, vocabulary)
-        entries = kept if settings.has_thoughts else num_peers
+        num_entries = min(settings.thought_top_k or vocabulary, vocabulary)
+        entries = num_entries if settings.has_thoughts else num_peers
         if settings.mode == "m3po" and self._crosses:
             entries += 1  # the path itself
         self.record = RolloutRecord.zeros(rows, max_new_tokens, device, thinks=True, entries=entries)
@@ -88,7 +88,7 @@ class ThinkingRollout:
         self.peers = torch.zeros(rows, max_new_tokens, num_peers if settings.has_thoughts else 0, device=device)
         self.trace = torch.ones(rows, max_new_tokens, 2 if settings.has_thoughts else 0, device=device)
         if self._crosses and getattr(self._gate, "learnable", False):
-            self.record.gating = GatingRecord.zeros(rows, max_new_tokens, kept, num_peers, device)
+            self.record.gating = GatingRecord.zeros(rows, max_new_tokens, num_entries, num_peers, device)
         logger.info_once(f"M3PO mode {settings.mode}: {settings.describe()}")
 
     @property

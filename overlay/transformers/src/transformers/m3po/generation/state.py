@@ -130,8 +130,8 @@ class M3POGenerationState:
             model, input_ids, generation_config, max_new_tokens, self._given_seeds, self.aslr_overrides
         )
         # What the distribution of a greedy token lacks to be that of its thought.
-        given = (self.thought_temperature, generation_config.temperature, 1.0)
-        greedy = next(float(value) for value in given if value is not None)
+        requested = (self.thought_temperature, generation_config.temperature, 1.0)
+        greedy = next(float(value) for value in requested if value is not None)
         self._thought_temperature = 1.0 if generation_config.do_sample else greedy
         settings = self.settings or ThinkingSettings.from_generation_config(generation_config, model)
         if settings is not None:
@@ -322,8 +322,8 @@ def pop_state(generate_kwargs: dict[str, Any]) -> M3POGenerationState | None:
     """
     pop_routing_gate(generate_kwargs)
     state = generate_kwargs.pop("m3po", None)
-    given = {name: generate_kwargs.pop(name) for name in ASLR_HYPERPARAMETERS if name in generate_kwargs}
-    overrides = {name: value for name, value in given.items() if value is not None}
+    requested = {name: generate_kwargs.pop(name) for name in ASLR_HYPERPARAMETERS if name in generate_kwargs}
+    overrides = {name: value for name, value in requested.items() if value is not None}
     if not overrides:
         return state
     if state is not None:

@@ -49,16 +49,16 @@ class AttentionSums:
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """See `attention_statistics`."""
-        found = {
+        means = {
             "similarity_mean": self.total / self.count,
             "similarity_min": torch.where(self.count > 0, self.smallest, torch.nan),
             "similarity_max": torch.where(self.count > 0, self.largest, torch.nan),
         }
         if self.cuts:
-            found["attention_cut"] = self.cut / self.listening
+            means["attention_cut"] = self.cut / self.listening
         if self.matches:
-            found["matched_temperature"] = (self.temperature / self.groups).exp()
-        return found
+            means["matched_temperature"] = (self.temperature / self.groups).exp()
+        return means
 
 
 def attention_statistics(

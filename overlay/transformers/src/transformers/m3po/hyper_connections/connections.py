@@ -94,8 +94,8 @@ class DynamicMHC(nn.Module):
         index: tuple[int, int] = (0, 0),
     ):
         super().__init__()
-        given = (num_streams, sinkhorn_iters, sinkhorn_tau, residual, alpha, diagonal_bias)
-        check_mhc_hyperparameters({**MHC_DEFAULTS, **dict(zip(MHC_DEFAULTS, given, strict=False))})
+        arguments = (num_streams, sinkhorn_iters, sinkhorn_tau, residual, alpha, diagonal_bias)
+        check_mhc_hyperparameters({**MHC_DEFAULTS, **dict(zip(MHC_DEFAULTS, arguments, strict=False))})
         self.dim, self.num_streams, self.residual, self.index, self.eps = dim, num_streams, residual, index, eps
         self.sinkhorn_iters, self.sinkhorn_tau = sinkhorn_iters, sinkhorn_tau
         self.alpha, self.diagonal_bias = alpha, diagonal_bias

@@ -45,8 +45,8 @@ def sinkhorn(logits: torch.Tensor, num_iters: int = 20, tau: float = 1.0) -> tor
         raise ValueError(f"num_iters={num_iters} and tau={tau}: give at least 1 round and a tau above 0.")
     *batch, streams, _ = logits.shape
     inner = (wide(logits) / tau).movedim((-2, -1), (0, 1)).reshape(streams, streams, -1)
-    found = _Sinkhorn.apply(inner, num_iters).view(streams, streams, *batch).movedim((0, 1), (-2, -1))
-    return found.contiguous()  # torch.bmm copies matrices of other strides one by one
+    result = _Sinkhorn.apply(inner, num_iters).view(streams, streams, *batch).movedim((0, 1), (-2, -1))
+    return result.contiguous()  # torch.bmm copies matrices of other strides one by one
 
 
 class _Sinkhorn(torch.autograd.Function):

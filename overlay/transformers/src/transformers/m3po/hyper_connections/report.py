@@ -175,19 +175,19 @@ def gradient_norms(model: Any) -> dict[str, dict[str, float]]:
 
     Keys `pre`, `post`, `res` are of b, `phi_pre` and so on of φ, `scale` of the three α. No gradient counts as 0.
     """
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    results: dict[str, dict[str, torch.Tensor]] = {}
     for name, mixer in mixers(model).items():
         own = {key: torch.zeros_like(value) if value.grad is None else value.grad for key, value in
                mixer.named_parameters()}  # fmt: skip
-        found[name] = {
+        results[name] = {
             **dict(zip(("pre", "post", "res"), own["bias"].split(mixer.sizes), strict=True)),
             **dict(zip(("phi_pre", "phi_post", "phi_res"), own["phi"].split(mixer.sizes), strict=True)),
             "scale": own["scale_bias"],
         }
-    rows = torch.stack([torch.stack([part.float().norm() for part in parts.values()]) for parts in found.values()])
+    rows = torch.stack([torch.stack([part.float().norm() for part in parts.values()]) for parts in results.values()])
     return {
         name: dict(zip(parts, row, strict=True))
-        for (name, parts), row in zip(found.items(), rows.tolist(), strict=True)
+        for (name, parts), row in zip(results.items(), rows.tolist(), strict=True)
     }
 
 
@@ -203,18 +203,18 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
     At the start the second line is true by construction: H_res leaves the mean of equal streams alone. It is a verdict
     on a model that has been trained.
     """
-    found = []
+    results = []
     apart = {name: numbers["from_identity"] for name, numbers in report["sublayers"].items()}
     stuck = [name for name, distance in apart.items() if distance < NO_MIXING]
     if stuck:
-        found.append(
+        results.append(
             f"H_res is the identity in {len(stuck)} of {len(apart)} sublayers ({stuck[0]} first): it gets no gradient "
             "there and cannot learn; set mhc_sinkhorn_tau=1.0 and mhc_diagonal_bias to about 5."
         )
     effect = report.get("gate_effect")
     if effect is not None and not effect >= NO_EFFECT:
-        found.append(
+        results.append(
             f"gate has no effect: {effect:.1e} nats between mhc_gate=0 and 1, below {NO_EFFECT:.0e}; a controller of "
             "this gate would tune nothing."
         )
-    return found
+    return results

@@ -45,9 +45,9 @@ def select_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) -
     rows, slots = groups.peers[:, 1:], groups.ring[:, 1:]
     cut = peers.new_zeros(len(peers))
     if top_k is not None and top_k < peers.shape[-1]:
-        kept, place = peers.topk(top_k, dim=-1)
-        cut = peers.sum(-1) - kept.sum(-1)
-        peers = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+        largest, place = peers.topk(top_k, dim=-1)
+        cut = peers.sum(-1) - largest.sum(-1)
+        peers = largest / largest.sum(-1, keepdim=True).clamp_min(torch.finfo(largest.dtype).tiny)
         rows, slots = rows.gather(-1, place), slots.gather(-1, place)
     return Peers(peers, rows, slots, cut)
 

@@ -9,12 +9,12 @@ by ids, in any order and of any size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..debugging import debugging, log_attention
-from ..gating.base import BaseM3POGating, attention_weights
+from ..gating.base import Attention, BaseM3POGating, attention_weights
 from ..gating.matched_temperature import MATCH, matched_temperature
 from ..gating.parameter_free_gates import CosineGating, cosine_similarity
 
@@ -71,23 +71,6 @@ class PathGroups:
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """(G, N, ...) -> (B, ...): undoes `split`."""
         return values[self.group, self.slot]
-
-
-class Attention(NamedTuple):
-    """Who listens to whom in each group.
-
-    Attributes:
-        weights: (..., N, N), A of eq. 5: zero on the diagonal, at paths that do not take part and at padding; every row
-            of an active path with an active peer sums to 1, every other row is zero. Finite forward and backward.
-        similarity: (..., N, N), S of eq. 3, before any mask.
-        pairs: (..., N, N) bool, the pairs that may exchange.
-        temperature: T, one number or, matched, (..., 1, 1).
-    """
-
-    weights: torch.Tensor
-    similarity: torch.Tensor
-    pairs: torch.Tensor
-    temperature: float | torch.Tensor
 
 
 def path_attention(

@@ -41,13 +41,13 @@ def top_k_tokens(probs: torch.Tensor, top_k: int, num_embeddings: int) -> TopKTo
     """
     norm = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
     if top_k and top_k < probs.shape[-1]:
-        kept, ids = probs.topk(top_k, dim=-1)
+        top, ids = probs.topk(top_k, dim=-1)
     else:
-        kept, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+        top, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
     if num_embeddings < probs.shape[-1]:
         known = ids < num_embeddings
-        kept, ids = kept * known, ids * known
-    return TopKTokens(ids.int(), kept, norm)
+        top, ids = top * known, ids * known
+    return TopKTokens(ids.int(), top, norm)
 
 
 def thought_bags(probs: torch.Tensor, top_k: int, num_embeddings: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,8 +56,8 @@ def thought_bags(probs: torch.Tensor, top_k: int, num_embeddings: int) -> tuple[
     Returns:
         ids (B, K) int32 and weights (B, K) float32.
     """
-    kept = top_k_tokens(probs, top_k, num_embeddings)
-    return kept.ids, kept.probs / kept.norm
+    top = top_k_tokens(probs, top_k, num_embeddings)
+    return top.ids, top.probs / top.norm
 
 
 def blend_thoughts(
@@ -80,9 +80,9 @@ def blend_thoughts(
     """
     all_ids, token, merged = _merge(ids, weights, peers, peer_rows, cross_path_lambda)
     merged_ids = torch.zeros_like(all_ids).scatter(-1, token, all_ids)
-    kept, place = merged.topk(ids.shape[-1], dim=-1)
+    top, place = merged.topk(ids.shape[-1], dim=-1)
     listens = (peers > 0).any(-1, keepdim=True)
-    return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, kept, weights)
+    return torch.where(listens, merged_ids.gather(-1, place), ids), torch.where(listens, top, weights)
 
 
 def recompute_blend_weights(
@@ -105,9 +105,9 @@ def recompute_blend_weights(
     """
     all_ids, token, merged = _merge(ids, weights, peers, peer_rows, cross_path_lambda)
     place = torch.searchsorted(all_ids, bag_ids.contiguous()).clamp_max(all_ids.shape[-1] - 1)
-    found = merged.gather(-1, token.gather(-1, place))
+    chosen = merged.gather(-1, token.gather(-1, place))
     listens = (peers > 0).any(-1, keepdim=True)
-    return torch.where(listens & (bag_weights > 0), found, bag_weights)
+    return torch.where(listens & (bag_weights > 0), chosen, bag_weights)
 
 
 def _merge(
