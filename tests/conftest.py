@@ -98,8 +98,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`family` is Llama, and Qwen2 as well in tests that are marked `both_families`: the two patched model files."""
     if "family" in metafunc.fixturenames:
         both = metafunc.definition.get_closest_marker("both_families") is not None
-        qwen2 = pytest.param("qwen2", marks=pytest.mark.slow)
-        metafunc.parametrize("family", ["llama", qwen2] if both else ["llama"], indirect=True)
+        metafunc.parametrize("family", ["llama", "qwen2"] if both else ["llama"], indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of the second family are slow ones: the inner loop has the first alone."""
+    for item in items:
+        values = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        if any(isinstance(value, str) and value.lower() == "qwen2" for value in values):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -16,10 +16,18 @@ from m3po_lab.models.embedded import embedded_gguf, repair_embedded
 SHOWN = {"README.md": "'train_loss'", "docs/differences.md": "Thinking embeds shape: torch.Size([8, "}
 
 
-@pytest.fixture
-def folder_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable[..., Any]) -> Path:
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """That of the embedded model, read once: out of a GGUF file it takes a while."""
     tokenizer = AutoTokenizer.from_pretrained(str(embedded_gguf().parent), gguf_file=embedded_gguf().name)
     repair_embedded(SimpleNamespace(config=SimpleNamespace(), generation_config=SimpleNamespace()), tokenizer)
+    return tokenizer
+
+
+@pytest.fixture
+def folder_with_a_model(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable[..., Any]
+) -> Path:
     model = tiny_llama(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")

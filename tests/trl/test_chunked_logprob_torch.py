@@ -201,6 +201,7 @@ def test_no_tokens_give_empty_outputs_and_zero_gradients():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+@pytest.mark.slow
 def test_outputs_and_gradients_equal_the_triton_kernel(tmp_path):
     cases = [
         make_case(shape, transform, dtype, seed)
@@ -270,6 +271,7 @@ def test_a_gpu_with_triton_gets_the_kernel_itself_and_everything_else_the_torch_
     assert {scorer(Kernel, devices[3]), *(scorer(None, x) for x in devices)} == {TorchChunkedLogProbFunction}
 
 
+@pytest.mark.slow
 def test_completions_are_scored_where_triton_is_not_installed():
     _python(NO_TRITON_SCRIPT)
 

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks/engines.py` without a GPU: the dry run, one engine's process for real, the tables, what is kept.
+"""`benchmarks/engines.py` without a GPU: the dry run, the steps of one engine for real, the tables, what is kept.
 
 Unsloth's two processes need a GPU; benchmarks/results has what one gave.
 """
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +48,16 @@ def test_without_a_gpu_the_comparison_is_refused_in_one_line(
     assert "this machine has no GPU" in printed and len(printed.splitlines()) == 1
 
 
-def test_trls_process_measures_its_modes_goes_on_after_a_stop_and_is_reported(
+def test_trls_steps_are_measured_by_mode_gone_on_with_after_a_stop_and_reported(
     engines: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     settings = {"modes": ["none", "h3po"], "prompts": 2, "paths": 2, "length": 3, "rounds": 1, "warmup": 1, "steps": 2}
     settings |= {"dtype": "float32", "model": str(tiny_model)}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     result = tmp_path / "trl.json"
-    command = [sys.executable, str(BENCHMARKS / "engine_steps.py"), "trl", str(tmp_path / "settings.json"), str(result)]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    words = ["trl", str(tmp_path / "settings.json"), str(result)]
+    engine_steps = importlib.import_module("engine_steps")
+    assert engine_steps.main(words) == 0
     found = json.loads(result.read_text())
     assert [run["mode"] for run in found["runs"]] == ["none", "h3po"] and engines.missing_runs(
         "trl", settings, result
@@ -70,7 +69,7 @@ def test_trls_process_measures_its_modes_goes_on_after_a_stop_and_is_reported(
     kept = found["runs"][0]
     result.write_text(json.dumps({**found, "runs": [kept]}))
     assert engines.missing_runs("trl", settings, result) == 1
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    assert engine_steps.main(words) == 0
     again = json.loads(result.read_text())["runs"]
     assert again[0] == kept and again[1]["mode"] == "h3po" and again[1]["seconds"] != found["runs"][1]["seconds"]
 

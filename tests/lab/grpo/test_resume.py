@@ -40,15 +40,13 @@ def test_training_moves_the_weights(finished_run: Path, tiny_model: Path) -> Non
     assert len(moved) == len(start)
 
 
-@pytest.mark.parametrize("mode", ["none", "m3po", "h3po"])
+@pytest.mark.parametrize("mode", ["none", "h3po"])
 def test_run_stopped_and_resumed_equals_uninterrupted_run(
     mode: str, finished_run: Path, h3po_run: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
-    """Two steps, then the rest with another process state; in the modes too."""
-    words = [str(tiny_config), *(H3PO if mode == "h3po" else ("--mode", mode))]
-    whole = {"none": finished_run, "h3po": h3po_run}.get(mode, tmp_path / "whole")
-    if mode == "m3po":
-        assert main([*words, "--output_dir", str(whole)]) == 0
+    """Two steps, then the rest with another process state."""
+    words = [str(tiny_config), *(H3PO if mode == "h3po" else ())]
+    whole = h3po_run if mode == "h3po" else finished_run
     parts = tmp_path / "parts"
     assert main([*words, "--output_dir", str(parts), "--max_steps", "2"]) == 0
     written = (parts / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
@@ -72,13 +70,10 @@ def test_finished_run_can_be_resumed_without_another_step(finished_run: Path, ti
     assert (read_json(finished_run / "summary.json") or {})["steps"] == 6
 
 
-@pytest.mark.parametrize("mode", ["none", "h3po"])
-def test_killed_run_resumes_to_the_same_weights(
-    mode: str, finished_run: Path, h3po_run: Path, tiny_config: Path, tmp_path: Path
-) -> None:
+def test_killed_run_resumes_to_the_same_weights(h3po_run: Path, tiny_config: Path, tmp_path: Path) -> None:
     """kill -9 at a random moment after the first checkpoint began to be written."""
     folder = tmp_path / "killed"
-    words = [str(tiny_config), *(H3PO if mode == "h3po" else ()), "--output_dir", str(folder)]
+    words = [str(tiny_config), *H3PO, "--output_dir", str(folder)]
     delay = random.Random().uniform(0, 1.5)
     process = subprocess.Popen(
         [sys.executable, "-m", "m3po_lab.train", *words],
@@ -96,7 +91,7 @@ def test_killed_run_resumes_to_the_same_weights(
     code = main([*words, "--resume_from_checkpoint", "true"])
     if code == 2:  # killed before the first checkpoint was whole: it starts anew
         assert main([*words, "--overwrite"]) == 0
-    assert_same_weights(h3po_run if mode == "h3po" else finished_run, folder)
+    assert_same_weights(h3po_run, folder)
 
 
 def test_interrupt_names_the_command_to_go_on(
