@@ -157,8 +157,8 @@ def _without_record(kind: Any) -> str | None:
     micro-batch that holds the record as `m3po_batch`.
     """
     for name in RECORD_METHODS:
-        owner = next(parent for parent in kind.__mro__ if _defines(parent, name))
-        if not vars(owner).get("carries_rollout_record", False):
+        owner = next((parent for parent in kind.__mro__ if _defines(parent, name)), None)
+        if owner is None or not vars(owner).get("carries_rollout_record", False):
             return name
     if "m3po_inputs" not in inspect.signature(kind._get_per_token_logps_and_entropies).parameters:
         return "_get_per_token_logps_and_entropies"
