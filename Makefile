@@ -56,7 +56,7 @@ reference: env ## write the tables of docs/flags.md and docs/metrics.md from the
 	@$(ENV) -m m3po_lab.documentation.reference
 
 docs: env-docs ## site/: the pages as a site with search; a dead link or anchor is an error
-	@export NO_MKDOCS_2_WARNING=1; $(ENV) -m mkdocs build --quiet --strict
+	@. scripts/isolated.sh; NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet --strict
 
 test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own: importing Unsloth patches the other libraries
 	@$(ENV) -m pytest -n 2 --dist loadfile

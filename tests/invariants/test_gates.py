@@ -312,7 +312,7 @@ def learnable(request):
 def test_a_gate_that_learns_and_a_model_without_it_are_refused_in_one_line(make, tiny_llama, learnable):
     other = next(name for name in LEARNABLE if name != name_of(learnable))
     for model, said in (
-        (tiny_llama(), "the model has no such gate.*attach_gating.*gating_type='baseline'"),
+        (tiny_llama(), "the model has no such gating function.*attach_gating.*gating_type='baseline'"),
         (make(other), f"the model has {other!r}.*gating_type={other!r}"),
     ):
         with pytest.raises(ValueError, match=said) as error:

@@ -103,4 +103,4 @@ def test_a_real_command_helps_from_a_hostile_folder(tmp_path: Path) -> None:
     command = ["bash", ROOT / "scripts" / "eval_gsm8k.sh", "--help"]
     done = subprocess.run(command, cwd=tmp_path / "folder", env=variables, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr.decode()
-    assert "λ of a model" in done.stdout.decode()
+    assert "λ, the share of the peers" in done.stdout.decode()

@@ -189,7 +189,7 @@ REFUSED = [
     (
         {"thinking_residual_gate_learning_rate": -1e-4},
         "thinking_residual_gate_learning_rate=-0.0001 is below 0",
-        "1e-4 for the gate",
+        "1e-4 for the residual gate",
     ),
     (
         {"thinking_residual_lambda_learning_rate": float("nan")},

@@ -360,7 +360,10 @@ def with_gate(tiny: Any) -> Any:
             "the model has the learnable gating function 'luong'.*gating_type='bahdanau' does not train it",
         ),
         ({**FLAGS, "mode": "m3po"}, "the model has the learnable gating function 'luong'.*gating_type='baseline'"),
-        (flags_of("luong") | {"gating_config": {"rank": 4}}, "gating_config rank=4, and the gate of the model has 8"),
+        (
+            flags_of("luong") | {"gating_config": {"rank": 4}},
+            "gating_config rank=4, and the gating function of the model has 8",
+        ),
     ],
 )
 def test_a_run_that_does_not_fit_the_gate_of_its_model_is_refused(

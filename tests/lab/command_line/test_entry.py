@@ -39,13 +39,12 @@ def test_a_command_on_a_library_without_our_patches_is_one_line(entry: str, tmp_
 
 def test_each_library_is_looked_at_and_none_is_imported(tmp_path: Path) -> None:
     assert unpatched() is None
-    for name, ours in {"transformers": "m3po", "trl": "trainer/m3po/rollouts.py"}.items():
+    for name, ours in {"transformers": "m3po", "trl": "trainer/m3po"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')\n")
         code = "from m3po_lab.command_line.entry import unpatched; print(unpatched())"
         assert f"error: {name} in" in f"error: {run(['-c', code], PYTHONPATH=str(tmp_path)).stdout}"
-        (tmp_path / name / ours).parent.mkdir(exist_ok=True)
-        (tmp_path / name / ours).touch() if ours.endswith(".py") else (tmp_path / name / ours).mkdir()
+        (tmp_path / name / ours).mkdir(parents=True)
     assert run(["-c", code], PYTHONPATH=str(tmp_path)).stdout == "None\n"
 
 
