@@ -62,7 +62,7 @@ test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own
 	@$(ENV) -m pytest -n 2 --dist loadfile
 	@$(ENV) -m pytest tests/unsloth
 
-test-quick: env ## the tests of the overlay but those marked slow, for the inner loop: below 3 minutes, one family, no download
+test-quick: env ## the tests of the overlay but those marked slow, for the inner loop: about 3 minutes, one family, no download
 	@$(ENV) -m pytest -n 2 --dist loadfile -m "not slow" tests/transformers tests/trl tests/invariants
 
 bench: env ## rollout, memory and policy pass of each mode, of ASLR and of hyper-connections over plain; soft thoughts by size; gating functions

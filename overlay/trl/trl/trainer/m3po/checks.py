@@ -151,13 +151,14 @@ def _check_policy_distribution(trainer: Any, model: Any) -> None:
 def _without_record(kind: Any) -> str | None:
     """The first function between a rollout and its loss that does not carry the rollout's record; None if all do.
 
-    The contract: a class that has one of `RECORD_METHODS` of its own says `carries_rollout_record = True` in its body;
-    the log-prob pass takes the record as `m3po_inputs`, and a loss that is no method (`grpo_accumulated_loss` in the
-    module of Unsloth's trainer) takes the micro-batch that holds the record as `m3po_batch`.
+    The contract: a class whose body defines one of `RECORD_METHODS` says `carries_rollout_record = True` there too (a
+    wrapper that was laid on from outside, as Unsloth does, is passed over); the log-prob pass takes the record as
+    `m3po_inputs`, and a loss that is no method (`grpo_accumulated_loss` in the module of Unsloth's trainer) takes the
+    micro-batch that holds the record as `m3po_batch`.
     """
     for name in RECORD_METHODS:
-        owner = next(parent for parent in kind.__mro__ if name in vars(parent))
-        if not vars(owner).get("carries_rollout_record", False):
+        owner = next((parent for parent in kind.__mro__ if _defines(parent, name)), None)
+        if owner is None or not vars(owner).get("carries_rollout_record", False):
             return name
     if "m3po_inputs" not in inspect.signature(kind._get_per_token_logps_and_entropies).parameters:
         return "_get_per_token_logps_and_entropies"
@@ -165,6 +166,11 @@ def _without_record(kind: Any) -> str | None:
     if loss is not None and "m3po_batch" not in inspect.signature(loss).parameters:
         return "grpo_accumulated_loss"
     return None
+
+
+def _defines(kind: type, name: str) -> bool:
+    """Whether the body of a class defines a method."""
+    return getattr(vars(kind).get(name), "__qualname__", "") == f"{kind.__qualname__}.{name}"
 
 
 def _keeps_all(processor: Any) -> bool:
