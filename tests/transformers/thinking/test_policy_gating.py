@@ -26,18 +26,16 @@ SIZES = {"luong": {"rank": 4}, "bahdanau": {"attention_dim": 4}}
 EACH = pytest.mark.parametrize("name", GATES)
 MODES = pytest.mark.parametrize("mode", ["m3po", "h3po"])
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.2, "match"])
-# Any two of these values meet in one of the rows.
-PAIRWISE = pytest.mark.parametrize(
-    ("temperature", "top_k_peers", "mode", "projects", "name"),
-    [
-        (0.2, None, "m3po", False, "luong"),
-        ("match", None, "h3po", True, "bahdanau"),
-        (0.2, 2, "h3po", True, "luong"),
-        ("match", 2, "m3po", False, "bahdanau"),
-        (0.2, 1, "m3po", True, "bahdanau"),
-        ("match", 1, "h3po", False, "luong"),
-    ],
-)
+# Any two of these values meet in one of the rows: temperature, top_k_peers, mode, projects, name.
+ROWS = [
+    (0.2, None, "m3po", False, "luong"),
+    ("match", None, "h3po", True, "bahdanau"),
+    (0.2, 2, "h3po", True, "luong"),
+    ("match", 2, "m3po", False, "bahdanau"),
+    (0.2, 1, "m3po", True, "bahdanau"),
+    ("match", 1, "h3po", False, "luong"),
+]
+PAIRWISE = pytest.mark.parametrize(("temperature", "top_k_peers", "mode", "projects", "name"), ROWS)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,11 +210,11 @@ def test_a_batch_of_pairs_comes_back(mode: str, temperature: Any) -> None:
     torch.testing.assert_close(rolled.regated(), rolled.bag_weights, atol=1e-6, rtol=0)
 
 
-@PAIRWISE
+@pytest.mark.parametrize(("top_k_peers", "mode", "projects", "name"), [row[1:] for row in ROWS])
 def test_another_gate_weighs_the_recorded_tokens_and_peers_anew(
-    name: str, projects: bool, mode: str, top_k_peers: int | None, temperature: Any
+    name: str, projects: bool, mode: str, top_k_peers: int | None
 ) -> None:
-    rolled = roll_out(*made(name, projects), mode, temperature, top_k_peers)
+    rolled = roll_out(*made(name, projects), mode, top_k_peers=top_k_peers)
     change(rolled.gate, 9)
     mine, given = rolled.regated(), parameters(rolled.gate)
     wanted = expected(rolled, given)
