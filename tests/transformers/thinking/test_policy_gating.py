@@ -25,9 +25,17 @@ GATES = ("luong", "bahdanau")
 SIZES = {"luong": {"rank": 4}, "bahdanau": {"attention_dim": 4}}
 EACH = pytest.mark.parametrize("name", GATES)
 MODES = pytest.mark.parametrize("mode", ["m3po", "h3po"])
-PEERS = pytest.mark.parametrize("top_k_peers", [None, 2, 1])
-BOTH = pytest.mark.parametrize("projects", [False, True], ids=["vocabulary", "embeddings"])
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.2, "match"])
+# Any two of these values meet in one of the rows: temperature, top_k_peers, mode, projects, name.
+ROWS = [
+    (0.2, None, "m3po", False, "luong"),
+    ("match", None, "h3po", True, "bahdanau"),
+    (0.2, 2, "h3po", True, "luong"),
+    ("match", 2, "m3po", False, "bahdanau"),
+    (0.2, 1, "m3po", True, "bahdanau"),
+    ("match", 1, "h3po", False, "luong"),
+]
+PAIRWISE = pytest.mark.parametrize(("temperature", "top_k_peers", "mode", "projects", "name"), ROWS)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,11 +173,7 @@ def test_the_rollout_has_all_that_can_go_wrong() -> None:
     assert not heard[3].any() and not heard[:, 2].any() and heard[:, 0][GROUPS != 4].all()
 
 
-@TEMPERATURES
-@PEERS
-@MODES
-@BOTH
-@EACH
+@PAIRWISE
 def test_the_gate_of_the_rollout_gives_its_weights_back(
     name: str, projects: bool, mode: str, top_k_peers: int | None, temperature: Any
 ) -> None:
@@ -206,10 +210,7 @@ def test_a_batch_of_pairs_comes_back(mode: str, temperature: Any) -> None:
     torch.testing.assert_close(rolled.regated(), rolled.bag_weights, atol=1e-6, rtol=0)
 
 
-@PEERS
-@MODES
-@BOTH
-@EACH
+@pytest.mark.parametrize(("top_k_peers", "mode", "projects", "name"), [row[1:] for row in ROWS])
 def test_another_gate_weighs_the_recorded_tokens_and_peers_anew(
     name: str, projects: bool, mode: str, top_k_peers: int | None
 ) -> None:
@@ -369,15 +370,13 @@ def test_the_record_goes_through_a_batch_and_back() -> None:
     assert (record.ids.dtype, record.slots.dtype, record.probs.dtype) == (torch.int32, torch.int16, torch.float32)
 
 
-@TEMPERATURES
-@PEERS
-@MODES
-@EACH
+@PAIRWISE
 def test_the_record_of_a_rollout_gives_its_weights_back(
-    name: str, mode: str, top_k_peers: int | None, temperature: Any
+    name: str, projects: bool, mode: str, top_k_peers: int | None, temperature: Any
 ) -> None:
     """As above, with the rollout itself: phase `all`, rows that end one after the other."""
-    gate, table = made(name)[0], torch.nn.Embedding(VOCAB, HIDDEN)
+    gate, table = made(name, projects)
+    table = table or torch.nn.Embedding(VOCAB, HIDDEN)
     settings = ThinkingSettings(
         mode=mode,
         cross_path_lambda=LAMBDA,
