@@ -31,7 +31,8 @@ def make(architecture: str, seed: int = 0, **config: Any) -> Any:
     if not config:
         return plain.eval()
     model = type(plain)(type(plain.config)(**{**SIZES, **config}))
-    if plain.state_dict().keys() <= model.state_dict().keys():
+    same_sizes = model.config.vocab_size == plain.config.vocab_size
+    if same_sizes and plain.state_dict().keys() <= model.state_dict().keys():
         model.load_state_dict(plain.state_dict(), strict=False)
     return model.eval()
 

@@ -156,7 +156,7 @@ def test_distinct_answers_counts_the_texts_behind_the_first_marker_group_by_grou
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=3)  # what is masked is never read
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     run = tiny.trainer(tmp_path, flags={"mode": "none"})
-    run.m3po.generate_kwargs(len(ids), 4)
+    run.m3po.generate_kwargs(run.model, {"input_ids": ids, "attention_mask": mask}, 4)
     run.m3po._log_answers(ids, mask)
     assert run._metrics["train"]["m3po/distinct_answers"] == [pytest.approx((2 + 0 + 4) / 3)]
 

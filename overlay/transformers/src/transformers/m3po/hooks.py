@@ -29,7 +29,9 @@ _HOMES = {
     "expand_streams": ".hyper_connections.connections",
     "read_streams": ".hyper_connections.connections",
     "write_streams": ".hyper_connections.connections",
+    "attend_by_group": ".shared_prefix",
     "reduce_streams": ".hyper_connections.connections",
+    "split_rows": ".shared_prefix",
     "refine_states": ".aslr.modules",
     # Classes that can be imported from the model files.
     "M3PORouter": ".aslr.modules",

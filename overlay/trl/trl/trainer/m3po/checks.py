@@ -17,7 +17,7 @@ from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.gating.matched_temperature import MATCH
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
-from .config import GATING_TRAININGS, MODES, thinking_settings
+from .config import GATING_TRAININGS, MODES, SHARING, thinking_settings
 
 # What generate cuts off a distribution, with the value at which it cuts nothing off.
 _NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
@@ -45,6 +45,9 @@ def check_m3po_arguments(args: Any) -> None:
             raise ValueError(f"mode={args.mode!r} and {name}={value} contradict each other; set mode alone.")
     for name, modes in switches.items():
         setattr(args, name, args.mode in modes)
+    args.shared_prefix = str(args.shared_prefix).lower()  # YAML's true and false are no texts
+    if args.shared_prefix not in SHARING:
+        raise ValueError(f"shared_prefix={args.shared_prefix!r} is unknown; set one of {', '.join(SHARING)}.")
     _prepare_gating(args)
     check_bounds(args.thinking_residual_r_min, args.thinking_residual_r_max)
     for name in ("thinking_residual_gate_learning_rate", "thinking_residual_lambda_learning_rate"):
@@ -90,7 +93,7 @@ def check_trainer(trainer: Any, settings: ThinkingSettings | None, elsewhere: li
             f"{why}. Leave it out, or {mend}."
         )
     kind = type(trainer)
-    if (own := _without_record(kind)) is not None:
+    if (own := method_without_record(kind)) is not None:
         way = "take GRPOTrainer"
         if kind.__name__.startswith("Unsloth"):
             way = "this Unsloth lacks the patches of this overlay; take those of `make env EXTRA=unsloth`"
@@ -148,7 +151,7 @@ def _check_policy_distribution(trainer: Any, model: Any) -> None:
         )
 
 
-def _without_record(kind: Any) -> str | None:
+def method_without_record(kind: Any) -> str | None:
     """The first function between a rollout and its loss that does not carry the rollout's record; None if all do.
 
     The contract: a class whose body defines one of `RECORD_METHODS` says `carries_rollout_record = True` there too (a

@@ -16,6 +16,7 @@ from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K, RESIDUAL_MODES
 
 MODES = ("none", "m3po", "hrpo", "h3po")
 GATING_TRAININGS = ("embeddings", "logits")
+SHARING = ("auto", "true", "false")
 # The flags that say what a fresh residual gate starts with; of a model that has one, its config says it.
 RESIDUAL_GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
 
@@ -122,6 +123,15 @@ class M3POArguments:
     gating_warmup_steps: int = field(
         default=0,
         metadata={"help": "Optimizer steps at the start in which a learnable gating function is trained alone."},
+    )
+    shared_prefix: str = field(
+        default="false",
+        metadata={
+            "help": "Read the prompt of a group once for all its paths, in the rollouts and in the scoring passes, and "
+            "draw each token with one random number: `auto` where it computes the same (the first lines of a run say "
+            "whether and why), `true` (refused where it does not), `false`: TRL's own way, bit for bit. Our scripts "
+            "set `auto`."
+        },
     )
     aslr_enabled: bool | None = field(
         default=None,

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers.m3po import M3POGenerationState, write_checkpoint_info
 from transformers.m3po.aslr.settings import ASLRHyperparameters
 from transformers.m3po.settings import CROSS_PATH_MODES, ThinkingSettings
+from transformers.m3po.shared_prefix import shared_prefill
 from transformers.m3po.thinking.record import RolloutRecord
 from transformers.utils import logging
 
@@ -35,6 +36,7 @@ from .gating import (
 )
 from .metrics import MetricsLog, distinct_answers
 from .modules import prepare_modules, prepare_reference
+from .sharing import check_prompts, choose_sharing, shared_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +70,7 @@ class GRPORollouts:
                 elsewhere = ["generation_kwargs"]  # beams, or an assistant
         if self.settings is not None or self.aslr:
             check_trainer(trainer, self.settings, elsewhere)
+        self.shares_prefix, self._sharing = choose_sharing(trainer, elsewhere)
         prepare_modules(trainer.model, trainer.args)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
@@ -82,7 +85,8 @@ class GRPORollouts:
         self._state = M3POGenerationState()
         self._group_ids = torch.arange(0)
         self._metrics = MetricsLog(trainer)
-        if self.settings is not None or self.aslr:  # shown by default: a run says with which values it trains
+        asked = self.settings is not None or self.aslr or trainer.args.shared_prefix != "false"
+        if asked:  # shown by default: a run says with which values it trains
             logger.warning(self.describe())
         else:
             logger.info(self.describe())
@@ -94,13 +98,26 @@ class GRPORollouts:
             parts.append(f"gating_training={self._trainer.args.gating_training}")
         if self.aslr:
             parts.append(f"ASLR: {ASLRHyperparameters.of(self._trainer.args, {}).describe()}")
+        if self._trainer.args.shared_prefix != "false":
+            parts.append(self._sharing)
         return "; ".join(parts)
 
-    def generate_kwargs(self, num_rows: int, num_generations: int) -> dict[str, Any]:
-        """Extra arguments of `generate` for `num_rows` prompts of this process, the copies of a prompt side by side."""
+    def generate_kwargs(self, model: Any, inputs: dict[str, Any], num_generations: int) -> dict[str, Any]:
+        """Extra arguments of `generate` for the prompts of this process.
+
+        Args:
+            model: as `generate` is called on it.
+            inputs: of `generate`; `input_ids` and `attention_mask` (B, P), the copies of a prompt side by side.
+            num_generations: N, copies of a prompt.
+
+        Raises:
+            ValueError: the mode needs whole groups, and N does not divide B.
+        """
         if not self._records:
             return {}
-        if self.mode in CROSS_PATH_MODES and num_rows % num_generations:
+        num_rows = len(inputs["input_ids"])
+        whole = num_rows % num_generations == 0
+        if self.mode in CROSS_PATH_MODES and not whole:
             raise ValueError(
                 f"{num_rows} rollouts at a time are not whole groups of {num_generations}: make "
                 "per_device_eval_batch_size a multiple of num_generations_eval (or of num_generations)."
@@ -111,8 +128,13 @@ class GRPORollouts:
             group_ids=self._group_ids,
             settings=self.settings,
             tokenizer=self._trainer._tokenizer,
+            inverse_cdf=self.shares_prefix,
         )
-        return {"m3po": self._state}
+        arguments: dict[str, Any] = {"m3po": self._state}
+        if self.shares_prefix and whole:
+            check_prompts(inputs["input_ids"], num_generations)
+            arguments |= shared_prefill(model, inputs["input_ids"], inputs["attention_mask"], num_generations)
+        return arguments
 
     def scoring_kwargs(self, num_positions: int) -> dict[str, Any]:
         """For the old and reference passes over a rollout that is C = `num_positions` long; {} where they are plain."""
@@ -149,8 +171,18 @@ class GRPORollouts:
         arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         return arguments
 
-    def score(self, model: Any, model_inputs: dict[str, Any], labels: torch.Tensor) -> Any:
-        """The forward of a scoring pass: TRL's, unless the output distributions of the groups are blended."""
+    def score(self, model: Any, model_inputs: dict[str, Any], labels: torch.Tensor, completion_length: int) -> Any:
+        """The forward of a scoring pass over some rows, with what `model_inputs` adds.
+
+        It is TRL's, unless the prompts of the groups are shared or the output distributions of the groups are blended.
+
+        Returns:
+            An object with log_probs and entropy, (B, C) or (B, P + C - 1) float32, whose last C columns are those of
+            the completions.
+        """
+        num_paths = self._num_paths
+        if self.shares_prefix and num_paths > 1 and len(labels) % num_paths == 0:
+            model_inputs, labels = shared_inputs(model_inputs, labels, completion_length, num_paths)
         record = model_inputs.pop("m3po_blend", None)
         if record is None or self.settings is None:
             return model(**model_inputs, labels=labels, fused_lm_head=True)
@@ -159,13 +191,23 @@ class GRPORollouts:
         temperature = self._trainer.temperature
         return blended_scores(model, base.base_model, model_inputs, labels, record, self.settings, temperature)
 
+    @property
+    def _num_paths(self) -> int:
+        """N, the rows of a group, in a training or in an evaluation, as the trainer tells them apart."""
+        trainer = self._trainer
+        return trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+
     def as_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Before a rollout is shuffled: where a gating function learns from whole groups, they are what is shuffled."""
-        return as_groups(batch, self._trainer.num_generations) if self.learns else batch
+        """Before a rollout is shuffled: where a pass reads whole groups, they are what is shuffled."""
+        return as_groups(batch, self._trainer.num_generations) if self._reads_groups else batch
 
     def as_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
         """After it: rows again."""
-        return as_rows(batch) if self.learns else batch
+        return as_rows(batch) if self._reads_groups else batch
+
+    @property
+    def _reads_groups(self) -> bool:
+        return self.learns or self.shares_prefix
 
     def add_to_batch(self, batch: dict[str, Any]) -> None:
         """Puts the record beside the batch (every tensor has B rows) and logs the rollout."""

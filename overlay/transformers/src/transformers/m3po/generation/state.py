@@ -24,6 +24,7 @@ from ..thinking.record import RolloutRecord
 from .checks import check_model
 from .output import M3POGenerateOutput
 from .rollout import ThinkingRollout
+from .sampling import invert_cdf
 
 if TYPE_CHECKING:
     from ...generation import GenerationConfig
@@ -45,6 +46,8 @@ class M3POGenerationState:
         row_seeds: (B,) integers, what ASLR's noise is made of in each row that is decoded; None draws them from torch's
             generator.
         aslr_overrides: numbers of ASLR for this rollout, flag: value; the others are the model configuration's.
+        inverse_cdf: draw a token by inverting its distribution function, with one random number a row where
+            torch.multinomial takes one for each token of the vocabulary: the same distribution, other draws.
 
     Attributes, after `generate`:
         rollout_logps: (B, T) float32, log-prob of each sampled token in the distribution it was sampled from; 0 after
@@ -65,6 +68,7 @@ class M3POGenerationState:
         thought_temperature: float | None = None,
         row_seeds: torch.Tensor | None = None,
         aslr_overrides: dict[str, Any] | None = None,
+        inverse_cdf: bool = False,
     ):
         if thought_temperature is not None and not thought_temperature > 0.0:
             raise ValueError(f"thought_temperature={thought_temperature} is not above 0; set the sampling temperature.")
@@ -78,6 +82,7 @@ class M3POGenerationState:
         self.thought_temperature = thought_temperature
         self._given_seeds = row_seeds
         self.aslr_overrides = aslr_overrides or {}
+        self.inverse_cdf = inverse_cdf
         self.record = RolloutRecord(torch.empty(0, 0))
         self.statistics: dict[str, torch.Tensor] = {}
         self._rollout: ThinkingRollout | None = None
@@ -119,6 +124,7 @@ class M3POGenerationState:
         rows, self._prompt_length = input_ids.shape
         max_new_tokens = generation_config.max_length - self._prompt_length
         self._step = 0
+        self._probs: torch.Tensor | None = None
         self._unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
         self._return_embeds = bool(generation_config.return_thinking_embeds)
         self._return_dict = bool(generation_config.return_dict_in_generate)
@@ -200,6 +206,11 @@ class M3POGenerationState:
         """What every pass of the rollout gets for ASLR, the prefill included."""
         return {"is_m3po_inference": True} if self._latent is None else self._latent.forward_kwargs
 
+    def multinomial(self, probs: torch.Tensor, num_samples: int) -> torch.Tensor:
+        """In place of torch's in `_sample`: the tokens of a step, (B, 1) long, drawn from `probs` (B, V) float32."""
+        self._probs = probs
+        return invert_cdf(probs) if self.inverse_cdf else torch.multinomial(probs, num_samples)
+
     def after_sampling(
         self,
         input_ids: torch.Tensor,
@@ -213,7 +224,9 @@ class M3POGenerationState:
             next_token_scores: (B, V) float32, the processed logits it was chosen from.
             unfinished_sequences: (B,) long, 1 for the rows that go on after this token.
         """
-        probs = next_token_scores.softmax(-1)  # as upstream's when it samples; greedy decoding has none
+        probs, self._probs = self._probs, None
+        if probs is None:  # greedy decoding has none
+            probs = next_token_scores.softmax(-1)
         chosen = probs.gather(-1, input_ids[:, -1:]).squeeze(-1).log()
         self.record.logps[:, self._step] = torch.where(self._unfinished, chosen, 0.0)
         was_unfinished, self._unfinished = self._unfinished, unfinished_sequences.bool()

@@ -10,6 +10,7 @@ import torch
 
 from ..bag_vectors import bag_vectors
 from ..flags import has_residual_gate
+from ..shared_prefix import ARGUMENT, check_attention
 from .policy_gating import recompute_bag_weights
 
 ResidualGate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -76,11 +77,18 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
         forward_kwargs: the extra arguments of the forward; `thinking_bag_ids`, `thinking_bag_weights`,
             `thinking_trace`, `thinking_gating` (arguments of `recompute_bag_weights`) and `thinking_columns` are taken
             out of it, so that the layers never see them. The last, (B, T) long, says where the positions of the bags
-            stand in rows that an engine has packed; without it they are the last ones.
+            stand in rows that an engine has packed; without it they are the last ones. `shared_prefix` stays: it says
+            where the rows of the bags stand in a stream (1, S, H), and the layers read it too.
 
     Returns:
         (B, L, H): the very tensor that came in when the pass has no bags.
+
+    Raises:
+        ValueError: the pass is over a stream and the attention of the model does not know of it.
     """
+    shared = forward_kwargs.get(ARGUMENT)
+    if shared is not None:
+        check_attention(model.config)
     bag_ids = forward_kwargs.pop("thinking_bag_ids", None)
     bag_weights = forward_kwargs.pop("thinking_bag_weights", None)
     trace = forward_kwargs.pop("thinking_trace", None)
@@ -89,6 +97,10 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
         bag_weights = recompute_bag_weights(model.m3po_gating, model.embed_tokens, bag_ids, bag_weights, **gating)
     gate = model.thinking_residual if has_residual_gate(model) else None
     columns = forward_kwargs.pop("thinking_columns", None)
+    if shared is not None and bag_ids is not None:
+        own = shared.completions(inputs_embeds)
+        mixed = mix_bags(model.embed_tokens, own, bag_ids, bag_weights, gate, trace)
+        return torch.cat([inputs_embeds[:, : shared.prompt_tokens], mixed.flatten(0, 1).unsqueeze(0)], dim=1)
     if columns is None:
         return mix_bags(model.embed_tokens, inputs_embeds, bag_ids, bag_weights, gate, trace)
     at = columns.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
