@@ -2,7 +2,8 @@
 """A pass over a stream that holds each prompt once is the pass over the rows: states, log-probs and gradients.
 
 The rows are read by upstream's own forward with the rollout's position ids, in float64, where the two may differ by
-rounding alone. Prompts are of different length and padded on the left, completions end at different places.
+rounding alone. Prompts are of different length and padded on the left, completions end at different places; in half of
+the cases the prompts begin alike.
 """
 
 from __future__ import annotations
@@ -15,24 +16,35 @@ import torch
 from reference import hyper_models
 from reference.tiny import LIVELY, left_padded
 from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
-from transformers.m3po.shared_prefix import SharedPrefix, share_prefix, shared_prefill, split_rows
+from transformers.m3po.shared_prefix import SharedPrefix, common_length, share_prefix, shared_prefill, split_rows
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 
-PATHS, LENGTHS, COMPLETION = 3, [9, 4, 6], 7
-ROWS = PATHS * len(LENGTHS)
+PATHS, RESTS, COMPLETION = 3, [9, 4, 6], 7
+ROWS = PATHS * len(RESTS)
+ALIKE = 18  # tokens that the prompts have in common
 
 
-@pytest.fixture
-def rows() -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (9, 16): three prompts, three completions of each that end at different places."""
-    prompts = {name: value.repeat_interleave(PATHS, 0) for name, value in left_padded(LENGTHS).items()}
+def prompts(alike: int) -> dict[str, torch.Tensor]:
+    """Three prompts (9, L), each three times, whose first tokens are the same."""
+    single = left_padded([alike + rest for rest in RESTS])
+    ids, mask = single["input_ids"], single["attention_mask"]
+    place = (mask.cumsum(-1) - 1).clamp_min(0)
+    same = torch.randint(130, 256, (max(RESTS) + alike,), generator=torch.Generator().manual_seed(7))
+    ids = torch.where((place < alike) & (mask == 1), same[place], ids)
+    return {"input_ids": ids.repeat_interleave(PATHS, 0), "attention_mask": mask.repeat_interleave(PATHS, 0)}
+
+
+@pytest.fixture(params=[0, ALIKE], ids=["different prompts", "prompts that begin alike"])
+def rows(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (9, L + 7): three prompts, with three completions of each that end somewhere."""
+    given = prompts(request.param)
     draws = torch.Generator().manual_seed(5)
     tokens = torch.randint(130, 256, (ROWS, COMPLETION), generator=draws)
     lengths = torch.tensor([7, 1, 4, 7, 7, 2, 3, 6, 5])
     mask = (torch.arange(COMPLETION) < lengths[:, None]).long()
     return {
-        "input_ids": torch.cat([prompts["input_ids"], tokens * mask], 1),
-        "attention_mask": torch.cat([prompts["attention_mask"], mask], 1),
+        "input_ids": torch.cat([given["input_ids"], tokens * mask], 1),
+        "attention_mask": torch.cat([given["attention_mask"], mask], 1),
     }
 
 
@@ -148,30 +160,26 @@ def test_they_are_in_a_compiled_model_without_a_graph_break(tiny_llama: Any, row
     )
 
 
-def neighbours(mask: torch.Tensor) -> torch.Tensor:
-    """A mask under which each completion reads the prompt as if it were not padded."""
-    mask = mask.clone()
-    mask[..., :-COMPLETION] = True
-    return mask
-
-
 def wrong_position(stream: dict[str, Any]) -> dict[str, Any]:
     """Completions that begin at the width of the prompts, not at the length of their own."""
-    positions, at = stream["position_ids"].clone(), stream["shared_prefix"].prompt_tokens
-    positions[:, at:] = (max(LENGTHS) + torch.arange(COMPLETION)).repeat(ROWS)
+    positions, shared = stream["position_ids"].clone(), stream["shared_prefix"]
+    width = shared.common_length + shared.rest_length
+    positions[:, shared.prompt_tokens :] = (width + torch.arange(COMPLETION)).repeat(ROWS)
     return {"position_ids": positions}
 
 
 def wrong_mask(stream: dict[str, Any]) -> dict[str, Any]:
     """Completions that read the padding of their prompt."""
-    return {"attention_mask": neighbours(stream["attention_mask"])}
+    mask = stream["attention_mask"].clone()
+    mask[..., :-COMPLETION] = True
+    return {"attention_mask": mask}
 
 
 def wrong_group(stream: dict[str, Any]) -> dict[str, Any]:
     """Completions that read the prompt of another group."""
-    ids = stream["input_ids"].clone()
-    width = max(LENGTHS)
-    ids[:, : len(LENGTHS) * width] = ids[:, : len(LENGTHS) * width].roll(width, 1)
+    ids, shared = stream["input_ids"].clone(), stream["shared_prefix"]
+    at = slice(shared.common_length, shared.prompt_tokens)
+    ids[:, at] = ids[:, at].roll(shared.rest_length, 1)
     return {"input_ids": ids}
 
 
@@ -195,14 +203,33 @@ def test_what_is_wrong_in_a_stream_is_far_above_the_bound(tiny_llama: Any, rows:
     assert scored(shared - expected, rows).abs().max() > 1e-2
 
 
-def test_a_stream_holds_each_prompt_once_and_the_rows_are_taken_out_of_it_in_their_order(rows: dict[str, torch.Tensor]):
+def test_a_stream_holds_each_token_once_and_the_rows_are_taken_out_of_it_in_their_order(rows: dict[str, torch.Tensor]):
     stream = share_prefix(rows["input_ids"], rows["attention_mask"], COMPLETION, PATHS)
-    width = max(LENGTHS)
-    assert stream["input_ids"].shape == stream["position_ids"].shape == (1, len(LENGTHS) * width + ROWS * COMPLETION)
+    width = rows["input_ids"].shape[1] - COMPLETION
+    alike = width - max(RESTS)
+    assert stream["shared_prefix"].common_length == alike
+    tokens = alike + len(RESTS) * max(RESTS) + ROWS * COMPLETION
+    assert stream["input_ids"].shape == stream["position_ids"].shape == (1, tokens)
     ids, positions = split_rows(stream["input_ids"], stream["position_ids"], stream)
     assert torch.equal(ids, rows["input_ids"][:, width - 1 :])
     assert torch.equal(positions, (rows["attention_mask"].cumsum(-1) - 1)[:, width - 1 :])
-    assert torch.equal(stream["input_ids"][0, :width], rows["input_ids"][0, :width])
+    assert torch.equal(stream["input_ids"][0, :width], rows["input_ids"][0, :width])  # the longest prompt is the first
+
+
+def test_what_prompts_have_in_common_ends_before_the_last_token_of_the_shortest():
+    def length(*rows: list[int]) -> int:
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return common_length(ids, mask)
+
+    long = [*range(1, 31)]
+    assert length(long, long[:20]) == 19
+    assert length(long, [*long[:25], 99, 98]) == 25
+    assert length(long, long) == 29
+    assert length(long[:20], [*long[:15], 77, 78, 79]) == 0  # fewer than it pays for
+    assert length(long, [99, *long]) == 0
+    assert length(long) == 0
 
 
 def test_without_a_stream_the_very_tensors_come_back():
@@ -219,26 +246,45 @@ def test_rows_that_are_not_whole_groups_and_other_attention_are_refused(tiny_lla
 
 
 @pytest.mark.both_families
-def test_a_rollout_from_a_shared_prefill_has_the_tokens_and_log_probs_of_one_that_reads_every_row(family: Any):
-    model = family(**LIVELY)
-    prompts = {name: value.repeat_interleave(PATHS, 0) for name, value in left_padded(LENGTHS).items()}
+@pytest.mark.parametrize("alike", [0, ALIKE])
+def test_a_rollout_from_a_shared_prefill_has_the_tokens_and_log_probs_of_one_that_reads_every_row(
+    family: Any, alike: int
+):
+    model, given = family(**LIVELY), prompts(alike)
     options = {"max_new_tokens": 8, "do_sample": True, "output_logits": True, "return_dict_in_generate": True}
     torch.manual_seed(3)
-    expected = model.generate(**prompts, **options)
+    expected = model.generate(**given, **options)
     calls: list[torch.Size] = []
     model.model.register_forward_pre_hook(
         lambda module, given, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    cache = shared_prefill(model, prompts["input_ids"], prompts["attention_mask"], PATHS)
+    shared = shared_prefill(model, given["input_ids"], given["attention_mask"], PATHS)
     torch.manual_seed(3)
-    rollout = model.generate(**prompts, **options, **cache)
-    assert calls[:2] == [(len(LENGTHS), max(LENGTHS) - 1), (ROWS, 1)]
-    assert torch.equal(rollout.sequences, expected.sequences)
+    rollout = model.generate(**given | shared, **options)
+    reads = [(1, alike)] if alike else []
+    assert calls[: len(reads) + 2] == [*reads, (len(RESTS), max(RESTS) - 1), (ROWS, 1)]
+    width = given["input_ids"].shape[1]
+    assert torch.equal(rollout.sequences[:, width:], expected.sequences[:, width:])
     torch.testing.assert_close(torch.stack(rollout.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_that_are_equal_but_for_their_last_token_are_read_in_one_row(tiny_llama: Any):
+    model = tiny_llama(**LIVELY)
+    ids = torch.arange(100, 120).repeat(2, 1)
+    ids[1, -1] = 7
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shared = shared_prefill(model, **given, num_paths=1)
+    assert shared["past_key_values"].get_seq_length() == 19
+    expected = model.generate(**given, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(**given | shared, max_new_tokens=4, do_sample=False), expected)
 
 
 def test_a_prompt_of_one_token_is_read_by_generate_itself(tiny_llama: Any):
     assert shared_prefill(tiny_llama(), torch.full((4, 1), 7), torch.ones(4, 1).long(), 2) == {}
+
+
+def test_prompts_that_have_nothing_in_common_are_left_to_generate(tiny_llama: Any):
+    assert shared_prefill(tiny_llama(), **left_padded(RESTS), num_paths=1) == {}
 
 
 def test_what_an_attention_call_gets_does_not_grow_with_the_square_of_the_stream(
@@ -253,14 +299,16 @@ def test_what_an_attention_call_gets_does_not_grow_with_the_square_of_the_stream
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     states_of_stream(tiny_llama(), rows, {})
-    width = max(LENGTHS)
-    assert shapes == {(len(LENGTHS), width, width), (ROWS, COMPLETION, width + COMPLETION)}
+    length = rows["input_ids"].shape[1]
+    alike = length - COMPLETION - max(RESTS)
+    common = {(1, alike, alike)} if alike else set()
+    assert shapes == common | {(len(RESTS), max(RESTS), alike + max(RESTS)), (ROWS, COMPLETION, length)}
 
 
 def test_the_stream_travels_through_what_wraps_a_model():
-    """Named tuples keep their type where DDP moves inputs to a device; a class of another kind would not be looked at."""
+    """Named tuples keep their type where DDP moves inputs to a device; another class would not be looked at."""
     from torch.distributed.utils import _to_kwargs
 
-    shared = SharedPrefix(1, 2, 3, torch.zeros(1, 1, 2, 2, dtype=torch.bool))
+    shared = SharedPrefix(0, 1, 2, 3, torch.zeros(1, 1, 2, 2, dtype=torch.bool))
     _, (moved,) = _to_kwargs((), {"shared_prefix": shared}, torch.device("cpu"), False)
     assert isinstance(moved["shared_prefix"], SharedPrefix) and moved["shared_prefix"].num_paths == 3

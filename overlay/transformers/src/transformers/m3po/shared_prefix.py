@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompt of a group is read once: one stream of tokens for a scoring pass, one prefill for a rollout.
 
-The B = G N rows of a micro-batch are G prompts with N completions each. As rows, each prompt is read N times. Here a
-pass reads a stream of one row: the G prompts, one behind the other, then the B completions,
+The B = G N rows of a micro-batch are G prompts with N completions each, and the prompts often begin alike: a system
+text, worked examples. As rows, each prompt is read N times and the common beginning B times. Here a pass reads a stream
+of one row, each token once:
 
-    [ prompt 1 | ... | prompt G | completion 1 of prompt 1 | ... | completion N of prompt G ],  S = G P + B C tokens.
+    [ K common tokens | rest of prompt 1 | ... | rest of prompt G | completion 1 of prompt 1 | ... ],
+    S = K + G P + B C tokens.
 
 Everything but attention works on single tokens, so that it does not notice. Attention is the one place that knows
-(`attend_by_group`): prompts attend within themselves, completions to their prompt and to themselves, with two calls of
-the attention kernel on padded rows. Pairs of completions never meet, so the cost in pairs is G P² + B C (P + C), less
-than that of the rows. Behind the last norm the stream is taken apart into rows again (`split_rows`): what follows,
-ASLR, the head and the loss, sees B rows of 1 + C states, the first of them the prompt's last.
+(`attend_by_group`): what is common attends within itself, the rest of a prompt to that and to itself, a completion to
+its prompt and to itself, with a call of the attention kernel on padded rows for each of the three. Pairs of completions
+never meet, so the cost in pairs is K² + G P (K + P) + B C (K + P + C), less than that of the rows. Behind the last norm
+the stream is taken apart into rows again (`split_rows`): what follows, ASLR, the head and the loss, sees B rows of
+1 + C states, the first of them the prompt's last.
 
-It is the same function as the rows (Liu et al., 2025, arXiv:2506.05433, have it for plain tokens); sums are made in
-another order. One forward of the model, so that DDP, FSDP2, gradient checkpointing and torch.compile see nothing new.
+It is the same function as the rows (Prefix Grouper, arXiv 2506.05433, has it for plain tokens and one level); sums are
+made in another order. It is one forward of the model, so that DDP, FSDP2, gradient checkpointing and torch.compile see
+nothing new.
 """
 
 from __future__ import annotations
@@ -25,31 +29,66 @@ import torch
 
 ARGUMENT = "shared_prefix"  # of a forward
 ATTENTION = "sdpa"  # the attention implementation that knows of it
+LEAST_COMMON = 16  # tokens; what fewer save is less than the third call of the attention kernel costs
 
 
 class SharedPrefix(NamedTuple):
-    """How a stream of one row is made of G prompts and of N completions of each.
+    """How a stream of one row is made of G prompts, which begin alike, and of N completions of each.
 
     Attributes:
+        common_length: K, may be 0.
         num_prompts: G.
-        prompt_length: P, columns of a prompt, its padding on the left included.
+        rest_length: P, columns of the rest of a prompt, its padding on the left included.
         num_paths: N.
-        prompt_mask: (G, 1, P, P) bool, which tokens of a prompt attend to which.
+        prompt_mask: (G, 1, P, K + P) bool, which tokens the rest of a prompt attends to.
     """
 
+    common_length: int
     num_prompts: int
-    prompt_length: int
+    rest_length: int
     num_paths: int
     prompt_mask: torch.Tensor
 
     @property
     def prompt_tokens(self) -> int:
-        """G P, where the completions begin."""
-        return self.num_prompts * self.prompt_length
+        """K + G P, where the completions begin."""
+        return self.common_length + self.num_prompts * self.rest_length
 
     def completions(self, stream: torch.Tensor) -> torch.Tensor:
         """The rows (B, C, ...) of the completions in a stream (1, S, ...)."""
         return stream[0, self.prompt_tokens :].unflatten(0, (self.num_prompts * self.num_paths, -1))
+
+
+def common_length(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
+    """K, how many tokens all prompts begin with: 0 if fewer than `LEAST_COMMON`, and less than the shortest prompt.
+
+    Args:
+        input_ids, attention_mask: (G, P), padded on the left. One number is read back from the device.
+    """
+    if len(input_ids) == 1:
+        return 0
+    width = input_ids.shape[1]
+    lengths = attention_mask.sum(-1, keepdim=True)
+    column = torch.arange(width, device=input_ids.device)
+    aligned = input_ids.gather(1, (column + width - lengths).clamp_max(width - 1))
+    agree = (aligned == aligned[:1]).all(0) & (column < lengths.min() - 1)
+    number = int(agree.long().cumprod(0).sum())
+    return number if number >= LEAST_COMMON else 0
+
+
+def _common_first(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, common: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (R, L), padded on the left, whose K = `common` first tokens stand in front of their padding, not behind."""
+    if common == 0:
+        return input_ids, attention_mask
+    behind = attention_mask.cumsum(-1) > common
+    first = input_ids[:1].masked_select((attention_mask[:1] != 0) & ~behind[:1]).expand(len(input_ids), -1)
+    rest = (attention_mask * behind)[:, common:]
+    return (
+        torch.cat([first, input_ids[:, common:] * (rest != 0)], 1),
+        torch.cat([torch.ones_like(first, dtype=attention_mask.dtype), rest], 1),
+    )
 
 
 def share_prefix(
@@ -58,15 +97,15 @@ def share_prefix(
     """The inputs of a forward over a stream, from rows that lie side by side by groups.
 
     Args:
-        input_ids: (B, P + C) long, prompts padded on the left and completions on the right.
-        attention_mask: (B, P + C), 1 for tokens.
+        input_ids: (B, L) long, prompts padded on the left and then C columns of completions padded on the right.
+        attention_mask: (B, L), 1 for tokens.
         completion_length: C.
-        num_paths: N, a divisor of B; the N rows of a group begin with the same P columns.
+        num_paths: N, a divisor of B; the N rows of a group begin with the same prompt.
 
     Returns:
         input_ids (1, S) and position_ids (1, S) long, the latter those of the rollout (tokens are counted, padding is
-        not); attention_mask (B, 1, C, P + C) bool, what a completion attends to; shared_prefix. A token that is
-        padding attends to itself alone, and nothing to it.
+        not); attention_mask (B, 1, C, L) bool, what a completion attends to; shared_prefix. A token that is padding
+        attends to itself alone, and nothing to it.
 
     Raises:
         ValueError: N does not divide B.
@@ -74,24 +113,30 @@ def share_prefix(
     rows, length = input_ids.shape
     if rows % num_paths:
         raise ValueError(f"{rows} rows are not whole groups of {num_paths}.")
-    prompt_length = length - completion_length
+    prompt = length - completion_length
+    common = common_length(input_ids[::num_paths, :prompt], attention_mask[::num_paths, :prompt])
+    input_ids, attention_mask = _common_first(input_ids, attention_mask, common)
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     place = torch.arange(length, device=input_ids.device)
     earlier, itself = place[:, None] >= place, place[:, None] == place
     mask = (earlier & attention_mask.bool()[:, None, :]) | itself
-    of_prompts, of_completions = slice(None, prompt_length), slice(prompt_length, None)
 
     def stream(values: torch.Tensor) -> torch.Tensor:
-        parts = values[::num_paths, of_prompts], values[:, of_completions]
+        parts = values[0, :common], values[::num_paths, common:prompt], values[:, prompt:]
         return torch.cat([part.flatten() for part in parts]).unsqueeze(0)
 
+    shared = SharedPrefix(
+        common_length=common,
+        num_prompts=rows // num_paths,
+        rest_length=prompt - common,
+        num_paths=num_paths,
+        prompt_mask=mask[::num_paths, None, common:prompt, :prompt],
+    )
     return {
         "input_ids": stream(input_ids),
         "position_ids": stream(position_ids),
-        "attention_mask": mask[:, None, of_completions],
-        ARGUMENT: SharedPrefix(
-            rows // num_paths, prompt_length, num_paths, mask[::num_paths, None, of_prompts, of_prompts]
-        ),
+        "attention_mask": mask[:, None, prompt:],
+        ARGUMENT: shared,
     }
 
 
@@ -111,31 +156,42 @@ def attend_by_group(
         attention: that function, which works on rows.
         module: the attention module.
         query: (1, heads, S, d); key and value have as many heads or fewer, any floating dtype.
-        attention_mask: (B, 1, C, P + C) bool, of `share_prefix`.
+        attention_mask: (B, 1, C, L) bool, of `share_prefix`.
         shared_prefix: what the stream is made of.
         kwargs: other arguments of `attention`.
 
     Returns:
         (1, S, heads, d), as upstream's, and None.
     """
-    prompts, paths, split = shared_prefix.num_prompts, shared_prefix.num_paths, shared_prefix.prompt_tokens
+    common, split = shared_prefix.common_length, shared_prefix.prompt_tokens
+    prompts, paths = shared_prefix.num_prompts, shared_prefix.num_paths
+
+    def rows(states: torch.Tensor, columns: slice, number: int) -> torch.Tensor:  # (number, heads, ..., d)
+        return states[0, :, columns].unflatten(1, (number, -1)).transpose(0, 1)
 
     def of_prompts(states: torch.Tensor) -> torch.Tensor:  # (G, heads, P, d)
-        return states[0, :, :split].unflatten(1, (prompts, -1)).transpose(0, 1)
+        return rows(states, slice(common, split), prompts)
 
     def of_completions(states: torch.Tensor) -> torch.Tensor:  # (B, heads, C, d)
-        return states[0, :, split:].unflatten(1, (prompts * paths, -1)).transpose(0, 1)
+        return rows(states, slice(split, None), prompts * paths)
 
-    def with_prompt(states: torch.Tensor) -> torch.Tensor:  # (B, heads, P + C, d)
-        return torch.cat([of_prompts(states).repeat_interleave(paths, 0), of_completions(states)], dim=2)
+    def with_common(states: torch.Tensor) -> torch.Tensor:  # (G, heads, K + P, d)
+        if common == 0:
+            return of_prompts(states)
+        return torch.cat([states[:, :, :common].expand(prompts, -1, -1, -1), of_prompts(states)], dim=2)
 
-    read, _ = attention(
-        module, of_prompts(query), of_prompts(key), of_prompts(value), shared_prefix.prompt_mask, **kwargs
+    keys, values = with_common(key), with_common(value)
+    outputs = []
+    if common:
+        first = (states[:, :, :common] for states in (query, key, value))
+        outputs.append(attention(module, *first, None, **kwargs)[0])
+    outputs.append(attention(module, of_prompts(query), keys, values, shared_prefix.prompt_mask, **kwargs)[0])
+    keys, values = (
+        torch.cat([prompt.repeat_interleave(paths, 0), of_completions(states)], dim=2)
+        for prompt, states in ((keys, key), (values, value))
     )
-    written, _ = attention(
-        module, of_completions(query), with_prompt(key), with_prompt(value), attention_mask, **kwargs
-    )
-    return torch.cat([read.flatten(0, 1), written.flatten(0, 1)]).unsqueeze(0), None
+    outputs.append(attention(module, of_completions(query), keys, values, attention_mask, **kwargs)[0])
+    return torch.cat([output.flatten(0, 1) for output in outputs]).unsqueeze(0), None
 
 
 def split_rows(
@@ -156,7 +212,8 @@ def split_rows(
         return hidden_states, position_ids
 
     def rows(stream: torch.Tensor) -> torch.Tensor:
-        last = stream[0, shared.prompt_length - 1 : shared.prompt_tokens : shared.prompt_length]
+        first = shared.common_length + shared.rest_length - 1
+        last = stream[0, first : shared.prompt_tokens : shared.rest_length]
         return torch.cat([last.repeat_interleave(shared.num_paths, 0).unsqueeze(1), shared.completions(stream)], 1)
 
     return rows(hidden_states), rows(position_ids)
@@ -176,28 +233,46 @@ def check_attention(config: Any) -> None:
 
 @torch.no_grad()
 def shared_prefill(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_paths: int) -> dict[str, Any]:
-    """Arguments of `generate` with which it reads the prompts of groups from a cache: each prompt was read once.
+    """Arguments of `generate` with which it finds the prompts in a cache, where each token was read once.
 
     Args:
         model: as `generate` is called on it.
-        input_ids: (B, P) long, padded on the left, the N rows of a prompt side by side.
-        attention_mask: (B, P).
+        input_ids: (B, L) long, padded on the left, the N rows of a prompt side by side.
+        attention_mask: (B, L).
         num_paths: N.
 
     Returns:
-        past_key_values: a cache of B rows and P - 1 columns; `generate` reads the last token of each row itself. {}
-        where that is all there is.
+        input_ids and attention_mask (B, L) with the common beginning in front of the padding, and past_key_values: a
+        cache of B rows and L - 1 columns. `generate` reads the last token of each row itself. {} where nothing is read
+        twice.
     """
-    if input_ids.shape[1] == 1:
+    prompts, mask = input_ids[::num_paths], attention_mask[::num_paths]
+    common = common_length(prompts, mask)
+    if input_ids.shape[1] == 1 or (num_paths == 1 and common == 0):
         return {}
-    mask = attention_mask[::num_paths, :-1]
-    cache = model(
-        input_ids=input_ids[::num_paths, :-1],
-        attention_mask=mask,
-        position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0),
-        use_cache=True,
-        logits_to_keep=1,
-        is_m3po_inference=True,  # ASLR works behind the layers and leaves nothing in the cache
-    ).past_key_values
+    prompts, mask = _common_first(prompts, mask, common)
+    positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+    def read(rows: slice, columns: slice, cache: Any) -> Any:
+        return model(
+            input_ids=prompts[rows, columns],
+            attention_mask=mask[rows, : columns.stop],
+            position_ids=positions[rows, columns],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            is_m3po_inference=True,  # ASLR works behind the layers and leaves nothing in the cache
+        ).past_key_values
+
+    cache, last = None, input_ids.shape[1] - 1
+    if common:
+        cache = read(slice(1), slice(common), None)
+        cache.batch_repeat_interleave(len(prompts))
+    if common < last:
+        cache = read(slice(None), slice(common, last), cache)
     cache.batch_repeat_interleave(num_paths)
-    return {"past_key_values": cache}
+    return {
+        "input_ids": prompts.repeat_interleave(num_paths, 0),
+        "attention_mask": mask.repeat_interleave(num_paths, 0),
+        "past_key_values": cache,
+    }
