@@ -27,17 +27,18 @@ from m3po_lab.models.loading import load_model
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("grpo_step_worker.py")
-# groups, rows of a micro-batch, prompt and completion tokens
+# Groups, rows of a micro-batch, tokens of a prompt, of these the same in all prompts (in configs/demo.yaml 36 of 48),
+# tokens of a completion. With one group it does not matter what prompts have in common.
 SHAPES: dict[str, dict[str, int]] = {
-    "demo": {"groups": 8, "micro_batch": 32, "prompt": 70, "completion": 20},
-    "gsm8k": {"groups": 1, "micro_batch": 8, "prompt": 150, "completion": 200},
-    "few-shot": {"groups": 1, "micro_batch": 8, "prompt": 700, "completion": 100},
+    "demo": {"groups": 8, "micro_batch": 64, "prompt": 70, "common": 52, "completion": 20},
+    "gsm8k": {"groups": 1, "micro_batch": 8, "prompt": 150, "common": 0, "completion": 200},
+    "few-shot": {"groups": 1, "micro_batch": 8, "prompt": 700, "common": 0, "completion": 100},
 }
 # The answer marker is one that no random text meets, so that all positions think.
 THINKING = {"answer_start": "####", "cross_path_phase": "all"}
 MODES: dict[str, dict[str, Any]] = {
-    "none": {"mode": "none"},
     "m3po": {"mode": "m3po", **THINKING},
+    "none": {"mode": "none"},
     "hrpo": {"mode": "hrpo", **THINKING},
     "h3po": {"mode": "h3po", **THINKING},
     "m3po with ASLR": {"mode": "m3po", "aslr_enabled": True, **THINKING},
@@ -83,11 +84,16 @@ def pristine_path(folder: Path) -> str:
     return str(folder)
 
 
-def measure(peer: Worker, ours: Worker, rounds: int) -> dict[str, Any]:
-    """The figures of one mode and shape: rounds of three steps, in an order that rotates, after a warm-up of each."""
+def measure(peer: Worker, ours: Worker, rounds: int, with_memory: bool) -> dict[str, Any]:
+    """The figures of one mode and shape: rounds of three steps, in an order that rotates.
+
+    Of both processes, the first step is made before: it allocates what the others have. Memory takes another step of
+    each, which is several times slower.
+    """
     calls = {"TRL": (peer, "plain"), "false": (ours, "false"), "auto": (ours, "auto")}
-    for worker, word in calls.values():
-        worker.step(word)
+    if with_memory:
+        peer.step("plain")
+    ours.step("auto")
     times: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     for number in range(rounds):
         names = [*calls][number % 3 :] + [*calls][: number % 3]
@@ -97,9 +103,9 @@ def measure(peer: Worker, ours: Worker, rounds: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, (worker, word) in calls.items():
         steps = times[name]
-        figures[name] = {
-            key: statistics.median(step.get(key, 0.0) for step in steps) for key in ("seconds", *PHASES)
-        } | {"bytes": worker.step(f"memory {word}")["bytes"]}
+        figures[name] = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in ("seconds", *PHASES)}
+        if with_memory:
+            figures[name]["bytes"] = worker.step(f"memory {word}")["bytes"]
         ratios = [base["seconds"] / step["seconds"] for base, step in zip(times["TRL"], steps, strict=True)]
         figures[name] |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
     return figures
@@ -118,7 +124,8 @@ def table(result: dict[str, Any]) -> list[str]:
         shape = result["shapes"][name]
         lines += [
             "",
-            f"{name}: {shape['groups']} prompts of {shape['prompt']} tokens, completions of {shape['completion']}",
+            f"{name}: {shape['groups']} prompts of {shape['prompt']} tokens, the first {shape['common']} the same in "
+            f"all, completions of {shape['completion']}",
             "",
             "| mode | `shared_prefix` | s a step | speed | "
             + " | ".join(f"{phase}, s" for phase in PHASES)
@@ -134,7 +141,7 @@ def table(result: dict[str, Any]) -> list[str]:
                     f"| {mode if kind != 'TRL' else 'pristine TRL'} | {kind if kind != 'TRL' else ''} | "
                     f"{one['seconds']:.2f} | {spread} | "
                     + " | ".join(f"{one[phase]:.2f}" for phase in PHASES)
-                    + f" | {one['bytes'] / 2**30:.2f} GiB |"
+                    + (f" | {one['bytes'] / 2**30:.2f} GiB |" if "bytes" in one else " | |")
                 )
     return lines
 
@@ -164,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             figures[name] = {}
             for mode in tqdm(args.modes, desc=name, disable=None):
                 ours = Worker(spec | {"flags": MODES[mode] | {"shared_prefix": "true"}}, None)
-                figures[name][mode] = measure(peer, ours, args.rounds)
+                figures[name][mode] = measure(peer, ours, args.rounds, with_memory=mode == args.modes[0])
                 ours.close()
             peer.close()
     result = {

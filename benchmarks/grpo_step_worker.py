@@ -37,12 +37,13 @@ FLAGS: dict[str, Any] = {
 }
 
 
-def prompts(tokenizer: Any, length: int, number: int) -> Dataset:
-    """Texts of exactly `length` tokens, of words that are one token each."""
+def prompts(tokenizer: Any, length: int, common: int, number: int) -> Dataset:
+    """Texts of exactly `length` tokens, of words that are one token each; the first `common` are the same in all."""
     words = (tokenizer.decode([token]) for token in range(1000, 4000))
     words = [word for word in words if word[0] == " " and word[1:].isalpha()]
     draws = torch.Generator().manual_seed(0)
     picked = torch.randint(len(words), (number, length), generator=draws)
+    picked[:, :common] = picked[:1, :common]
     texts = ["".join(words[at] for at in row) for row in picked.tolist()]
     assert all(len(tokenizer(text)["input_ids"]) == length for text in texts)
     return Dataset.from_dict({"prompt": texts})
@@ -152,7 +153,7 @@ def main() -> None:
         model=model,
         reward_funcs=reward,
         args=args,
-        train_dataset=prompts(tokenizer, spec["prompt"], 64),
+        train_dataset=prompts(tokenizer, spec["prompt"], spec["common"], 64),
         processing_class=tokenizer,
     )
     trainer.generation_config.eos_token_id = None  # every completion has all its tokens

@@ -22,7 +22,9 @@ def patched_files() -> list[Path]:
 
 
 def holder(node: ast.expr) -> str:
-    """The last name of what an attribute is read from: `m3po` of `self.m3po`."""
+    """The last name of what an attribute is read from: `m3po` of `self.m3po`, and of `(m3po or torch)`."""
+    if isinstance(node, ast.BoolOp):
+        return holder(node.values[0])
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 

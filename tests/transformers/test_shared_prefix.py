@@ -151,6 +151,7 @@ def test_they_are_with_gradient_checkpointing(tiny_llama: Any, rows: dict[str, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [ALIKE], indirect=True)
 def test_they_are_in_a_compiled_model_without_a_graph_break(tiny_llama: Any, rows: dict[str, torch.Tensor]):
     model = tiny_llama(**LIVELY)
     expected = states_of_rows(model, rows, bags())

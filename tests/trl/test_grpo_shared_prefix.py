@@ -154,8 +154,8 @@ def test_rollouts_from_a_shared_prefill_agree_with_the_shared_policy_pass(
     widths: list[int] = []
     prefill = shared_prefix.shared_prefill
 
-    def counted(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, num_paths: int) -> dict[str, Any]:
-        cache = prefill(model, input_ids, mask, num_paths)
+    def counted(model: Any, input_ids: torch.Tensor, *others: Any, **options: bool) -> dict[str, Any]:
+        cache = prefill(model, input_ids, *others, **options)
         widths.append(cache["past_key_values"].get_seq_length() - input_ids.shape[1])
         return cache
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a result comes from: the commit of this project and how the training was distributed."""
+"""Where a result comes from: the commit of this project, its code, and how the training was distributed."""
 
+import hashlib
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,6 +16,17 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
         return commit, bool(_git(root, "status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None, None
+
+
+def source_digest(root: Path, names: Iterable[str]) -> str:
+    """SHA-256 of files below `root`, by name and content; of a folder all files in it."""
+    digest = hashlib.sha256()
+    for name in names:
+        place = root / name
+        for file in [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()):
+            if "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def distribution(accelerator: Accelerator) -> str:

@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.m3po.shared_prefix import model_obstacle, shared_prefill
 
 from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.evaluation.decoding import Decoding
@@ -136,8 +137,22 @@ class EvaluatedModel(HFLM):
         if state is not None:
             generation_kwargs["m3po"] = state
         words = [word for word in stop if word != self.tokenizer.eos_token]  # that one ends a row by its id
+        generation_kwargs |= self._shared_prefill(context, generation_kwargs["attention_mask"])
+        context = generation_kwargs.pop("input_ids", context)
         rows = super()._model_generate(
             context, max_length, words, eos_token_id=self.ends, repetition_penalty=1.0, **generation_kwargs
         )
         self._router_of_batch = {} if self.decoding.latent_paths is None else router_of_batch(state)
         return rows
+
+    def _shared_prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        """What the prompts (B, L) of a batch begin with, and those of the paths of a problem, are read once."""
+        if model_obstacle(self.model.config) is not None:
+            return {}
+        number = 1 if self.decoding.paths is None else self.decoding.paths.number
+        number = number if len(prompts) % number == 0 else 1
+        with torch.autocast(
+            self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        ):
+            alone = self.processes.num_processes == 1
+            return shared_prefill(self.model, prompts, mask, number, find_common=alone)

@@ -24,7 +24,8 @@ class RunParser(OneLineParser):
 
     def __init__(self, training: type[GRPOConfig] = GRPOConfig) -> None:
         super().__init__(RunArguments, training, ModelConfig)
-        self.set_defaults(lora_dropout=0.0)  # TRL's default makes rollout and policy pass two policies
+        # TRL's dropout makes rollout and policy pass two policies; GRPOConfig's own sharing is off, as upstream's is.
+        self.set_defaults(lora_dropout=0.0, shared_prefix="auto")
 
 
 def parse_run(argv: list[str], engine: Engine = TRL, idle: bool = False) -> Run:

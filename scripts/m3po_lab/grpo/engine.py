@@ -23,6 +23,7 @@ import yaml
 from m3po_lab.core.config_files import DEFAULT_CONFIG, find_config, split_config
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import read_json
+from m3po_lab.core.provenance import source_digest
 
 ENGINES = ("auto", "unsloth", "trl")
 CAPABILITY = (7, 0)  # the least that Unsloth's kernels are for
@@ -211,12 +212,7 @@ def enter(engine: Engine) -> None:
 
 def trainer_cache() -> Path:
     """The folder for the trainers that Unsloth generates, keyed by our patches and by the code they lie on."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        place = PROJECT_ROOT / name
-        for file in [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()):
-            if "__pycache__" not in file.parts:
-                digest.update(f"{file.relative_to(PROJECT_ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    digest = hashlib.sha256(source_digest(PROJECT_ROOT, SOURCES).encode())
     for package in ("trl", "unsloth", "unsloth_zoo"):
         spec = find_spec(package)
         digest.update(f"{package} {spec.origin if spec else None}\0".encode())

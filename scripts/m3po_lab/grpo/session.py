@@ -7,6 +7,7 @@ checkpoints lie at the ends of generation cycles (`checkpoints`), and the traini
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from transformers.m3po.flags import has_aslr
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from m3po_lab.core.errors import UserError, one_line
+from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import check_writable, shown_path
-from m3po_lab.core.identity import SaveRunFile
+from m3po_lab.core.identity import SaveRunFile, short_digest
 from m3po_lab.core.processes import check_engine
+from m3po_lab.core.provenance import source_digest
 from m3po_lab.core.saving import ObeyUmask, obey_umask, save_model
 from m3po_lab.evaluation.decoding import Thoughts
 from m3po_lab.evaluation.evaluate import Answered, answer_problems, cache_key, load_cached, store
@@ -41,6 +43,9 @@ from m3po_lab.models.unsloth_model import load_with_unsloth
 from m3po_lab.problems.data import chat_prompt, load_problems, training_rows
 from m3po_lab.problems.data_sources import Problem
 from m3po_lab.problems.rewards import make_rewards
+
+START_EVALUATIONS = "start_evaluations"  # a folder beside the run folders
+EVALUATING_CODE = ("constraints.txt", "overlay.toml", "overlay", "patches", "scripts/m3po_lab")
 
 
 def rows_of_run(training: GRPOConfig, problems: int) -> int:
@@ -190,8 +195,13 @@ def thoughts_of(trainer: GRPOTrainer) -> Thoughts | None:
 
 
 def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], settings: EvalSettings) -> list[Answered]:
-    """The evaluation of the start model, saved in the run folder so that a resumed run does not repeat it."""
-    file, key = run.folder / "baseline.json", ""
+    """The evaluation of the start model.
+
+    It is saved in the run folder, so that a resumed run does not repeat it, and beside it under `START_EVALUATIONS`, so
+    that other runs that start alike, by the same code, do not either.
+    """
+    own = beside = run.folder / "baseline.json"
+    key = ""
     stored: list[list[Answered]] = [[]]
     if trainer.accelerator.is_main_process:
         prompts = [chat_prompt(problem, run.script) for problem in held_out]
@@ -200,11 +210,19 @@ def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], set
             start = ("seed", "thinking_residual_r_min", "thinking_residual_r_max")
             how += [asdict(thoughts), *(getattr(trainer.args, name) for name in start)]
         key = cache_key(model_digest(run.model), prompts, held_out, how)
-        stored = [load_cached(file, key)]
+        code = source_digest(PROJECT_ROOT, EVALUATING_CODE)
+        beside = run.folder.parent / START_EVALUATIONS / f"{short_digest([key, code])}.json"
+        stored = [load_cached(own, key)]
+        if not stored[0] and (found := load_cached(beside, key)):
+            print(f"the start model was evaluated before: {shown_path(beside)}")
+            store(own, key, found)
+            stored = [found]
     broadcast_object_list(stored)
     if stored[0]:
         return stored[0]
     answered = evaluate_now(trainer, settings, "held-out, before")
     if trainer.accelerator.is_main_process:
-        store(file, key, answered)
+        store(own, key, answered)
+        with suppress(OSError):  # the folder of the run folder may be another user's
+            store(beside, key, answered)
     return answered

@@ -191,6 +191,20 @@ def test_greedy_completions_are_those_of_plain_generation_one_by_one(
         assert tokenizer.decode(ids, skip_special_tokens=True) == row.completion
 
 
+def test_what_the_prompts_of_a_batch_begin_with_is_read_in_one_row(
+    tiny: tuple[Any, Any], settings: EvalSettings
+) -> None:
+    """That the completions stay the same is the test above."""
+    shapes: list[tuple[int, int]] = []
+    hook = tiny[0].model.register_forward_pre_hook(
+        lambda module, given, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    evaluate.answer_problems(*tiny, settings, "test")
+    hook.remove()
+    assert [shape for shape in shapes if shape[0] == 1 and shape[1] > 1][0][1] >= 16
+    assert max(length for rows, length in shapes if rows > 1) < 16
+
+
 def test_evaluation_leaves_the_model_s_mode_and_the_random_generators_alone(
     tiny: tuple[Any, Any], settings: EvalSettings
 ) -> None:

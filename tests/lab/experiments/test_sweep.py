@@ -3,10 +3,13 @@
 
 import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 from transformers.m3po.gating import list_gating_functions
 
+from m3po_lab import train
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
 from m3po_lab.core.identity import RUN_FILE
@@ -14,6 +17,17 @@ from m3po_lab.experiments.comparison import comparison
 from m3po_lab.experiments.sweep import folder_of, mode_words, run_words, variants
 from m3po_lab.grpo.report import ATTENTION
 from m3po_lab.sweep import main
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are trained in this process, which has imported everything; a sweep that goes on starts a real one."""
+
+    def run(command: list[str], check: bool) -> CompletedProcess[str]:
+        assert command[1:3] == ["-m", "m3po_lab.train"]
+        return CompletedProcess(command, train.main(command[3:]))
+
+    monkeypatch.setattr("m3po_lab.experiments.runs.subprocess", SimpleNamespace(run=run))
 
 
 def test_a_run_starts_resumes_or_starts_anew_as_its_folder_says(finished_run: Path, tmp_path: Path) -> None:
@@ -174,12 +188,15 @@ def test_the_value_of_a_flag_of_the_runs_is_not_taken_for_the_yaml(
     assert all(words[:2] == ["--max_steps", "2"] for _, found, *_ in called for words in found.values())
 
 
-def test_a_gate_is_trained_and_compared_with_the_control_that_is_there(finished_run: Path, tiny_config: Path) -> None:
+def test_a_gate_is_trained_and_compared_with_the_control_that_is_there(
+    trained_here: None, finished_run: Path, tiny_config: Path
+) -> None:
     folder = finished_run.parent / "gates"
     shutil.copytree(finished_run, folder / "none-seed3")
     words = [str(tiny_config), "--gates", "raw_dot", "--seeds", "3", "--output_dir", str(folder)]
     assert main(words) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["comparison.md", "m3po-raw_dot-seed3", "none-seed3"]
+    made = sorted(path.name for path in folder.iterdir())
+    assert made == ["comparison.md", "m3po-raw_dot-seed3", "none-seed3", "start_evaluations"]
     summary = read_json(folder / "m3po-raw_dot-seed3" / "summary.json") or {}
     assert (summary["mode"], summary["gating_type"]) == ("m3po", "raw_dot")
     assert set(summary["attention"]) == set(ATTENTION) and 0 < summary["attention"]["attention_max"] <= 1
@@ -248,8 +265,9 @@ def test_an_axis_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_axis_is_trained_and_compared_by_its_short_name(
-    finished_run: Path, tiny_config: Path, tmp_path: Path
+    trained_here: None, finished_run: Path, tiny_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The second run finds the start model evaluated."""
     shutil.copytree(finished_run, tmp_path / "none-seed3")
     words = [str(tiny_config), "--modes", "none", "m3po", "--axis", "cross_path_lambda=0.1,0.3", "--seeds", "3"]
     assert main([*words, "--output_dir", str(tmp_path)]) == 0
@@ -258,3 +276,6 @@ def test_an_axis_is_trained_and_compared_by_its_short_name(
     summary = read_json(tmp_path / "m3po-cross_path_lambda-0.3-seed3" / "summary.json") or {}
     assert summary["flags"]["cross_path_lambda"] == 0.3 and summary["diversity"]["distinct_answers_first"] > 0
     assert f"| `m3po λ=0.3` | 1 | {summary['diversity']['distinct_answers_first']:.3f} | " in table
+    printed = capfd.readouterr()
+    assert printed.out.count("the start model was evaluated before") == 1
+    assert printed.err.count("held-out, before: 100%") == 1 < printed.err.count("held-out, after: 100%")

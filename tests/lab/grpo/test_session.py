@@ -3,6 +3,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,41 @@ def test_baseline_is_kept_until_the_start_model_changes(
     run.model.attn_implementation = "eager"
     session.evaluate_before(run, trainer, held_out, settings)
     assert len(evaluated) == 3
+
+
+def test_a_start_model_is_evaluated_once_for_all_runs_that_start_alike(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A residual gate is of the run's own seed; ASLR and the learning rate do not act in the evaluation."""
+    evaluated: list[str] = []
+
+    def evaluate_now(trainer: Any, settings: object, label: str) -> list[Answered]:
+        evaluated.append(Path(trainer.args.output_dir).name)
+        return [Answered("#### 1", True, True)] * 6
+
+    def begin(name: str, *words: str) -> None:
+        run = parse_run([str(tiny_config), *words, "--output_dir", str(tmp_path / name)])
+        _, held_out = load_problems(run.script)
+        trainer = session.build_trainer(run, training_rows(held_out, run.script, 8), session.TrainingClock())
+        settings = EvalSettings.of_run(run.script, run.training, "no")
+        assert len(session.evaluate_before(run, trainer, held_out, settings)) == 6
+
+    monkeypatch.setattr(session, "evaluate_now", evaluate_now)
+    begin("none-seed0")
+    begin("m3po-seed1", "--mode", "m3po", "--seed", "1", "--learning_rate", "1e-3")
+    begin("none-aslr", "--aslr_enabled", "true")
+    assert evaluated == ["none-seed0"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "evaluated before" in line]
+    assert len(printed) == 2 and "start_evaluations" in printed[0]
+    begin("hrpo-seed0", "--mode", "hrpo", "--seed", "0")
+    begin("hrpo-seed1", "--mode", "hrpo", "--seed", "1")
+    begin("longer", "--max_completion_length", "5")
+    monkeypatch.setattr(session, "source_digest", lambda *_: "of other code")
+    begin("other-code")
+    assert evaluated[1:] == ["hrpo-seed0", "hrpo-seed1", "longer", "other-code"]
+    assert (tmp_path / "m3po-seed1" / "baseline.json").read_bytes() == (
+        tmp_path / "none-seed0" / "baseline.json"
+    ).read_bytes()
 
 
 def test_adapter_of_a_run_names_the_revision_of_its_base(tiny_config: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,10 +45,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def pair(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished comparison over one seed."""
+    """The folder of a finished comparison over one seed, whose runs are made in this process."""
     folder = tmp_path_factory.mktemp("pairs")
     words = ["configs/mhc_small.yaml", "--dataset", text, *TINY, "--output_dir", str(folder)]
-    assert pretrain_pair.main(words) == 0
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-m", "m3po_lab.pretrain"]
+        return subprocess.CompletedProcess(command, pretrain.main(command[3:]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m3po_lab.experiments.runs.subprocess", SimpleNamespace(run=run))
+        assert pretrain_pair.main(words) == 0
     return folder
 
 

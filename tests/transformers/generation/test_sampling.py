@@ -10,7 +10,7 @@ import torch
 from reference.tiny import LIVELY, left_padded
 from scipy.stats import chisquare
 from transformers.m3po import M3POGenerationState
-from transformers.m3po.generation.sampling import invert_cdf
+from transformers.m3po.generation.sampling import BLOCK, invert_cdf
 
 
 def test_the_shares_of_the_tokens_are_their_probabilities():
@@ -28,6 +28,18 @@ def test_both_ends_of_the_random_numbers_give_a_token_that_can_be(
     monkeypatch.setattr(torch, "rand", lambda *size, **more: torch.full(size[0], uniform, dtype=torch.float64))
     assert invert_cdf(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])).tolist() == [[token]]
     assert invert_cdf(torch.tensor([[0.0, 0.7, 0.0, 0.7, 0.0]])).tolist() == [[token]]  # of any sum
+
+
+def test_every_token_of_a_vocabulary_of_several_blocks_can_be_drawn():
+    for size in (BLOCK, BLOCK + 1, 3 * BLOCK - 1):
+        weights = torch.arange(1, size + 1).float()
+        drawn = invert_cdf(weights.expand(60_000, -1)).flatten().bincount(minlength=size)
+        assert len(drawn) == size
+        assert chisquare(drawn.numpy(), (weights.double() / weights.double().sum() * 60_000).numpy()).pvalue > 1e-3
+
+
+def test_a_row_without_finite_probabilities_gives_some_token_of_the_vocabulary():
+    assert 0 <= int(invert_cdf(torch.full((1, 300), torch.nan))) < 300
 
 
 def test_a_token_of_small_probability_in_a_large_vocabulary_is_drawn_as_often_as_it_should():

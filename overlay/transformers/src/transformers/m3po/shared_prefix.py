@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .flags import SUPPORTED_MODEL_TYPES
+
 ARGUMENT = "shared_prefix"  # of a forward
 ATTENTION = "sdpa"  # the attention implementation that knows of it
 LEAST_COMMON = 16  # tokens; what fewer save is less than the third call of the attention kernel costs
@@ -219,6 +221,17 @@ def split_rows(
     return rows(hidden_states), rows(position_ids)
 
 
+def model_obstacle(config: Any) -> str | None:
+    """Why the prompts of a model with this configuration cannot be read once; None where they can."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        return f"it is built into {', '.join(SUPPORTED_MODEL_TYPES)} models, and this is {config.model_type!r}"
+    if config._attn_implementation != ATTENTION:
+        return f"attn_implementation is {config._attn_implementation!r}, and it is built into {ATTENTION!r}"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        return "the model has layers with a sliding window"
+    return None
+
+
 def check_attention(config: Any) -> None:
     """Refuses a stream for a model whose attention would read it as one text.
 
@@ -232,7 +245,9 @@ def check_attention(config: Any) -> None:
 
 
 @torch.no_grad()
-def shared_prefill(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_paths: int) -> dict[str, Any]:
+def shared_prefill(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_paths: int, *, find_common: bool = True
+) -> dict[str, Any]:
     """Arguments of `generate` with which it finds the prompts in a cache, where each token was read once.
 
     Args:
@@ -240,6 +255,8 @@ def shared_prefill(model: Any, input_ids: torch.Tensor, attention_mask: torch.Te
         input_ids: (B, L) long, padded on the left, the N rows of a prompt side by side.
         attention_mask: (B, L).
         num_paths: N.
+        find_common: whether to look for what the prompts have in common. Processes that share a model must not: they
+            have to make the same number of forwards.
 
     Returns:
         input_ids and attention_mask (B, L) with the common beginning in front of the padding, and past_key_values: a
@@ -247,7 +264,7 @@ def shared_prefill(model: Any, input_ids: torch.Tensor, attention_mask: torch.Te
         twice.
     """
     prompts, mask = input_ids[::num_paths], attention_mask[::num_paths]
-    common = common_length(prompts, mask)
+    common = common_length(prompts, mask) if find_common else 0
     if input_ids.shape[1] == 1 or (num_paths == 1 and common == 0):
         return {}
     prompts, mask = _common_first(prompts, mask, common)

@@ -133,7 +133,9 @@ class GRPORollouts:
         arguments: dict[str, Any] = {"m3po": self._state}
         if self.shares_prefix and whole:
             check_prompts(inputs["input_ids"], num_generations)
-            arguments |= shared_prefill(model, inputs["input_ids"], inputs["attention_mask"], num_generations)
+            alone = self._trainer.accelerator.num_processes == 1
+            rows = inputs["input_ids"], inputs["attention_mask"]
+            arguments |= shared_prefill(model, *rows, num_generations, find_common=alone)
         return arguments
 
     def scoring_kwargs(self, num_positions: int) -> dict[str, Any]:

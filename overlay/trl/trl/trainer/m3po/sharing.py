@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.m3po.flags import SUPPORTED_MODEL_TYPES
-from transformers.m3po.shared_prefix import ATTENTION, share_prefix
+from transformers.m3po.shared_prefix import model_obstacle, share_prefix
 
 from .checks import method_without_record
 
@@ -27,12 +26,8 @@ def sharing_obstacle(trainer: Any, elsewhere: list[str]) -> str | None:
         return f"{kind.__name__} scores in its own way"
     if args.n_gpu > 1:
         return "DataParallel splits rows: start one process for each GPU"
-    if model.config.model_type not in SUPPORTED_MODEL_TYPES:
-        return f"it is built into {', '.join(SUPPORTED_MODEL_TYPES)} models, and this is {model.config.model_type!r}"
-    if model.config._attn_implementation != ATTENTION:
-        return f"attn_implementation is {model.config._attn_implementation!r}, and it is built into {ATTENTION!r}"
-    if set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}:
-        return "the model has layers with a sliding window"
+    if (why := model_obstacle(model.config)) is not None:
+        return why
     rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
     if any([*rates, getattr(model.config, "attention_dropout", 0.0)]):
         return "dropout would draw one mask for a prompt and not one for each path: set lora_dropout to 0"
