@@ -59,19 +59,21 @@ class Worker:
             stderr=subprocess.DEVNULL if "QUIET" in os.environ else None,
             text=True,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._to, self._from = self._process.stdin, self._process.stdout
 
     def step(self, words: str) -> dict[str, float]:
         """One step; its seconds by phase."""
-        self._process.stdin.write(words + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
+        self._to.write(words + "\n")
+        self._to.flush()
+        for line in self._from:
             if line.startswith("ANSWER "):
                 return json.loads(line.removeprefix("ANSWER "))
         raise SystemExit(f"a worker ended with exit code {self._process.wait()}")
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        self._to.close()
         self._process.wait()
 
 

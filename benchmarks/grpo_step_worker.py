@@ -39,14 +39,14 @@ FLAGS: dict[str, Any] = {
 
 def prompts(tokenizer: Any, length: int, common: int, number: int) -> Dataset:
     """Texts of exactly `length` tokens, of words that are one token each; the first `common` are the same in all."""
-    words = (tokenizer.decode([token]) for token in range(1000, 4000))
-    words = [word for word in words if word[0] == " " and word[1:].isalpha()]
+    texts = (tokenizer.decode([token]) for token in range(1000, 4000))
+    words = [text for text in texts if text[0] == " " and text[1:].isalpha()]
     draws = torch.Generator().manual_seed(0)
     picked = torch.randint(len(words), (number, length), generator=draws)
     picked[:, :common] = picked[:1, :common]
-    texts = ["".join(words[at] for at in row) for row in picked.tolist()]
-    assert all(len(tokenizer(text)["input_ids"]) == length for text in texts)
-    return Dataset.from_dict({"prompt": texts})
+    made = ["".join(words[at] for at in row) for row in picked.tolist()]
+    assert all(len(tokenizer(text)["input_ids"]) == length for text in made)
+    return Dataset.from_dict({"prompt": made})
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -132,6 +132,7 @@ def main() -> None:
         import trl.trainer.utils as utils
 
         source = importlib.util.spec_from_file_location("trl.trainer.chunked_logprob_torch", SCORING)
+        assert source is not None and source.loader is not None
         module = importlib.util.module_from_spec(source)
         source.loader.exec_module(module)
         utils._ChunkedLogProbFunction = module.scorer(None, torch.device("cpu"))

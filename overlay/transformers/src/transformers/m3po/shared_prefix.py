@@ -281,7 +281,8 @@ def shared_prefill(
             is_m3po_inference=True,  # ASLR works behind the layers and leaves nothing in the cache
         ).past_key_values
 
-    cache, last = None, input_ids.shape[1] - 1
+    cache: Any = None
+    last = input_ids.shape[1] - 1
     if common:
         cache = read(slice(1), slice(common), None)
         cache.batch_repeat_interleave(len(prompts))
