@@ -27,8 +27,8 @@ from m3po_lab.models.loading import load_model
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("grpo_step_worker.py")
-# Groups, rows of a micro-batch, tokens of a prompt, of these the same in all prompts (in configs/demo.yaml 36 of 48),
-# tokens of a completion. With one group it does not matter what prompts have in common.
+# Groups, rows of a micro-batch, tokens of a prompt, of these the same in all prompts (three quarters, as 36 of 48 in
+# configs/demo.yaml), tokens of a completion. With one group it does not matter what prompts have in common.
 SHAPES: dict[str, dict[str, int]] = {
     "demo": {"groups": 8, "micro_batch": 64, "prompt": 70, "common": 52, "completion": 20},
     "gsm8k": {"groups": 1, "micro_batch": 8, "prompt": 150, "common": 0, "completion": 200},
@@ -89,12 +89,13 @@ def pristine_path(folder: Path) -> str:
 def measure(peer: Worker, ours: Worker, rounds: int, with_memory: bool) -> dict[str, Any]:
     """The figures of one mode and shape: rounds of three steps, in an order that rotates.
 
-    Of both processes, the first step is made before: it allocates what the others have. Memory takes another step of
-    each, which is several times slower.
+    First steps are made before: they allocate what the others have. Memory takes another step of each, which is several
+    times slower.
     """
     calls = {"TRL": (peer, "plain"), "false": (ours, "false"), "auto": (ours, "auto")}
     if with_memory:
         peer.step("plain")
+    ours.step("false")
     ours.step("auto")
     times: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     for number in range(rounds):

@@ -35,6 +35,7 @@ REPLAYS: dict[str, dict[str, Any]] = {
     "none with ASLR": {"mode": "none", "aslr_enabled": True},
     "m3po with ASLR": {"aslr_enabled": True},
     "m3po with luong": {"gating_type": "luong", "gating_config": {"rank": 8}},
+    "m3po with shared prompts": {"shared_prefix": "true"},
 }
 ENGINES = ("ddp", "fsdp2")
 # Runs that sample: name, flags.
@@ -43,6 +44,12 @@ MODES: dict[str, dict[str, Any]] = {
     "h3po": {"mode": "h3po"},
     "sampled, none with ASLR": {"mode": "none", "aslr_enabled": True},
     "sampled, m3po with ASLR": {"mode": "m3po", "aslr_enabled": True},
+    "sampled, m3po with shared prompts": {
+        "mode": "m3po",
+        "shared_prefix": "true",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    },
     "sampled, m3po with bahdanau": {
         "mode": "m3po",
         "gating_type": "bahdanau",

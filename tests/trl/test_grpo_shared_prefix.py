@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from reference import hyper_models
 from transformers import TrainerCallback
 from transformers.m3po import shared_prefix
+from trl import GRPOConfig, GRPOTrainer
 
 BOUND = 1e-4
 MARKER = {"answer_start": "#", "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6, "max_grad_norm": 0.0}
@@ -41,6 +43,14 @@ def hyper(kind: str) -> Any:
     return net
 
 
+def alike(tiny: Any) -> Dataset:
+    """Prompts of different length that begin with the same 20 tokens."""
+    return tiny.prompts().map(lambda row: {"prompt": "0123456789abcdef+=?0" + row["prompt"]})
+
+
+# Cases whose prompts begin alike.
+ALIKE = {"none, padding to a multiple", "hrpo", "m3po with ASLR", "luong in h3po", "luong by logits", "LoRA"}
+ALIKE |= {"hyper-connections", "m3po, two micro-batches"}
 # name: kind of model, flags, what else the trainer is given
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "none, padding to a multiple": ("llama", {"mode": "none", "pad_to_multiple_of": 16}, {}),
@@ -53,6 +63,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "h3po, gradient checkpointing": (
         "llama",
         {"mode": "h3po", "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {},
+    ),
+    "m3po, reentrant gradient checkpointing": (
+        "llama",
+        {"mode": "m3po", "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {},
     ),
     "m3po with ASLR": ("qwen2", {"mode": "m3po", "aslr_enabled": True}, {}),
@@ -146,44 +161,77 @@ def test_log_probs_and_entropies_of_each_pass_are_those_of_the_rows(tiny: Any, t
 MODES = [("none", {}), ("m3po", {}), ("hrpo", {}), ("h3po", {}), ("m3po", {"aslr_enabled": True})]
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of every prefill the rows of the prompts and the columns of the cache; of every shared pass, -1 and K."""
+    seen: list[tuple[int, int]] = []
+    prefill, share = shared_prefix.shared_prefill, shared_prefix.share_prefix
+
+    def prefilled(model: Any, input_ids: torch.Tensor, *others: Any, **options: bool) -> dict[str, Any]:
+        given = prefill(model, input_ids, *others, **options)
+        seen.append((len(input_ids), given["past_key_values"].get_seq_length() - input_ids.shape[1]))
+        return given
+
+    def shared(*inputs: Any) -> dict[str, Any]:
+        stream = share(*inputs)
+        seen.append((-1, stream["shared_prefix"].common_length))
+        return stream
+
+    monkeypatch.setattr("trl.trainer.m3po.rollouts.shared_prefill", prefilled)
+    monkeypatch.setattr("trl.trainer.m3po.sharing.share_prefix", shared)
+    return seen
+
+
 @pytest.mark.parametrize(("mode", "more"), MODES)
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_rollouts_from_a_shared_prefill_agree_with_the_shared_policy_pass(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: str, more: dict[str, Any]
+    tiny: Any, tmp_path: Path, reads: list[tuple[int, int]], kind: str, mode: str, more: dict[str, Any]
 ):
-    widths: list[int] = []
-    prefill = shared_prefix.shared_prefill
-
-    def counted(model: Any, input_ids: torch.Tensor, *others: Any, **options: bool) -> dict[str, Any]:
-        cache = prefill(model, input_ids, *others, **options)
-        widths.append(cache["past_key_values"].get_seq_length() - input_ids.shape[1])
-        return cache
-
-    monkeypatch.setattr("trl.trainer.m3po.rollouts.shared_prefill", counted)
+    """Prompts of the second kind of model begin alike; a micro-batch has one group, which has nothing in common."""
     model = {"model": tiny.with_aslr(kind)} if more else {}
-    flags = {
-        "per_device_train_batch_size": 4,
-        "num_iterations": 2,
-        "steps_per_generation": 2,
-        "max_steps": 5,
-        "shared_prefix": True,
-    }
-    run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": mode, **flags, **more}, **model)
+    rows = {"train_dataset": alike(tiny)} if kind == "qwen2" else {}
+    flags = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 5, "shared_prefix": True}
+    flags["per_device_train_batch_size"] = 4 if kind == "llama" else 8
+    run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": mode, **flags, **more}, **model, **rows)
     run.train()
-    assert widths == [-1, -1]
+    size = flags["per_device_train_batch_size"]
+    assert [read for read in reads if read[0] > 0] == [(2 * size, -1)] * 2
+    common = {length for rows, length in reads if rows < 0}
+    assert common == {0} if kind == "llama" else min(common) >= 20
     logged_at = [entry["step"] for entry in run.state.log_history if "m3po/rollout_logp_diff_max" in entry]
     assert logged_at == [1, 5]
     assert max(tiny.logged(run, "m3po/rollout_logp_diff_max")) < BOUND
 
 
-def test_an_evaluation_in_a_training_shares_the_prompts_of_its_own_groups(tiny: Any, tmp_path: Path):
+def test_rollouts_of_an_adapter_are_prefilled_in_the_precision_they_are_decoded_in(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Under autocast a PeftModel's own forward computes in bfloat16, and its `generate` in float32."""
+    dtypes: set[torch.dtype] = set()
+    prefill = shared_prefix.shared_prefill
+
+    def prefilled(*inputs: Any, **options: bool) -> dict[str, Any]:
+        given = prefill(*inputs, **options)
+        dtypes.add(given["past_key_values"].layers[0].keys.dtype)
+        return given
+
+    monkeypatch.setattr("trl.trainer.m3po.rollouts.shared_prefill", prefilled)
+    run = tiny.trainer(tmp_path, flags={**MARKER, "mode": "m3po", "bf16": True, "shared_prefix": "true"}, **LORA)
+    run.train()
+    assert dtypes == {torch.float32}
+
+
+def test_an_evaluation_in_a_training_shares_the_prompts_of_its_own_groups(
+    tiny: Any, tmp_path: Path, reads: list[tuple[int, int]]
+):
     flags = {"per_device_eval_batch_size": 6, "num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
     run = tiny.trainer(
         tmp_path,
-        flags={**MARKER, "mode": "m3po", **flags, "shared_prefix": "true"},
-        eval_dataset=tiny.prompts().select(range(6)),
+        flags={**MARKER, "mode": "m3po", **flags, "max_steps": 1, "shared_prefix": "true"},
+        eval_dataset=tiny.prompts().select(range(3)),
     )
     run.train()
+    assert reads == [(8, -1), (-1, 0), (6, -1), (-1, 0)]
     assert max(tiny.logged(run, "eval_m3po/rollout_logp_diff_max")) < BOUND
 
 
@@ -200,6 +248,16 @@ OBSTACLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "eager attention": ({}, {"attn_implementation": "eager"}, "attn_implementation is 'eager'"),
     "a sliding window": ({}, {"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window"),
+    "positions by the longest row": ({}, {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
+    "noise on the embeddings": ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha"),
+    "a cache of its own": ({"cache_implementation": "static"}, {}, "cache_implementation='static'"),
+    "a prompt in parts": ({"generation_kwargs": {"prefill_chunk_size": 4}}, {}, "prefill_chunk_size=4"),
+    "no cache": ({"generation_kwargs": {"use_cache": False}}, {}, "use_cache=False"),
+    "a penalty": (
+        {"mode": "none", "repetition_penalty": 1.1},
+        {},
+        "RepetitionPenaltyLogitsProcessor looks at the tokens of the prompt",
+    ),
 }
 
 
@@ -216,14 +274,14 @@ def test_auto_says_why_it_is_off_and_true_is_refused(
         if "attn_implementation" in config:
             net.set_attn_implementation(config["attn_implementation"])
         elif config:
-            net.config.layer_types = config["layer_types"]
+            net.config.update(config)
         return tiny.trainer(
             tmp_path, flags={**MARKER, "mode": "m3po", **flags, "shared_prefix": sharing}, model=net, **given
         )
 
     run = build("auto")
     assert not run.m3po.shares_prefix
-    assert f"shared_prefix=auto: off, {why}" in run.m3po.describe() or why in run.m3po.describe()
+    assert "; shared_prefix=auto: off, " in run.m3po.describe() and why in run.m3po.describe()
     with pytest.raises(ValueError, match=f"shared_prefix='true' is not possible here: .*{why}"):
         build("true")
 
@@ -236,9 +294,21 @@ def test_the_first_lines_of_a_control_say_that_it_is_on(tiny: Any, tmp_path: Pat
 
 def test_a_group_with_two_prompts_is_refused(tiny: Any, tmp_path: Path):
     run = tiny.trainer(tmp_path, flags={"mode": "none", "shared_prefix": "true"})
+    run.model.train()
     ids = torch.tensor([[5, 6, 7]] * 5 + [[5, 6, 8]] + [[5, 6, 7]] * 2)
     with pytest.raises(ValueError, match="row 5 of the rollout has another prompt than the other"):
-        run.m3po.generate_kwargs(run.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 4)
+        run.m3po.add_to_batch({"prompt_ids": ids})
+
+
+def test_a_trainer_that_splits_rollouts_itself_is_left_alone(tiny: Any, tmp_path: Path):
+    class Splits(GRPOTrainer):
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            return super()._prepare_inputs(generation_batch)
+
+    plain = tiny.trainer(tmp_path, flags={"mode": "none"})
+    args = GRPOConfig(str(tmp_path), **{**tiny.FLAGS, "mode": "none", "shared_prefix": "auto"})
+    run = Splits(plain.model, tiny.reward, args, tiny.prompts(), processing_class=tiny.tokenizer())
+    assert run.m3po.describe().endswith("shared_prefix=auto: off, Splits splits rollouts in its own way")
 
 
 def test_another_word_is_refused(tiny: Any, tmp_path: Path):

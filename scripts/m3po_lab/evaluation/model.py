@@ -4,6 +4,7 @@
 Of a training in several processes, all take part, in turns of one batch.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,7 +148,7 @@ class EvaluatedModel(HFLM):
 
     def _shared_prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
         """What the prompts (B, L) of a batch begin with, and those of the paths of a problem, are read once."""
-        if model_obstacle(self.model.config) is not None:
+        if "unsloth" in sys.modules or model_obstacle(self.model.config) is not None:  # Unsloth's cache is its own
             return {}
         number = 1 if self.decoding.paths is None else self.decoding.paths.number
         number = number if len(prompts) % number == 0 else 1

@@ -101,7 +101,7 @@ def test_checkpoint_says_its_aslr_and_is_evaluated_with_the_loop_off_and_on(
     }
     assert told == (expected if aslr else {})
     capsys.readouterr()
-    off = evaluated(final, tmp_path / "off")
+    evaluated(final, tmp_path / "off")
     said = capsys.readouterr().out
     assert ("ASLR off (is_m3po_inference=True): aslr_num_paths=3" in said) == aslr
     assert "the same text for 6 of 6 problems" in said  # the report's evaluation leaves the loop out as well
@@ -114,7 +114,9 @@ def test_checkpoint_says_its_aslr_and_is_evaluated_with_the_loop_off_and_on(
     assert "ASLR on (is_m3po_inference=False): aslr_num_paths=3" in said and "the same text" not in said
     loop = logits_of(final, aslr_row_seeds=torch.tensor([3, 4]), is_m3po_inference=False)
     assert (loop - logits_of(final, is_m3po_inference=True)).abs().max() > 0.01, "the loop does nothing"
-    assert mode in ("hrpo", "h3po") or on != off  # there the large learning rate makes every completion the same
+    # Completions may be the same with and without the loop: the large learning rate leaves few.
+    routers = [(read_json(tmp_path / name / "results.json") or {}).get("router") for name in ("off", "on")]
+    assert routers[0] is None and routers[1] is not None and routers[1]["tokens"] > 0
     assert on == evaluated(final, tmp_path / "again", "--aslr", "on", "--batch_size", "2")
     assert (read_json(tmp_path / "on" / "results.json") or {})["aslr"] == "on"
 

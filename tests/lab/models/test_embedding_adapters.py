@@ -20,7 +20,7 @@ from m3po_lab.problems.data import load_problems, training_rows
 from m3po_lab.train import main
 
 # Flags of a run. The learning rate is that of a run that moves every weight far within a few steps.
-LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0", "--learning_rate", "0.1", "--mode", "m3po")
+LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0", "--learning_rate", "0.03", "--mode", "m3po")
 FLAGS = {
     "LoRA on embed_tokens": ("--lora_target_modules", "q_proj", "embed_tokens"),
     "LoRA on all-linear": ("--lora_target_modules", "all-linear"),

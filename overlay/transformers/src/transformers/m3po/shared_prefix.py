@@ -106,8 +106,8 @@ def share_prefix(
 
     Returns:
         input_ids (1, S) and position_ids (1, S) long, the latter those of the rollout (tokens are counted, padding is
-        not); attention_mask (B, 1, C, L) bool, what a completion attends to; shared_prefix. A token that is padding
-        attends to itself alone, and nothing to it.
+        not); attention_mask (B, 1, C, L) bool, what a completion attends to; shared_prefix. No token attends to padding
+        but padding to itself, so that no row of a mask is empty.
 
     Raises:
         ValueError: N does not divide B.
@@ -229,6 +229,8 @@ def model_obstacle(config: Any) -> str | None:
         return f"attn_implementation is {config._attn_implementation!r}, and it is built into {ATTENTION!r}"
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         return "the model has layers with a sliding window"
+    if (rope := (getattr(config, "rope_parameters", None) or {}).get("rope_type")) in ("dynamic", "longrope"):
+        return f"rope_type {rope!r} makes positions depend on the longest row"
     return None
 
 

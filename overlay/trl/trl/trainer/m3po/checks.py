@@ -137,10 +137,7 @@ def _check_policy_distribution(trainer: Any, model: Any) -> None:
             "none of it: set lora_dropout to 0 (or disable_dropout=True), and attention_dropout of the model config "
             "to 0."
         )
-    # Fields that are None here are filled from the model's generation_config, then from upstream's defaults.
-    config, _ = model._prepare_generation_config(trainer.generation_config)
-    model._prepare_special_tokens(config, True, device="cpu")
-    processors = model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+    _, processors = generation_of(trainer, model)
     cut = [part for part in processors if not (isinstance(part, TemperatureLogitsWarper) or _keeps_all(part))]
     if cut:
         raise ValueError(
@@ -149,6 +146,14 @@ def _check_policy_distribution(trainer: Any, model: Any) -> None:
             f"model's generation_config. mode={trainer.args.mode!r} needs top_k=0, top_p=1.0, min_p=0.0, "
             "repetition_penalty=1.0 and none of its kin in model.generation_config."
         )
+
+
+def generation_of(trainer: Any, model: Any) -> tuple[Any, list[Any]]:
+    """The generation config of a trainer's rollouts as `generate` completes it, and the logits processors it makes."""
+    # Fields that are None here are filled from the model's generation_config, then from upstream's defaults.
+    config, _ = model._prepare_generation_config(trainer.generation_config)
+    model._prepare_special_tokens(config, True, device="cpu")
+    return config, model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
 
 
 def method_without_record(kind: Any) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from transformers.m3po import M3POGenerationState, write_checkpoint_info
 from transformers.m3po.aslr.settings import ASLRHyperparameters
@@ -128,14 +129,15 @@ class GRPORollouts:
             group_ids=self._group_ids,
             settings=self.settings,
             tokenizer=self._trainer._tokenizer,
-            inverse_cdf=self.shares_prefix,
+            inverse_cdf=self.shares_prefix and inputs["input_ids"].device.type == "cpu",
         )
         arguments: dict[str, Any] = {"m3po": self._state}
         if self.shares_prefix and whole:
-            check_prompts(inputs["input_ids"], num_generations)
-            alone = self._trainer.accelerator.num_processes == 1
+            base = getattr(model, "_orig_mod", model)  # what generate calls of a compiled model, and of an adapter's
+            base = base.get_base_model() if isinstance(base, PeftModel) else base
+            split = self._trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
             rows = inputs["input_ids"], inputs["attention_mask"]
-            arguments |= shared_prefill(model, *rows, num_generations, find_common=alone)
+            arguments |= shared_prefill(base, *rows, num_generations, find_common=not split)
         return arguments
 
     def scoring_kwargs(self, num_positions: int) -> dict[str, Any]:
@@ -212,9 +214,15 @@ class GRPORollouts:
         return self.learns or self.shares_prefix
 
     def add_to_batch(self, batch: dict[str, Any]) -> None:
-        """Puts the record beside the batch (every tensor has B rows) and logs the rollout."""
+        """Puts the record beside the batch (every tensor has B rows) and logs the rollout.
+
+        Raises:
+            ValueError: prompts are shared, and rows of a group have different ones.
+        """
         if not self._records:
             return
+        if self.shares_prefix and len(batch["prompt_ids"]) % self._num_paths == 0:
+            check_prompts(batch["prompt_ids"], self._num_paths)
         record = self._handed_on(batch["completion_ids"].size(1))
         batch.update(record.to_batch())
         # In the batch, because an evaluation may roll out between this rollout and the policy passes that read it.

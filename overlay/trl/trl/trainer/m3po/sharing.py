@@ -6,9 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.m3po.shared_prefix import model_obstacle, share_prefix
 
-from .checks import method_without_record
+from .checks import generation_of, method_without_record
+
+# Logits processors that look at the scores alone.
+_OF_SCORES = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 
 def sharing_obstacle(trainer: Any, elsewhere: list[str]) -> str | None:
@@ -19,23 +23,53 @@ def sharing_obstacle(trainer: Any, elsewhere: list[str]) -> str | None:
         elsewhere: what moves the rollouts out of a single call of `generate`, by name.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    kind = type(trainer)
     if elsewhere:
         return f"{elsewhere[0]} rolls out elsewhere than in one call of generate"
-    kind = type(trainer)
     if kind.__name__.startswith("Unsloth") or method_without_record(kind) is not None:
         return f"{kind.__name__} scores in its own way"
+    if kind._prepare_inputs.__qualname__ != "GRPOTrainer._prepare_inputs":
+        return f"{kind.__name__} splits rollouts in its own way"
     if args.n_gpu > 1:
         return "DataParallel splits rows: start one process for each GPU"
-    if (why := model_obstacle(model.config)) is not None:
-        return why
-    rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
-    if any([*rates, getattr(model.config, "attention_dropout", 0.0)]):
-        return "dropout would draw one mask for a prompt and not one for each path: set lora_dropout to 0"
     if args.per_device_train_batch_size % args.num_generations:
         return (
             f"per_device_train_batch_size={args.per_device_train_batch_size} does not hold whole groups of "
             f"num_generations={args.num_generations}"
         )
+    reference = getattr(trainer, "ref_model", None)
+    models = [model, *([] if reference is None else [trainer.accelerator.unwrap_model(reference)])]
+    reasons = [why for each in models if (why := model_obstacle(each.config)) is not None]
+    return next(iter(reasons), None) or _noise(args, model) or _adapter(model) or _generation(trainer, model)
+
+
+def _noise(args: Any, model: Any) -> str | None:
+    """What draws numbers in a forward: one for a prompt where it was one for each path."""
+    rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
+    if any([*rates, getattr(model.config, "attention_dropout", 0.0)]):
+        return "dropout would draw one mask for a prompt and not one for each path: set lora_dropout to 0"
+    return "neftune_noise_alpha adds noise to every row" if args.neftune_noise_alpha else None
+
+
+def _adapter(model: Any) -> str | None:
+    """Adapters that look at whole rows."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+            return f"the adapter ({config.peft_type}) reads whole rows"
+    return None
+
+
+def _generation(trainer: Any, model: Any) -> str | None:
+    """What `generate` would do otherwise from a cache that it is given, or to a prompt with a gap in it."""
+    config, processors = generation_of(trainer, model)
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if getattr(config, name, None) is not None:
+            return f"{name}={getattr(config, name)!r} wants a cache of generate's own"
+    if config.use_cache is False:
+        return "use_cache=False reads every prompt again in every step"
+    for part in processors:
+        if not isinstance(part, _OF_SCORES):
+            return f"{type(part).__name__} looks at the tokens of the prompt"
     return None
 
 
