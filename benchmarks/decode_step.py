@@ -38,7 +38,7 @@ def decode(model: Any, prompts: dict[str, torch.Tensor], args: argparse.Namespac
     settings = ThinkingSettings(mode="m3po", cross_path_phase="all")
     groups = torch.arange(len(prompts["input_ids"])) // args.num_paths
     state = M3POGenerationState(settings=settings, tokenizer=tokenizer, group_ids=groups, inverse_cdf=mine)
-    given = prompts | shared_prefill(model, **prompts, num_paths=args.num_paths)
+    given = prompts | shared_prefill(model, prompts["input_ids"], prompts["attention_mask"], args.num_paths)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     with profile() as events:

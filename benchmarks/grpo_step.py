@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", default=[*MODES], choices=[*MODES])
     parser.add_argument("--num_paths", type=int, default=8, help="N")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="count tensors too, in steps that take minutes")
     parser.add_argument("--name", default="grpo-step-cpu", help="name of the files under benchmarks/results/")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             figures[name] = {}
             for mode in tqdm(args.modes, desc=name, disable=None):
                 ours = Worker(spec | {"flags": MODES[mode] | {"shared_prefix": "true"}}, None)
-                figures[name][mode] = measure(peer, ours, args.rounds, with_memory=mode == args.modes[0])
+                figures[name][mode] = measure(peer, ours, args.rounds, args.memory and mode == args.modes[0])
                 ours.close()
             peer.close()
     result = {
