@@ -211,9 +211,9 @@ def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], set
             how += [asdict(thoughts), *(getattr(trainer.args, name) for name in start)]
         key = cache_key(model_digest(run.model), prompts, held_out, how)
         code = source_digest(PROJECT_ROOT, EVALUATING_CODE)
-        accelerator, revision = trainer.accelerator, getattr(trainer.model.config, "_commit_hash", None)
+        accelerator = trainer.accelerator
         where = [run.engine.name, run.model.load_in_4bit, accelerator.device.type, accelerator.num_processes]
-        beside = run.folder.parent / START_EVALUATIONS / f"{short_digest([key, code, *where, revision])}.json"
+        beside = run.folder.parent / START_EVALUATIONS / f"{short_digest([key, code, *where])}.json"
         stored = [load_cached(own, key)]
         if not stored[0] and (found := load_cached(beside, key)):
             print(f"the start model was evaluated before: {shown_path(beside)}")
