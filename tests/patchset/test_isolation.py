@@ -12,15 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from reference.hostile import hostile_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("isolated.sh", "overlay_tool.sh", "rebuild_env.sh", "run.sh")  # what the others call
 COMMANDS = sorted(file.name for file in (ROOT / "scripts").glob("*.sh") if file.name not in SHARED)
-HOSTILE = {
-    "PYTHONHOME": "/nonexistent", "PYTHONSTARTUP": "/nonexistent", "PYTHONPLATLIBDIR": "x", "PYTHONUSERBASE": "/x",
-    "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
-    "PYTHONCOERCECLOCALE": "0", "PYTHONINSPECT": "1", "LC_ALL": "C", "CDPATH": "/",
-}  # fmt: skip
 PROBE = """
 import json, os, subprocess, sys
 told = {"argv": sys.argv[1:], "cwd": os.getcwd(), "path": sys.path, "optimize": sys.flags.optimize,
@@ -44,16 +40,6 @@ def checkout(tmp_path: Path) -> Path:
     (site,) = (root / ".venv/lib").glob("python*/site-packages")
     (site / "lab.pth").write_text("../../../../lab\n")
     return root
-
-
-def hostile_folder(place: Path) -> dict[str, str]:
-    """A folder with what a user may have in it, and variables that lead there and elsewhere; the latter."""
-    for name in ("datasets", "trl", "m3po_lab", "json"):
-        (place / "folder" / name).mkdir(parents=True)
-        (place / "folder" / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
-        (place / "packages" / name).mkdir(parents=True)
-        (place / "packages" / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
-    return {**HOSTILE, "PYTHONPATH": str(place / "packages")}
 
 
 def test_a_script_and_what_it_starts_are_isolated_and_stay_in_the_callers_folder(
@@ -96,11 +82,3 @@ def test_what_make_runs_is_isolated_too() -> None:
     assert len(lines) > 20
     start = re.compile(r"\s*(; )?(\. scripts/isolated\.sh; |bash scripts/overlay_tool\.sh )")
     assert [line for line in lines if not start.match(line)] == []
-
-
-def test_a_real_command_helps_from_a_hostile_folder(tmp_path: Path) -> None:
-    variables = os.environ | hostile_folder(tmp_path)
-    command = ["bash", ROOT / "scripts" / "eval_gsm8k.sh", "--help"]
-    done = subprocess.run(command, cwd=tmp_path / "folder", env=variables, capture_output=True, timeout=280)
-    assert done.returncode == 0, done.stderr.decode()
-    assert "λ, the share of the peers" in done.stdout.decode()

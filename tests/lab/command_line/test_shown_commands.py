@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference.hostile import hostile_folder
 
 from m3po_lab import pretrain_pair, sweep, train
 from m3po_lab.command_line.commands import CONTINUE, shown_command, without_flags
@@ -161,19 +162,21 @@ def test_a_stopped_sweep_or_pair_shows_the_command_to_go_on(
     assert pasted(capsys.readouterr().err.strip().partition("Go on with: ")[2], script) == words
 
 
-def test_a_shown_command_really_runs_when_a_shell_gets_it(
+def test_a_shown_command_really_runs_when_a_shell_gets_it_in_a_hostile_folder(
     finished_run: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(finished_run, tmp_path / ODD)
-    config = shutil.copy(tiny_config, tmp_path / "my run's.yaml")
+    variables = os.environ | hostile_folder(tmp_path)
+    place = tmp_path / "folder"
+    shutil.copytree(finished_run, place / ODD)
+    config = shutil.copy(tiny_config, place / "my run's.yaml")
     here = os.getcwd()
-    os.chdir(tmp_path)
+    os.chdir(place)
     try:
         words = [Path(config).name, "--output_dir", ODD, "--overwrite", "true"]
         command = shown_command("scripts/train_grpo.sh", words, CONTINUE)
     finally:
         os.chdir(here)
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", command], cwd=place, env=variables, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "from checkpoint-6 into" in done.stdout
     more = next(line for line in done.stdout.splitlines() if line.startswith("train more"))
