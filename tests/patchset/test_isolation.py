@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reference.hostile import hostile_folder
+from hostile import hostile_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("isolated.sh", "overlay_tool.sh", "rebuild_env.sh", "run.sh")  # what the others call

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference.hostile import hostile_folder
+from hostile import hostile_folder
 
 from m3po_lab import pretrain_pair, sweep, train
 from m3po_lab.command_line.commands import CONTINUE, shown_command, without_flags
