@@ -130,8 +130,7 @@ def _check_gating(trainer: Any) -> None:
 
 def _check_policy_distribution(trainer: Any, model: Any) -> None:
     """Refuses what makes rollout and policy pass two distributions, wherever it was set."""
-    rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
-    if any([*rates, getattr(model.config, "attention_dropout", 0.0)]):
+    if has_dropout(model):
         raise ValueError(
             f"dropout draws other numbers in the policy pass than in the rollout; mode={trainer.args.mode!r} needs "
             "none of it: set lora_dropout to 0 (or disable_dropout=True), and attention_dropout of the model config "
@@ -146,6 +145,12 @@ def _check_policy_distribution(trainer: Any, model: Any) -> None:
             f"model's generation_config. mode={trainer.args.mode!r} needs top_k=0, top_p=1.0, min_p=0.0, "
             "repetition_penalty=1.0 and none of its kin in model.generation_config."
         )
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether a training forward of the model drops anything, an adapter's layers included."""
+    rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
+    return any([*rates, getattr(model.config, "attention_dropout", 0.0)])
 
 
 def generation_of(trainer: Any, model: Any) -> tuple[Any, list[Any]]:

@@ -9,7 +9,7 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.m3po.shared_prefix import model_obstacle, share_prefix
 
-from .checks import generation_of, method_without_record
+from .checks import generation_of, has_dropout, method_without_record
 
 # Logits processors that look at the scores alone.
 _OF_SCORES = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
@@ -45,8 +45,7 @@ def sharing_obstacle(trainer: Any, elsewhere: list[str]) -> str | None:
 
 def _noise(args: Any, model: Any) -> str | None:
     """What draws numbers in a forward: one for a prompt where it was one for each path."""
-    rates = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
-    if any([*rates, getattr(model.config, "attention_dropout", 0.0)]):
+    if has_dropout(model):
         return "dropout would draw one mask for a prompt and not one for each path: set lora_dropout to 0"
     return "neftune_noise_alpha adds noise to every row" if args.neftune_noise_alpha else None
 
