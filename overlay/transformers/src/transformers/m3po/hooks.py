@@ -22,6 +22,7 @@ _HOMES = {
     "check_generation_mode": ".generation.checks",
     # `_sample`, before its loop; what it calls in the loop are the methods of the state that this returns.
     "begin_rollout": ".generation.state",
+    "optimize_linear_layers": ".generation.linear",
     # The forward of the base model, from the token embeddings to the last norm.
     "mix_thinking_inputs": ".thinking.inputs",
     "thinking_residual": ".thinking.residual_gate",

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .flags import SUPPORTED_MODEL_TYPES
+from .shared_cache import SharedCache
 
 ARGUMENT = "shared_prefix"  # of a forward
 ATTENTION = "sdpa"  # the attention implementation that knows of it
@@ -148,23 +149,27 @@ def attend_by_group(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    shared_prefix: SharedPrefix,
+    attention_mask: torch.Tensor | None,
+    shared_prefix: SharedPrefix | SharedCache,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Hook of upstream's `sdpa_attention_forward`: the attention of a stream.
+    """Hook of upstream's `sdpa_attention_forward`: the attention of a stream, and that of a rollout's decode step.
 
     Args:
         attention: that function, which works on rows.
         module: the attention module.
-        query: (1, heads, S, d); key and value have as many heads or fewer, any floating dtype.
-        attention_mask: (B, 1, C, L) bool, of `share_prefix`.
-        shared_prefix: what the stream is made of.
+        query: (1, heads, S, d); key and value have as many heads or fewer, any floating dtype. In a decode step
+            (B, heads, 1, d).
+        attention_mask: (B, 1, C, L) bool, of `share_prefix`; in a decode step upstream's.
+        shared_prefix: what the stream is made of; in a decode step the cache, which knows keys and values itself.
         kwargs: other arguments of `attention`.
 
     Returns:
-        (1, S, heads, d), as upstream's, and None.
+        (1, S, heads, d) or (B, 1, heads, d), as upstream's, and None.
     """
+    if isinstance(shared_prefix, SharedCache):
+        layer = shared_prefix.layers[module.layer_idx]
+        return layer.attend(query, attention_mask, kwargs["scaling"]), None
     common, split = shared_prefix.common_length, shared_prefix.prompt_tokens
     prompts, paths = shared_prefix.num_prompts, shared_prefix.num_paths
 
@@ -210,7 +215,7 @@ def split_rows(
         (B, 1 + C, H) and (B, 1 + C); the very tensors that came in where the pass is one of rows.
     """
     shared = forward_kwargs.get(ARGUMENT)
-    if shared is None:
+    if not isinstance(shared, SharedPrefix):
         return hidden_states, position_ids
 
     def rows(stream: torch.Tensor) -> torch.Tensor:
@@ -232,6 +237,13 @@ def model_obstacle(config: Any) -> str | None:
     if (rope := (getattr(config, "rope_parameters", None) or {}).get("rope_type")) in ("dynamic", "longrope"):
         return f"rope_type {rope!r} makes positions depend on the longest row"
     return None
+
+
+def attend_by_cache(model_kwargs: dict[str, Any]) -> None:
+    """Hands a shared cache among `model_kwargs` to the attention of every forward of `_sample`, which must know it."""
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, SharedCache):
+        model_kwargs[ARGUMENT] = cache
 
 
 def check_attention(config: Any) -> None:
@@ -290,7 +302,10 @@ def shared_prefill(
         cache.batch_repeat_interleave(len(prompts))
     if common < last:
         cache = read(slice(None), slice(common, last), cache)
-    cache.batch_repeat_interleave(num_paths)
+    if SharedCache.serves(cache):
+        cache = SharedCache(cache, common, num_paths)
+    else:
+        cache.batch_repeat_interleave(num_paths)
     return {
         "input_ids": prompts.repeat_interleave(num_paths, 0),
         "attention_mask": mask.repeat_interleave(num_paths, 0),

@@ -18,6 +18,7 @@ from ..flags import has_aslr, has_residual_gate
 from ..gating.module import gating_of_model
 from ..hyper_connections.routing_gate import pop_routing_gate
 from ..settings import CROSS_PATH_MODES, DEFAULT_GATING_TYPE, ThinkingSettings
+from ..shared_prefix import attend_by_cache
 from ..thinking.inputs import mix_bags
 from ..thinking.interaction import GatingFunction, Temperature, temperature_of
 from ..thinking.record import RolloutRecord
@@ -312,6 +313,7 @@ def begin_rollout(
     model_kwargs: dict[str, Any],
 ) -> M3POGenerationState | None:
     """Hook of `_sample`: the state of this rollout, or None when nothing is asked for (then nothing here runs)."""
+    attend_by_cache(model_kwargs)
     if state is None:
         if not (generation_config.enable_cross_path or has_residual_gate(model) or has_aslr(model)):
             return None

@@ -10,7 +10,7 @@ import torch
 
 from ..bag_vectors import bag_vectors
 from ..flags import has_residual_gate
-from ..shared_prefix import ARGUMENT, check_attention
+from ..shared_prefix import ARGUMENT, SharedPrefix, check_attention
 from .policy_gating import recompute_bag_weights
 
 ResidualGate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -84,7 +84,7 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
         (B, L, H): the very tensor that came in when the pass has no bags.
 
     Raises:
-        ValueError: the pass is over a stream and the attention of the model does not know of it.
+        ValueError: the pass is over a stream or from a shared cache, and the model's attention knows of neither.
     """
     shared = forward_kwargs.get(ARGUMENT)
     if shared is not None:
@@ -97,7 +97,7 @@ def mix_thinking_inputs(model: Any, inputs_embeds: torch.Tensor, forward_kwargs:
         bag_weights = recompute_bag_weights(model.m3po_gating, model.embed_tokens, bag_ids, bag_weights, **gating)
     gate = model.thinking_residual if has_residual_gate(model) else None
     columns = forward_kwargs.pop("thinking_columns", None)
-    if shared is not None and bag_ids is not None:
+    if isinstance(shared, SharedPrefix) and bag_ids is not None:
         own = shared.completions(inputs_embeds)
         mixed = mix_bags(model.embed_tokens, own, bag_ids, bag_weights, gate, trace)
         return torch.cat([inputs_embeds[:, : shared.prompt_tokens], mixed.flatten(0, 1).unsqueeze(0)], dim=1)
