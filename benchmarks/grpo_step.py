@@ -2,8 +2,9 @@
 """What a whole optimizer step of GRPO costs with the prompts of the groups shared (`shared_prefix`).
 
 Rollout, scoring, backward and update by the real trainer, in turn: pristine TRL in a process of its own (the peer), and
-the patched one with `false` and with `auto`. One process works at a time. The medians over the rounds are reported,
-with the ratio to pristine TRL in the same round, the share of each phase and the peak of the tensors that a step makes.
+the patched one with `auto` and, where asked for, with `false`. One process works at a time. The medians over the rounds
+are reported, with the ratio to pristine TRL in the same round, the share of each phase and the peak of the tensors that
+a step makes. No step is left out: the first of each process allocates what the others have, in the peer too.
 The model is full fine-tuned. On a CPU pristine TRL cannot score at all: it gets our scoring function and nothing else.
 """
 
@@ -86,21 +87,16 @@ def pristine_path(folder: Path) -> str:
     return str(folder)
 
 
-def measure(peer: Worker, ours: Worker, rounds: int, with_memory: bool) -> dict[str, Any]:
-    """The figures of one mode and shape: rounds of three steps, in an order that rotates.
+def measure(peer: Worker, ours: Worker, kinds: list[str], rounds: int, with_memory: bool) -> dict[str, Any]:
+    """The figures of one mode and shape: rounds of a step of each kind, in an order that rotates.
 
-    First steps are made before: they allocate what the others have. Memory takes another step of each, which is several
-    times slower.
+    Memory takes another step of each, which is several times slower.
     """
-    calls = {"TRL": (peer, "plain"), "false": (ours, "false"), "auto": (ours, "auto")}
-    if with_memory:
-        peer.step("plain")
-    ours.step("false")
-    ours.step("auto")
+    calls = {"TRL": (peer, "plain")} | {kind: (ours, kind) for kind in kinds}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     for number in range(rounds):
-        names = [*calls][number % 3 :] + [*calls][: number % 3]
-        for name in names:
+        turn = number % len(calls)
+        for name in [*calls][turn:] + [*calls][:turn]:
             worker, word = calls[name]
             times[name].append(worker.step(word))
     figures: dict[str, Any] = {}
@@ -156,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bf16", action="store_true", help="autocast")
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES], choices=[*SHAPES])
     parser.add_argument("--modes", nargs="+", default=[*MODES], choices=[*MODES])
+    parser.add_argument("--shared_prefix", nargs="+", default=["auto"], choices=["false", "auto"], help="of our steps")
     parser.add_argument("--num_paths", type=int, default=8, help="N")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="count tensors too, in steps that take minutes")
@@ -175,7 +172,9 @@ def main(argv: list[str] | None = None) -> int:
             figures[name] = {}
             for mode in tqdm(args.modes, desc=name, disable=None):
                 ours = Worker(spec | {"flags": MODES[mode] | {"shared_prefix": "true"}}, None)
-                figures[name][mode] = measure(peer, ours, args.rounds, args.memory and mode == args.modes[0])
+                figures[name][mode] = measure(
+                    peer, ours, args.shared_prefix, args.rounds, args.memory and mode == args.modes[0]
+                )
                 ours.close()
             peer.close()
     result = {

@@ -40,6 +40,7 @@ from patchset.packages import (
     call,
     check_compiler,
     check_packages,
+    compile_imports,
     install,
     put_vendor_on_path,
     require_metadata,
@@ -209,6 +210,7 @@ def prepare(root: Path, asked: Collection[str] = ()) -> None:
         put_vendor_on_path(root, extras)
         install(root, extras, everything=not complete)
         check_packages(root)
+        compile_imports(root)
         write_stamp(root, needed)
         with_extras = f" with the extra {', '.join(needed['extras'])}" if extras else ""
         say(f"done: .venv is complete{with_extras}; vendor/ is on its path")

