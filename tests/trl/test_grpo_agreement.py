@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers.m3po.gating import list_gating_functions
+from transformers.m3po.gating import list_gating_functions, list_placebos
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 
 # The largest difference of log-probs, in fp32, that rounding explains.
@@ -112,7 +112,11 @@ def test_rollout_and_policy_pass_agree_for_equal_weights(tiny: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("gate", "mode"),
-    [(gate, CROSSING[k % 2]) for k, gate in enumerate(name for name in list_gating_functions() if name != "baseline")],
+    [
+        (gate, CROSSING[k % 2])
+        for k, gate in enumerate([*list_gating_functions(), *list_placebos()])
+        if gate != "baseline"
+    ],
 )
 def test_they_agree_with_every_gate(tiny: Any, tmp_path: Path, gate: str, mode: str):
     flags = {**MARKER, "mode": mode, "gating_type": gate, "cross_path_lambda": 0.5}

@@ -7,7 +7,7 @@ from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
-from transformers.m3po.gating import list_gating_functions
+from transformers.m3po.gating import list_gating_functions, list_placebos
 
 from m3po_lab import train
 from m3po_lab.core.errors import UserError
@@ -155,7 +155,10 @@ def test_a_gate_is_named_behind_a_colon() -> None:
         (["--modes", "m3po:"], "--modes m3po: is unknown: give a mode"),
         (["--modes", "m3po", "m3po:baseline"], "--modes m3po and m3po:baseline are the same here"),
         (["--modes", "none", "--gates"], "--gates and --modes exclude each other"),
-        (["--gates", "raw_dott"], f"'raw_dott' is unknown; set one of {', '.join(list_gating_functions())}."),
+        (
+            ["--gates", "raw_dott"],
+            f"'raw_dott' is unknown; set one of {', '.join([*list_gating_functions(), *list_placebos()])}.",
+        ),
     ],
 )
 def test_a_wrong_gate_is_one_line_before_the_first_run(

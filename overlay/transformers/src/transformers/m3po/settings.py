@@ -46,7 +46,8 @@ class ThinkingSettings:
             a learnable gating function; 0 keeps the whole vocabulary.
         cross_path_top_k: keep this many peers per path, those with the largest weights; None keeps all.
         answer_start: the answer marker.
-        gating_type: name of the gating function, one of `transformers.m3po.gating.list_gating_functions()`.
+        gating_type: name of the gating function, one of `transformers.m3po.gating.list_gating_functions()` or
+            `list_placebos()`.
         gating_config: options of the gating function. `temperature` is an alias of `cross_path_temp`, `debug` of
             `debug`.
         debug: log every step: active paths, attention statistics, the matrices of small groups (also `M3PO_DEBUG=1`).

@@ -97,8 +97,8 @@ class M3POArguments:
         default="baseline",
         metadata={
             "help": "The gating function, a similarity of two paths' distributions: `baseline` (the paper's cosine, "
-            "eq. 3), `raw_dot`, `scaled_dot`, `kl_divergence` or `bhattacharyya`; and two that learn, `luong` and "
-            "`bahdanau`."
+            "eq. 3), `raw_dot`, `scaled_dot`, `kl_divergence` or `bhattacharyya`; two that learn, `luong` and "
+            "`bahdanau`; and the placebos `uniform`, `random` and `shuffled`."
         },
     )
     gating_config: dict[str, Any] | str | None = field(

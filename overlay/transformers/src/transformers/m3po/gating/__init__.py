@@ -5,7 +5,7 @@ Axes: (...) any leading ones, usually G groups; N paths of a group; V vocabulary
 """
 
 from .base import BaseM3POGating
-from .factory import create_gating_function, list_gating_functions, register_gating_function
+from .factory import create_gating_function, list_gating_functions, list_placebos, register_gating_function
 from .learnable_gates import BahdanauAttentionGating, LearnableGating, LuongAttentionGating
 from .parameter_free_gates import (
     BhattacharyyaGating,
@@ -27,5 +27,6 @@ __all__ = [
     "ScaledDotProductGating",
     "create_gating_function",
     "list_gating_functions",
+    "list_placebos",
     "register_gating_function",
 ]

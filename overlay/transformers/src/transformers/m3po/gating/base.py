@@ -33,6 +33,7 @@ class BaseM3POGating(nn.Module, ABC):
     default_temperature: ClassVar[float]
     options: ClassVar[tuple[str, ...]] = ()
     learnable: ClassVar[bool] = False  # has parameters, see `learnable_gates`
+    other_group: ClassVar[bool] = False  # its weights go to the paths of another group, see `placebos`
     parameter_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any] | None = None):

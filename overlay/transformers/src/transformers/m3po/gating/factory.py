@@ -15,6 +15,7 @@ from .parameter_free_gates import (
     RawDotProductGating,
     ScaledDotProductGating,
 )
+from .placebos import RandomGating, ShuffledGating, UniformGating
 
 _GATES: dict[str, type[BaseM3POGating]] = {
     "baseline": CosineGating,
@@ -24,6 +25,11 @@ _GATES: dict[str, type[BaseM3POGating]] = {
     "bhattacharyya": BhattacharyyaGating,
     "luong": LuongAttentionGating,
     "bahdanau": BahdanauAttentionGating,
+}
+_PLACEBOS: dict[str, type[BaseM3POGating]] = {
+    "uniform": UniformGating,
+    "shuffled": ShuffledGating,
+    "random": RandomGating,
 }
 
 
@@ -38,9 +44,11 @@ def create_gating_function(gating_type: str = "baseline", config: Mapping[str, A
 
 def gating_class(gating_type: str) -> type[BaseM3POGating]:
     """The class of a gating function, for its default temperature; errors as `create_gating_function`."""
-    if gating_type not in _GATES:
-        raise ValueError(f"gating_type={gating_type!r} is unknown; set one of {', '.join(list_gating_functions())}.")
-    return _GATES[gating_type]
+    known = _GATES | _PLACEBOS
+    if gating_type not in known:
+        names = ", ".join([*list_gating_functions(), *list_placebos()])
+        raise ValueError(f"gating_type={gating_type!r} is unknown; set one of {names}.")
+    return known[gating_type]
 
 
 def register_gating_function(gating_type: str, gating: type[BaseM3POGating]) -> None:
@@ -56,14 +64,20 @@ def register_gating_function(gating_type: str, gating: type[BaseM3POGating]) -> 
         raise TypeError(
             f"{gating.__name__} has no default_temperature; set one that suits the range of its similarity."
         )
-    if _GATES.get(gating_type, gating) is not gating:
-        raise ValueError(f"gating_type={gating_type!r} is {_GATES[gating_type].__name__} already; take another name.")
+    taken = (_GATES | _PLACEBOS).get(gating_type, gating)
+    if taken is not gating:
+        raise ValueError(f"gating_type={gating_type!r} is {taken.__name__} already; take another name.")
     _GATES[gating_type] = gating
 
 
 def list_gating_functions() -> list[str]:
-    """The names of all gating functions, those that were registered included."""
+    """The names of all gating functions that look at the paths, those that were registered included."""
     return sorted(_GATES)
+
+
+def list_placebos() -> list[str]:
+    """The names of those that cannot know which paths are alike, see `placebos`."""
+    return sorted(_PLACEBOS)
 
 
 def check_gating_fields(gating_type: str | None, gating_config: Mapping[str, Any] | None) -> None:

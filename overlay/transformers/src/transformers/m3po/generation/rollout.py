@@ -12,7 +12,7 @@ from ...utils import logging
 from ..debugging import log_attention, log_thoughts
 from ..gating import BaseM3POGating, create_gating_function
 from ..settings import CROSS_PATH_MODES, ThinkingSettings
-from ..thinking.bags import Peers, cross_path_bags, select_peers
+from ..thinking.bags import Peers, cross_path_bags, exchange_groups, select_peers
 from ..thinking.interaction import Attention, GatingFunction, PathGroups, Temperature, gating_name, path_attention
 from ..thinking.record import GatingRecord, RolloutRecord
 from ..thinking.thoughts import TopKTokens, blend_thoughts, top_k_tokens
@@ -78,6 +78,12 @@ class ThinkingRollout:
         self._embed_tokens = embed_tokens
         self._num_embeddings = getattr(embed_tokens, "base_layer", embed_tokens).num_embeddings  # LoRA wraps it
         self._crosses = settings.crosses and self.groups.size > 1
+        self._exchanges = self._crosses and getattr(self._gate, "other_group", False)
+        if self._exchanges and self.groups.num_groups < 2:
+            raise ValueError(
+                f"gating_type={settings.gating_type!r} hears the paths of another group, and there is one alone: roll "
+                "out two prompts or more at a time, or take another gating_type."
+            )
         num_peers = min(self.groups.size - 1, settings.cross_path_top_k or self.groups.size) if self._crosses else 0
         num_entries = min(settings.thought_top_k or vocabulary, vocabulary)
         entries = num_entries if settings.has_thoughts else num_peers
@@ -149,6 +155,8 @@ class ThinkingRollout:
     def _select_peers(self, step: int, probs: torch.Tensor, tokens: TopKTokens | None, active: torch.Tensor) -> Peers:
         attention = self._attention(probs, tokens, active)
         peers = select_peers(attention.weights, self.groups, self.settings.cross_path_top_k)
+        if self._exchanges:
+            peers = exchange_groups(peers, self.groups, active)
         self._sums.add(attention, peers)
         if self.record.gating is not None and tokens is not None:
             temperature = torch.as_tensor(attention.temperature, device=probs.device)

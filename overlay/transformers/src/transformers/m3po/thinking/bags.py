@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..gating.base import TINY
 from .interaction import PathGroups
 
 
@@ -50,6 +51,24 @@ def select_peers(weights: torch.Tensor, groups: PathGroups, top_k: int | None) -
         peers = largest / largest.sum(-1, keepdim=True).clamp_min(torch.finfo(largest.dtype).tiny)
         rows, slots = rows.gather(-1, place), slots.gather(-1, place)
     return Peers(peers, rows, slots, cut)
+
+
+def exchange_groups(peers: Peers, groups: PathGroups, active: torch.Tensor) -> Peers:
+    """In place of each peer the path that stands in its slot in the next group, if that one is active.
+
+    Args:
+        peers: of `select_peers`.
+        groups: the groups of the rows.
+        active: (B,) bool, the paths that take part.
+
+    Returns:
+        Peers whose weights sum to what they summed to before; a path whose others are all inactive listens to nobody.
+    """
+    rows = groups.members.roll(-1, 0)[groups.group.unsqueeze(-1), peers.slots]
+    there = (groups.split(active) & groups.present).roll(-1, 0)[groups.group.unsqueeze(-1), peers.slots]
+    weights = peers.weights * there
+    scale = peers.weights.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(TINY)
+    return peers._replace(weights=weights * scale, rows=rows)
 
 
 def cross_path_bags(
