@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decode step spends its time on, operation by operation, with torch's profiler.
 
-A rollout of groups by `generate` from a shared prefill, as a training with `shared_prefix` makes it, and one as TRL
-makes it, in turn; the prefill is left out of both.
+A rollout of groups by `generate` as a training with `shared_prefix` makes it, and one as TRL makes it, each from the
+cache of its own prefill, which is left out.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from m3po_lab.models.loading import load_model
 
 # What an operation is for, by the beginning of its name; the rest is the sum of small ones.
 KINDS = {
-    "linear layers and head": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("aten::_scaled_dot_product",),
+    "linear layers and head": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::bmm"),
     "growth of the cache and other joining": ("aten::cat",),
     "copies": ("aten::copy_",),
     "the draw: one number for each token of each row": ("aten::exponential_", "aten::multinomial", "aten::argmax"),
@@ -38,7 +38,12 @@ def decode(model: Any, prompts: dict[str, torch.Tensor], args: argparse.Namespac
     settings = ThinkingSettings(mode="m3po", cross_path_phase="all")
     groups = torch.arange(len(prompts["input_ids"])) // args.num_paths
     state = M3POGenerationState(settings=settings, tokenizer=tokenizer, group_ids=groups, inverse_cdf=mine)
-    given = prompts | shared_prefill(model, prompts["input_ids"], prompts["attention_mask"], args.num_paths)
+    if mine:
+        given = prompts | shared_prefill(model, prompts["input_ids"], prompts["attention_mask"], args.num_paths)
+    else:
+        with torch.no_grad():
+            read = model(input_ids=prompts["input_ids"][:, :-1], use_cache=True, logits_to_keep=1)
+        given = prompts | {"past_key_values": read.past_key_values}
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     with profile() as events:
@@ -86,9 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = [
         f"`{result['command']}` at {result['commit']}: {len(ids)} rows, {args.length} steps, mode `m3po`, "
         f"{args.model_name_or_path} {args.dtype}; {result['machine']['device']}, {result['machine']['threads']} "
-        f"threads, torch {result['machine']['torch']}. Both read the prompts from a shared cache.",
+        f"threads, torch {result['machine']['torch']}. `auto` attends by products, softmax and joining.",
         "",
-        "| operations | drawn by torch.multinomial | by inversion |",
+        "| operations | `shared_prefix: false` | `auto` |",
         "|---|---|---|",
         *(
             f"| {kind} | {figures['false']['shares'][kind]:.1%} | {figures['auto']['shares'][kind]:.1%} |"
