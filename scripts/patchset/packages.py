@@ -148,7 +148,7 @@ def compile_imports(root: Path) -> None:
     say("compiling what a training imports")
     hidden = {"PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"}
     variables = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [root / ".venv/bin/python", "-m", "m3po_lab.train", "--help"]
+    command = [str(root / ".venv/bin/python"), "-m", "m3po_lab.train", "--help"]
     done = subprocess.run(command, cwd=root, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         sys.stderr.buffer.write(done.stderr)
