@@ -154,7 +154,7 @@ def test_held_out_problems_are_asked_as_in_training(
 
 def test_problems_without_a_run_are_the_demo_s() -> None:
     assert list(evaluate.load_task("problems").eval_docs) == list(evaluate.problems_task(demo_settings()).eval_docs)
-    assert len(evaluate.load_task("problems").eval_docs) == 1000
+    assert len(evaluate.load_task("problems").eval_docs) == 400
 
 
 def test_the_chat_template_gets_what_training_gives_it(tiny: tuple[Any, Any], settings: EvalSettings) -> None:
