@@ -89,6 +89,12 @@ SWITCHES = (
         lambda values: values["mode"] in RESIDUAL_MODES or _learns(values),
         (*MODE, "gating_type"),
     ),
+    Switch(
+        "blend_kl_steps",
+        "without --mode m3po, hrpo or h3po, or --aslr_enabled true",
+        lambda values: values["mode"] != "none" or values["aslr_enabled"] is not False,
+        (*MODE, "aslr_enabled"),
+    ),
     # Where it is not set, the model may have ASLR; the trainer looks.
     Switch(
         " ".join(ASLR_HYPERPARAMETERS),

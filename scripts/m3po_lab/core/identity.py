@@ -34,14 +34,25 @@ WITHOUT_EFFECT = {
     ),
     "what is shown and sent of the run": (
         *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "log_completions", "log_multimodal"),
+        *(
+            "blend_kl_steps",
+            "disable_tqdm",
+            "log_level",
+            "log_level_replica",
+            "log_on_each_node",
+            "log_completions",
+            "log_multimodal",
+        ),
         *("log_completions_hub_repo", "log_unique_prompts", "num_completions_to_print", "skip_memory_metrics"),
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
-        *("hub_revision", "debug", "include_num_input_tokens_seen"),
+        *("hub_revision", "debug", "include_num_input_tokens_seen", "blend_kl_steps"),
     ),
     "the rows come in their order, however they are fetched": (
         *("shuffle_dataset", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
+    ),
+    "which study the run is for, and what is sampled behind its end": (
+        *("study", "num_eval_paths", "num_sampled_problems"),
     ),
     "no code here reads them": ("do_train", "do_eval", "do_predict", "local_rank"),
     "how long one waits, and where a server is": (

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+CODE = ("constraints.txt", "overlay.toml", "overlay", "patches", "scripts/m3po_lab")  # what the numbers of a run go by
+
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
     """The commit checked out in `root` and whether files differ from it; (None, None) when it is no git checkout."""

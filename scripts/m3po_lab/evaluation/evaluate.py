@@ -26,12 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import read_json, write_json
 from m3po_lab.core.observe import unchanged, unchanged_random_state
-from m3po_lab.evaluation.decoding import Decoding, Thoughts
+from m3po_lab.evaluation.decoding import Decoding, Paths, Thoughts
 from m3po_lab.evaluation.folder import FinishedParts
 from m3po_lab.evaluation.model import EvaluatedModel
 from m3po_lab.evaluation.settings import EvalSettings
 from m3po_lab.problems.data import Message
 from m3po_lab.problems.data_sources import Problem
+from m3po_lab.problems.rewards import answer_line
 
 TASK_FOLDER = PROJECT_ROOT / "configs" / "eval"
 
@@ -43,6 +44,25 @@ class Answered:
     completion: str
     correct: bool
     formatted: bool
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """N sampled completions of a held-out problem.
+
+    Args:
+        accuracy: share of the completions that are right.
+        pass_at_n: 1 if one is.
+        majority_vote: see `scores.vote`.
+        distinct_answers: different answer lines.
+        completions: the texts.
+    """
+
+    accuracy: float
+    pass_at_n: float
+    majority_vote: float
+    distinct_answers: int
+    completions: list[str]
 
 
 def load_task(name: str, **metadata: Any) -> Task:
@@ -128,6 +148,32 @@ def answer_problems(
     results = run_tasks(model, tokenizer, [task], decoding, label)
     return [
         Answered(sample["resps"][0][0], sample["strict_match"] == 1.0, sample["well_formed"] == 1.0)
+        for sample in results["samples"]["problems"]
+    ]
+
+
+def sample_problems(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvalSettings,
+    label: str,
+    paths: Paths,
+    limit: int,
+) -> list[Sampled]:
+    """Sampled completions of the first `limit` held-out problems of a run, in their order, with their verdicts."""
+    with unchanged_random_state():
+        task = problems_task(settings)
+        decoding = Decoding(settings.batch_size, settings.precision, settings.chat_template_kwargs, paths=paths)
+        results = run_tasks(model, tokenizer, [task], decoding, label, limit)
+    marker = settings.answer_start
+    return [
+        Sampled(
+            accuracy=sample["strict_match"],
+            pass_at_n=sample["pass_at_n"],
+            majority_vote=sample["majority_vote"],
+            distinct_answers=len({answer_line(text, marker) for text in sample["resps"][0]} - {None}),
+            completions=list(sample["resps"][0]),
+        )
         for sample in results["samples"]["problems"]
     ]
 

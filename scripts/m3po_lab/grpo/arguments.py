@@ -23,6 +23,20 @@ class RunArguments(ProblemArguments):
             "'auto', which takes Unsloth for LoRA where it can run and else TRL. docs/engines.md has what each can do."
         },
     )
+    num_eval_paths: int = field(
+        default=0,
+        metadata={
+            "help": "After training, sample so many plain completions of each of the first num_sampled_problems "
+            "held-out problems too, for pass@k and the majority vote; 0: none."
+        },
+    )
+    num_sampled_problems: int = field(
+        default=64, metadata={"help": "Held-out problems of which num_eval_paths completions are sampled."}
+    )
+    study: str | None = field(
+        default=None,
+        metadata={"help": "Digest of the study that the run belongs to; scripts/run_experiment.sh sets it."},
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Start anew in a run folder that has checkpoints; they and the old report are deleted."},

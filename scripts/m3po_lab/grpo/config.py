@@ -24,8 +24,9 @@ class RunParser(OneLineParser):
 
     def __init__(self, training: type[GRPOConfig] = GRPOConfig) -> None:
         super().__init__(RunArguments, training, ModelConfig)
-        # TRL's dropout makes rollout and policy pass two policies; GRPOConfig's own sharing is off, as upstream's is.
-        self.set_defaults(lora_dropout=0.0, shared_prefix="auto")
+        # TRL's dropout makes rollout and policy pass two policies; GRPOConfig's own sharing and measuring are off, as
+        # upstream's are.
+        self.set_defaults(lora_dropout=0.0, shared_prefix="auto", blend_kl_steps=None)
 
 
 def parse_run(argv: list[str], engine: Engine = TRL, idle: bool = False) -> Run:

@@ -7,25 +7,38 @@ second is tested alone, on the problems whose answer was well-formed both before
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from statistics import fmean
 from typing import Any
 
 from transformers.m3po.settings import CROSS_PATH_MODES
 from trl import GRPOTrainer
+from trl.trainer.m3po.metrics import METRICS
 
 from m3po_lab.command_line.commands import CONTINUE, shown_command, train_command
 from m3po_lab.core.errors import PROJECT_ROOT
 from m3po_lab.core.files import shown_path, write_json, write_text
-from m3po_lab.core.provenance import distribution, git_state
+from m3po_lab.core.provenance import CODE, distribution, git_state, source_digest
 from m3po_lab.core.stats import Paired, compare
-from m3po_lab.evaluation.evaluate import Answered
+from m3po_lab.evaluation.evaluate import Answered, Sampled
 from m3po_lab.grpo.arguments import Run, changed_values
 from m3po_lab.grpo.figure import draw_rewards
 from m3po_lab.grpo.identity import with_acting
 from m3po_lab.problems.data_sources import Problem
 from m3po_lab.problems.rewards import make_rewards
 
+HISTORY = {  # what is kept of each log line of a training, and its name there
+    "step": "step",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "accuracy": "rewards/correct_reward/mean",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "completion_length": "completions/mean_length",
+    "step_time": "step_time",
+    **{name: f"m3po/{name}" for name in METRICS},
+}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "math-verify", "reasoning-gym")
 ATTENTION = (
     "attention_entropy",
@@ -35,6 +48,25 @@ ATTENTION = (
     "similarity_min",
     "similarity_max",
 )
+EFFECTS = ("blend_kl", "thought_kl", "aslr_kl", "peer_differs")
+LEAST_EFFECT = 1e-3  # nats
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """The held-out problems: greedy before and after the training, and sampled after it, where a run does that."""
+
+    before: Sequence[Answered]
+    after: Sequence[Answered]
+    sampled: Sequence[Sampled]
+
+    def sampled_means(self) -> dict[str, float] | None:
+        """Of what was sampled the means, and of how many problems; None where nothing was."""
+        if not self.sampled:
+            return None
+        names = ("accuracy", "pass_at_n", "majority_vote", "distinct_answers")
+        means = {name: fmean(getattr(one, name) for one in self.sampled) for name in names}
+        return {"num_problems": len(self.sampled), "num_paths": len(self.sampled[0].completions), **means}
 
 
 def split_gain(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Paired]:
@@ -74,6 +106,39 @@ def attention_means(history: Sequence[dict[str, Any]]) -> dict[str, float] | Non
     return {name: fmean(values) for name, values in logged.items() if values} or None
 
 
+def effects(history: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """What thinking did to the next token: each logged metric of `EFFECTS`, mean over the log lines that have it.
+
+    None where nothing was measured.
+    """
+    logged = {name: [row[f"m3po/{name}"] for row in history if f"m3po/{name}" in row] for name in EFFECTS}
+    return {name: fmean(values) for name, values in logged.items() if values} or None
+
+
+def effect_line(measured: Mapping[str, float]) -> str:
+    """What thinking did, as the last lines of a run have it; it says so where that is next to nothing."""
+    named = {"blend_kl": "the blend", "thought_kl": "the thoughts", "aslr_kl": "ASLR"}
+    parts = []
+    for name, what in named.items():
+        if name in measured:
+            weak = measured[name] < LEAST_EFFECT
+            nothing = f", next to nothing: whatever the run shows, {what} did not do it" if weak else ""
+            parts.append(f"{what} moved the next token by {measured[name]:.2g} nats{nothing}")
+    if "peer_differs" in measured:
+        parts.append(f"at {measured['peer_differs']:.0%} of the thinking positions a peer had another token")
+    return f"{'; '.join(parts)} (means over the run)"
+
+
+def sampled_line(means: Mapping[str, float]) -> str:
+    """What the sampled completions were like, as the last lines of a run have it."""
+    paths = f"{means['num_paths']:.0f}"
+    return (
+        f"sampled, {paths} completions of {means['num_problems']:.0f} problems: right {means['accuracy']:.1%}, "
+        f"pass@{paths} {means['pass_at_n']:.1%}, majority vote {means['majority_vote']:.1%}, "
+        f"{means['distinct_answers']:.1f} distinct answers"
+    )
+
+
 def diversity(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     """How different the completions were at the start and at the end of a run.
 
@@ -89,6 +154,14 @@ def diversity(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     return means
 
 
+def log_columns(history: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """The log lines of the training by column, None where a line lacks the number; columns that none has are left
+    out."""
+    lines = [row for row in history if "reward" in row]
+    columns = {name: [row.get(key) for row in lines] for name, key in HISTORY.items()}
+    return {name: values for name, values in columns.items() if any(value is not None for value in values)}
+
+
 def last_reward(history: Sequence[dict[str, Any]]) -> float | None:
     """The mean reward on the last log line that has one."""
     return next((row["reward"] for row in reversed(history) if "reward" in row), None)
@@ -99,6 +172,7 @@ def summarise(
     command: str,
     trainer: GRPOTrainer,
     parts: dict[str, Paired],
+    sampled: dict[str, float] | None,
     train_seconds: float,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -134,7 +208,10 @@ def summarise(
         "rollout_logp_diff_max": max(differences) if differences else None,
         "reward_last": last_reward(history),
         "attention": attention_means(history),
+        "effects": effects(history),
         "diversity": diversity(history),
+        "sampled": sampled,
+        "history": log_columns(history),
         "steps": steps,
         "train_seconds": train_seconds,
         "seconds_per_step": train_seconds / steps if steps else None,
@@ -143,6 +220,8 @@ def summarise(
         "dataset": run.script.dataset,
         "git_commit": commit,
         "git_dirty": dirty,
+        "code": source_digest(PROJECT_ROOT, CODE),
+        "study": run.script.study,
         "command": command,
         "config": changed_values(run),
         "flags": with_acting(about["flags"], run.training),
@@ -206,15 +285,18 @@ def write_report(
     words: Sequence[str],
     trainer: GRPOTrainer,
     held_out: Sequence[Problem],
-    before: Sequence[Answered],
-    after: Sequence[Answered],
+    answers: Evaluations,
     train_seconds: float,
     about: Mapping[str, Any],
 ) -> None:
     """Write the run's report files and print its last lines; `about` is the content of its `run.json`."""
-    parts = split_gain(before, after)
-    summary = summarise(run, train_command(words), trainer, parts, train_seconds, about)
-    write_text(run.folder / "completions.jsonl", completion_lines(run, held_out, before, after))
+    parts = split_gain(answers.before, answers.after)
+    command = train_command(words)
+    summary = summarise(run, command, trainer, parts, answers.sampled_means(), train_seconds, about)
+    write_text(run.folder / "completions.jsonl", completion_lines(run, held_out, answers.before, answers.after))
+    if answers.sampled:
+        lines = [json.dumps(asdict(one), ensure_ascii=False) for one in answers.sampled]
+        write_text(run.folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
     draw_rewards(trainer.state.log_history, summary, run.folder / "reward.png")
     write_json(run.folder / "summary.json", summary)
     print("\n".join(closing_lines(run, summary, parts, words)))
@@ -234,6 +316,8 @@ def closing_lines(run: Run, summary: dict[str, Any], parts: dict[str, Paired], w
         f"({summary['seconds_per_step'] or 0:.1f} s each), seed {summary['seed']}",
         table(parts),
         summary["verdict"],
+        *([sampled_line(summary["sampled"])] if summary["sampled"] else []),
+        *([effect_line(summary["effects"])] if summary["effects"] else []),
         "",
         f"model        {folder}/final",
         f"report       {folder}/summary.json  reward.png  completions.jsonl",

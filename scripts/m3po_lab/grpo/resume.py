@@ -20,7 +20,7 @@ from m3po_lab.grpo.identity import MAY_CHANGE
 DESCRIPTION = ("debug", "versions")  # what m3po.json says that does not change a run
 OF_ASLR = ("aslr_enabled", *ASLR_HYPERPARAMETERS)  # left out of m3po.json without ASLR
 OF_MODEL = (*RESIDUAL_GATE_START, *OF_ASLR)  # a model that has them says them
-OWN_FILES = ("baseline.json", RUN_FILE, "summary.json", "reward.png", "completions.jsonl", ERROR_LOG)
+OWN_FILES = ("baseline.json", RUN_FILE, "summary.json", "reward.png", "completions.jsonl", "samples.jsonl", ERROR_LOG)
 
 
 def checkpoint_to_resume(run: Run, flags: Mapping[str, Any]) -> Path | None:

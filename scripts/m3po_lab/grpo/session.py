@@ -6,8 +6,8 @@ checkpoints lie at the ends of generation cycles (`checkpoints`), and the traini
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,24 @@ from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import check_writable, shown_path
 from m3po_lab.core.identity import SaveRunFile, short_digest
 from m3po_lab.core.processes import check_engine
-from m3po_lab.core.provenance import source_digest
+from m3po_lab.core.provenance import CODE, source_digest
 from m3po_lab.core.saving import ObeyUmask, obey_umask, save_model
-from m3po_lab.evaluation.decoding import Thoughts
-from m3po_lab.evaluation.evaluate import Answered, answer_problems, cache_key, load_cached, store
+from m3po_lab.evaluation.decoding import Paths, Thoughts
+from m3po_lab.evaluation.evaluate import (
+    Answered,
+    Sampled,
+    answer_problems,
+    cache_key,
+    load_cached,
+    sample_problems,
+    store,
+)
 from m3po_lab.evaluation.settings import EvalSettings, SaveSettings
 from m3po_lab.grpo.arguments import Run
 from m3po_lab.grpo.callbacks import RewardBar, TrainingClock, close_bar
 from m3po_lab.grpo.checkpoints import check_save_steps
 from m3po_lab.grpo.identity import begin, of_run
-from m3po_lab.grpo.report import write_report
+from m3po_lab.grpo.report import Evaluations, write_report
 from m3po_lab.grpo.resume import check_same_run, claim_run_folder
 from m3po_lab.models.adapters import lora_of
 from m3po_lab.models.digest import model_digest
@@ -45,7 +53,6 @@ from m3po_lab.problems.data_sources import Problem
 from m3po_lab.problems.rewards import make_rewards
 
 START_EVALUATIONS = "start_evaluations"  # a folder beside the run folders
-EVALUATING_CODE = ("constraints.txt", "overlay.toml", "overlay", "patches", "scripts/m3po_lab")
 
 
 def rows_of_run(training: GRPOConfig, problems: int) -> int:
@@ -98,9 +105,10 @@ def run_session(run: Run, words: Sequence[str]) -> None:
         close_bar(trainer)
     save_model(trainer, run.folder / "final")
     after = evaluate_now(trainer, settings, "held-out, after")
+    sampled = sample_now(run, trainer, settings) if run.script.num_eval_paths else []
     if trainer.accelerator.is_main_process:
         settings.write(run.folder / "final")
-        write_report(run, words, trainer, held_out, before, after, clock.seconds, about)
+        write_report(run, words, trainer, held_out, Evaluations(before, after, sampled), clock.seconds, about)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -171,7 +179,23 @@ def settle_reference(run: Run, model: PreTrainedModel) -> None:
 
 
 def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> list[Answered]:
-    """Greedy completions of the held-out problems by the trainer's model as it is now, judged; all processes take part.
+    """Greedy completions of the held-out problems by the trainer's model as it is now, judged."""
+    with model_for_evaluation(trainer) as model:
+        return answer_problems(model, trainer.processing_class, settings, label, thoughts_of(trainer))
+
+
+def sample_now(run: Run, trainer: GRPOTrainer, settings: EvalSettings) -> list[Sampled]:
+    """Sampled completions by the trainer's model as it is now, judged: each path for itself, with its own thoughts."""
+    thoughts = thoughts_of(trainer)
+    paths = Paths(run.script.num_eval_paths, trainer.args.temperature, None if thoughts is None else thoughts.settings)
+    with model_for_evaluation(trainer) as model:
+        limit = run.script.num_sampled_problems
+        return sample_problems(model, trainer.processing_class, settings, "held-out, sampled", paths, limit)
+
+
+@contextmanager
+def model_for_evaluation(trainer: GRPOTrainer) -> Iterator[Any]:
+    """The trainer's model as an evaluation wants it; all processes take part.
 
     A model split over the processes is put together as TRL does for its rollouts. Before the training it may still
     lie in the memory of the machine: then it is on its device for as long as this takes.
@@ -183,10 +207,9 @@ def evaluate_now(trainer: GRPOTrainer, settings: EvalSettings, label: str) -> li
         home = model.device
         if home != accelerator.device:
             model.to(accelerator.device)
-        answered = answer_problems(model, trainer.processing_class, settings, label, thoughts_of(trainer))
+        yield model
         if home != accelerator.device:
             model.to(home)
-    return answered
 
 
 def thoughts_of(trainer: GRPOTrainer) -> Thoughts | None:
@@ -210,7 +233,7 @@ def evaluate_before(run: Run, trainer: GRPOTrainer, held_out: list[Problem], set
             start = ("seed", "thinking_residual_r_min", "thinking_residual_r_max")
             how += [asdict(thoughts), *(getattr(trainer.args, name) for name in start)]
         key = cache_key(model_digest(run.model), prompts, held_out, how)
-        code = source_digest(PROJECT_ROOT, EVALUATING_CODE)
+        code = source_digest(PROJECT_ROOT, CODE)
         accelerator = trainer.accelerator
         where = [run.engine.name, run.model.load_in_4bit, accelerator.device.type, accelerator.num_processes]
         beside = run.folder.parent / START_EVALUATIONS / f"{short_digest([key, code, *where])}.json"

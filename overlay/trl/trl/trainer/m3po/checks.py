@@ -48,6 +48,8 @@ def check_m3po_arguments(args: Any) -> None:
     args.shared_prefix = str(args.shared_prefix).lower()  # YAML's true and false are no texts
     if args.shared_prefix not in SHARING:
         raise ValueError(f"shared_prefix={args.shared_prefix!r} is unknown; set one of {', '.join(SHARING)}.")
+    if args.blend_kl_steps is not None and args.blend_kl_steps < 0:
+        raise ValueError(f"blend_kl_steps={args.blend_kl_steps} is below 0; 0 is never.")
     _prepare_gating(args)
     check_bounds(args.thinking_residual_r_min, args.thinking_residual_r_max)
     for name in ("thinking_residual_gate_learning_rate", "thinking_residual_lambda_learning_rate"):

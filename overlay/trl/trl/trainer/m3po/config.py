@@ -133,6 +133,14 @@ class M3POArguments:
             "set `auto`."
         },
     )
+    blend_kl_steps: int | None = field(
+        default=0,
+        metadata={
+            "help": "Measure what thinking does to the next token (`m3po/blend_kl`, `thought_kl`, `aslr_kl`) in every "
+            "so many optimizer steps, by scoring a group once with and once without; 0: never. None, as our scripts "
+            "have it: eight times a run."
+        },
+    )
     aslr_enabled: bool | None = field(
         default=None,
         metadata={

@@ -25,6 +25,7 @@ _DISTANCE = (
 )
 _GRADIENT = "L2 norm of the module's gradient in this optimizer step, before clipping"
 _SIMILARITY = "similarity S over the pairs that could exchange, of a rollout, averaged over processes and rollouts"
+_EFFECT = "KL divergence of the distribution of the next token, at the sampling temperature, from that of the model"
 _SPREAD = "RMS distance of the latent paths of a position from their mean"
 
 METRICS: dict[str, Metric] = {
@@ -72,6 +73,28 @@ METRICS: dict[str, Metric] = {
     "attention_max": Metric(_CROSS, "fraction", "largest weight of A, mean over the blended positions"),
     "attention_variance": Metric(_CROSS, "-", "variance of A over the active peers, mean over the blended positions"),
     "active_paths": Metric(_CROSS, "paths", "thinking paths of a group, mean over groups and steps with at least one"),
+    "peer_differs": Metric(
+        _CROSS,
+        "fraction",
+        "thinking positions at which a thinking peer has another token; at the others a blend of tokens changes "
+        "nothing",
+    ),
+    "blend_kl": Metric(
+        "m3po",
+        "nats",
+        f"what the blend does: {_EFFECT} without it, mean over the thinking positions of a group of the rollout; "
+        "every `blend_kl_steps` steps. Below 0.001 there is nothing for a gating function to decide",
+    ),
+    "thought_kl": Metric(
+        _RESIDUAL,
+        "nats",
+        f"what the thoughts do, those of the group included: {_EFFECT} with plain tokens as inputs, as `blend_kl`",
+    ),
+    "aslr_kl": Metric(
+        _ASLR,
+        "nats",
+        f"what ASLR does: {_EFFECT} without it, mean over the positions of the completions, else as `blend_kl`",
+    ),
     "similarity_mean": Metric(_CROSS, "-", f"mean {_SIMILARITY}"),
     "similarity_min": Metric(_CROSS, "-", f"smallest {_SIMILARITY}"),
     "similarity_max": Metric(_CROSS, "-", f"largest {_SIMILARITY}"),

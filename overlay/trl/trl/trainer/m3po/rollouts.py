@@ -27,6 +27,7 @@ from transformers.utils import logging
 from .aslr import latent_parameters, latent_statistics
 from .checks import check_trainer
 from .config import checkpoint_info, thinking_settings
+from .effect import is_due, peers_differ, thinking_effects
 from .gating import (
     as_groups,
     as_rows,
@@ -83,6 +84,8 @@ class GRPORollouts:
         latent = latent_parameters(trainer.model) if self.aslr else {}
         self._latent_start = {name: value.detach().float().clone() for name, value in latent.items()}
         self._records = not elsewhere
+        # Unsloth's forward makes no logits.
+        self._measures = not type(trainer).__name__.startswith("Unsloth")
         self._state = M3POGenerationState()
         self._group_ids = torch.arange(0)
         self._metrics = MetricsLog(trainer)
@@ -229,6 +232,7 @@ class GRPORollouts:
         batch["rollout_step"] = torch.tensor(self._trainer.state.global_step)
         self._log_answers(batch["completion_ids"], batch["completion_mask"])
         self._metrics.log_rollout(record, self._state.statistics, batch["completion_mask"])
+        self._log_effects(batch)
 
     def _handed_on(self, num_positions: int) -> RolloutRecord:
         """The record of the last rollout as the scoring passes take it, C = `num_positions` long.
@@ -275,6 +279,19 @@ class GRPORollouts:
     def save(self, folder: str | None) -> None:
         """Writes `m3po.json` beside weights that were just saved to `folder` (None: the output directory)."""
         write_checkpoint_info(folder or self._trainer.args.output_dir, checkpoint_info(self._trainer.args))
+
+    def _log_effects(self, batch: dict[str, Any]) -> None:
+        """What thinking does to the next token; see `effect`."""
+        trainer, settings = self._trainer, self.settings
+        thinking = self._state.record.thinking_mask
+        if settings is not None and settings.crosses and thinking is not None:
+            thinks = self._state.record.pad(batch["completion_ids"].size(1)).thinking_mask
+            self._metrics.log("peer_differs", peers_differ(batch["completion_ids"], thinks, self._num_paths))
+        if self._measures and trainer.model.training and is_due(trainer.args, trainer.state):
+            record = self._handed_on(batch["completion_ids"].size(1))
+            effects = thinking_effects(trainer, batch, record, settings, shares_prefix=self.shares_prefix)
+            for name, value in effects.items():
+                self._metrics.log(name, value)
 
     def _log_answers(self, completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> None:
         completions = zip(completion_ids.cpu(), completion_mask.bool().cpu(), strict=True)
