@@ -148,11 +148,15 @@ def folder_of(variant: str, seed: int) -> str:
 
 def run_words(config: Path, flags: Sequence[str], seed: int, folder: Path) -> list[str]:
     """The command-line words of one run of a variant with these flags; it resumes where there is something."""
-    words = [shown_path(config), *flags, "--seed", str(seed), "--output_dir", shown_path(folder)]
+    return [shown_path(config), *flags, "--seed", str(seed), "--output_dir", shown_path(folder), *resuming(folder)]
+
+
+def resuming(folder: Path) -> list[str]:
+    """The flags with which a run goes on in its folder, or starts anew where what is there is of no use."""
     existing = checkpoints(folder)
     if any(missing_part(path) is None for path in existing):
-        return [*words, "--resume_from_checkpoint", "true"]
-    return [*words, "--overwrite", "true"] if existing else words
+        return ["--resume_from_checkpoint", "true"]
+    return ["--overwrite", "true"] if existing else []
 
 
 def check_done(place: Path, words: Sequence[str]) -> None:

@@ -293,6 +293,7 @@ def write_report(
     parts = split_gain(answers.before, answers.after)
     command = train_command(words)
     summary = summarise(run, command, trainer, parts, answers.sampled_means(), train_seconds, about)
+    summary["correct_after"] = "".join(str(int(row.correct)) for row in answers.after)  # a digit for each problem
     write_text(run.folder / "completions.jsonl", completion_lines(run, held_out, answers.before, answers.after))
     if answers.sampled:
         lines = [json.dumps(asdict(one), ensure_ascii=False) for one in answers.sampled]

@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.problems.arguments import ProblemArguments
+from m3po_lab.problems import word_sums  # noqa: F401 - registers the task
 from m3po_lab.problems.data_sources import HUB_PROBLEMS, Problem, check_references, read_jsonl
 
 GYM_PREFIX = "reasoning-gym:"

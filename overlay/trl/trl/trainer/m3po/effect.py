@@ -131,8 +131,9 @@ def _blend(
     trainer: Any, log_probs: torch.Tensor, thinking_mask: torch.Tensor, settings: ThinkingSettings
 ) -> torch.Tensor:
     """The distributions of a group after they are blended with each other (`gating_training: logits`)."""
-    base = trainer.accelerator.unwrap_model(trainer.model)
-    base = (base.get_base_model() if isinstance(base, PeftModel) else base).base_model
+    base: Any = trainer.accelerator.unwrap_model(trainer.model)
+    base = base.get_base_model() if isinstance(base, PeftModel) else base
+    base = base.base_model
     gating_function = partial(getattr(base, GATING_MODULE), embed_tokens=base.embed_tokens)
     group = torch.zeros(len(log_probs), dtype=torch.long, device=log_probs.device)
     blend = thinking_mask, gating_function, settings.cross_path_lambda, settings.temperature

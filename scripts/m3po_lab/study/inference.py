@@ -8,9 +8,9 @@ Variance Components, 1992, section 5.2)
 
     Var = V_seeds + V_problems - V_both,
 
-where V_seeds is the variance of the seeds' means over their number, V_problems likewise, and V_both, which both contain,
-that of what is left over. Its degrees of freedom are Satterthwaite's. It says what would be found with other seeds and
-other problems of the kind; a measure without problems has the paired t-test over the seeds.
+where V_seeds is the variance of the seeds' means over their number, V_problems likewise, and V_both, which both
+contain, that of what is left over. Its degrees of freedom are Satterthwaite's. It says what would be found with other
+seeds and other problems of the kind; a measure without problems has the paired t-test over the seeds.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import nct, t, trim_mean
+from scipy.stats import nct, norm, t, trim_mean
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
@@ -146,8 +146,6 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 1 - LEVEL, seed: 
         of_seeds, of_problems = by_seed.var(ddof=1) / seeds, by_problem.var(ddof=1) / values.shape[1]
         own = max(0.0, whole.error**2 - of_seeds)  # V_problems - V_both
         draws = draws + deviations(by_problem) * np.sqrt(own / of_problems if of_problems else 0.0)
-    from scipy.stats import norm
-
     tail = float(norm.cdf(t.ppf((1 - confidence) / 2, whole.freedom)))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return whole.estimate + float(low), whole.estimate + float(high)
