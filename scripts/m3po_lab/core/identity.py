@@ -104,6 +104,13 @@ def short_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def folder_of(variant: str, seed: int) -> str:
+    """The name of a run's folder, from that of its variant; other characters than a path likes are replaced."""
+    plain = variant.replace(":", "-").replace(" ", "-").replace("=", "-")
+    safe = re.sub(r"[^\w.+-]", "_", plain, flags=re.ASCII)
+    return f"{safe}{'' if safe == plain else f'-{short_digest(variant)[:8]}'}-seed{seed}"
+
+
 def read_run(checkpoint: Path) -> dict[str, Any] | None:
     """`run.json` of a checkpoint, or of its run folder if it was killed before it had one; None without."""
     return read_json(checkpoint / RUN_FILE) or read_json(checkpoint.parent / RUN_FILE)

@@ -5,7 +5,6 @@
 `difference_interval`: the adjusted Wald interval of Agresti and Min (Statistics in Medicine 24, 2005) for the
 difference of two paired proportions; it adds one half to each of the four cells, which mends the plain interval's
 coverage.
-`holm`: Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979) for several tests at once.
 """
 
 import math
@@ -67,17 +66,3 @@ def difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95
     error = math.sqrt(b + c - (b - c) ** 2 / total) / total
     half = float(norm.ppf(0.5 + confidence / 2)) * error
     return max(-1.0, difference - half), min(1.0, difference + half)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values after Holm's correction, in their order.
-
-    The smallest of n is multiplied by n, the next by n - 1 and so on; none may be below one that came before it, or
-    above 1. Calling significant what is below a level keeps the chance of any false claim among them below that level.
-    """
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[at]))
-        adjusted[at] = largest
-    return adjusted

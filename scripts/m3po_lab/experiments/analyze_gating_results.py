@@ -14,6 +14,7 @@ from pathlib import Path
 from m3po_lab.command_line.commands import shown_command
 from m3po_lab.command_line.entry import start
 from m3po_lab.command_line.plain_parser import OneLineFlags
+from m3po_lab.command_line.quiet import silence_known_noise
 from m3po_lab.core.errors import UserError, exit_code
 from m3po_lab.core.files import check_writable
 
@@ -23,6 +24,7 @@ ANALYZE = "scripts/analyze_experiment.sh"
 def main(argv: Sequence[str] | None = None) -> int:
     """Report as command-line words say (those of the process by default); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    silence_known_noise()
     parser = OneLineFlags(
         usage=f"bash {ANALYZE} DIR [--output_dir DIR]",
         description="Report on the finished runs of a study, as Markdown and as one HTML file.",

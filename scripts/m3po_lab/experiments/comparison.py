@@ -28,7 +28,7 @@ from trl.trainer.m3po.config import M3POArguments
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json
 from m3po_lab.core.identity import difference
-from m3po_lab.core.stats import holm
+from m3po_lab.core.inference import holm
 from m3po_lab.grpo.identity import recorded_flags, schedule_parts
 
 CONTROL = "none"

@@ -16,6 +16,7 @@ from pathlib import Path
 from m3po_lab.command_line.commands import shown_command
 from m3po_lab.command_line.entry import start
 from m3po_lab.command_line.plain_parser import OneLineFlags
+from m3po_lab.command_line.quiet import silence_known_noise
 from m3po_lab.core.config_files import find_config
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, exit_code
 from m3po_lab.core.files import check_writable, shown_path
@@ -43,6 +44,7 @@ def parser() -> OneLineFlags:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a study as command-line words say (those of the process by default); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    silence_known_noise()
 
     def run() -> int:
         options = parser().parse_args(words)

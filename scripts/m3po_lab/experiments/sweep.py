@@ -14,11 +14,11 @@ from m3po_lab.command_line.commands import flag_name
 from m3po_lab.command_line.idle_flags import given_flags, idle_flags, without
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import check_writable, read_json, shown_path, write_text
-from m3po_lab.core.identity import RUN_FILE, WITHOUT_EFFECT, difference, flag_values, short_digest
+from m3po_lab.core.identity import RUN_FILE, WITHOUT_EFFECT, difference, flag_values, folder_of
 from m3po_lab.experiments.comparison import CONTROL, SAME_FLAGS, comparison
 from m3po_lab.experiments.runs import PlannedRun, run_all
 from m3po_lab.grpo.arguments import Run
-from m3po_lab.grpo.checkpoints import checkpoints, missing_part
+from m3po_lab.grpo.checkpoints import checkpoints, resuming
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.grpo.engine import choose_engine
 from m3po_lab.grpo.identity import of_run, recorded_flags, with_acting
@@ -139,24 +139,9 @@ def flags_of(run: Run) -> dict[str, Any]:
     return with_acting(flag_values(run.script, run.training, run.model), run.training)
 
 
-def folder_of(variant: str, seed: int) -> str:
-    """The name of a run's folder, from that of its variant; other characters than a path likes are replaced."""
-    plain = variant.replace(":", "-").replace(" ", "-").replace("=", "-")
-    safe = re.sub(r"[^\w.+-]", "_", plain, flags=re.ASCII)
-    return f"{safe}{'' if safe == plain else f'-{short_digest(variant)[:8]}'}-seed{seed}"
-
-
 def run_words(config: Path, flags: Sequence[str], seed: int, folder: Path) -> list[str]:
     """The command-line words of one run of a variant with these flags; it resumes where there is something."""
     return [shown_path(config), *flags, "--seed", str(seed), "--output_dir", shown_path(folder), *resuming(folder)]
-
-
-def resuming(folder: Path) -> list[str]:
-    """The flags with which a run goes on in its folder, or starts anew where what is there is of no use."""
-    existing = checkpoints(folder)
-    if any(missing_part(path) is None for path in existing):
-        return ["--resume_from_checkpoint", "true"]
-    return ["--overwrite", "true"] if existing else []
 
 
 def check_done(place: Path, words: Sequence[str]) -> None:

@@ -128,3 +128,11 @@ def engine_of(checkpoint: Path) -> str:
     """The engine of the run that wrote a checkpoint; before there was a choice it was TRL."""
     callbacks = (read_json(checkpoint / "trainer_state.json") or {}).get("stateful_callbacks", {})
     return str(callbacks.get("TrainingClock", {}).get("attributes", {}).get("engine", "trl"))
+
+
+def resuming(folder: Path) -> list[str]:
+    """The flags with which a run goes on in its folder, or starts anew where what is there is of no use."""
+    existing = checkpoints(folder)
+    if any(missing_part(path) is None for path in existing):
+        return ["--resume_from_checkpoint", "true"]
+    return ["--overwrite", "true"] if existing else []

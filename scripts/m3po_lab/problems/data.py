@@ -16,8 +16,8 @@ import reasoning_gym
 from datasets import Dataset
 
 from m3po_lab.core.errors import UserError, one_line
+from m3po_lab.problems import word_sums
 from m3po_lab.problems.arguments import ProblemArguments
-from m3po_lab.problems import word_sums  # noqa: F401 - registers the task
 from m3po_lab.problems.data_sources import HUB_PROBLEMS, Problem, check_references, read_jsonl
 
 GYM_PREFIX = "reasoning-gym:"
@@ -141,6 +141,7 @@ def _generated(script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
 
 def _gym_stream(script: ProblemArguments, seed: int, count: int) -> Iterator[Problem]:
     """Problems of the task one after the other, at most `TRIES_PER_PROBLEM` for each one wanted."""
+    word_sums.register()
     task = script.dataset.removeprefix(GYM_PREFIX)
     options = script.dataset_config if isinstance(script.dataset_config, dict) else {}
     try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reasoning_gym.factory import ProceduralDataset, register_dataset
+from reasoning_gym.factory import DATASETS, ProceduralDataset, register_dataset
 
 NAME = "word_sums"
 PEOPLE = ("Ann", "Ben", "Eva", "Ida", "Jon", "Lea", "Leo", "Max", "Mia", "Sam", "Tom", "Zoe")
@@ -81,4 +81,7 @@ def _other_than(last: str, sentences: Sequence[str]) -> list[str]:
     return [sentence for sentence in sentences if sentence != last]
 
 
-register_dataset(NAME, WordSumsDataset, WordSumsConfig)
+def register() -> None:
+    """Makes the task known to reasoning-gym."""
+    if NAME not in DATASETS:
+        register_dataset(NAME, WordSumsDataset, WordSumsConfig)

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import chi2
 from statsmodels.stats.anova import AnovaRM
 
-from m3po_lab.study.inference import (
+from m3po_lab.core.inference import (
     LEVEL,
     Difference,
     bootstrap_interval,

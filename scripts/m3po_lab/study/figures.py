@@ -5,16 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from scipy.stats import t
 
+from m3po_lab.core.inference import LEVEL
 from m3po_lab.study.analysis import Analysis, Comparison
-from m3po_lab.study.inference import LEVEL
 from m3po_lab.study.measures import by_seed
 
 ATTENTION = ("attention_entropy", "attention_max", "blend_kl", "peer_differs")
@@ -36,9 +33,15 @@ def draw_all(analysis: Analysis, comparisons: Sequence[Comparison], folder: Path
         if figure is not None:
             for ending in ("png", "svg"):
                 figure.savefig(folder / f"{name}.{ending}", dpi=150, bbox_inches="tight", metadata=_no_date(ending))
-            plt.close(figure)
             files[name] = folder / f"{name}.svg"
     return files
+
+
+def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure with its axes, as `pyplot` makes them, but of this figure alone."""
+    figure = Figure(figsize=figsize)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def _no_date(ending: str) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def unit(analysis: Analysis) -> str:
 def draw_levels(analysis: Analysis) -> Any:
     """The primary measure of every run, with the mean of each variant."""
     names = analysis.variants
-    figure, axes = plt.subplots(figsize=(7, 0.35 * len(names) + 1.2))
+    figure, axes = subplots(figsize=(7, 0.35 * len(names) + 1.2))
     for row, name in enumerate(names):
         values = scaled(analysis, list(analysis.values(name, analysis.primary).values()))
         axes.plot(values, np.full(len(values), row), "o", color=colour(analysis, name), alpha=0.5)
@@ -82,7 +85,7 @@ def draw_differences(analysis: Analysis, comparisons: Sequence[Comparison]) -> A
     """A forest plot of all differences, with the equivalence margin."""
     if not comparisons:
         return None
-    figure, axes = plt.subplots(figsize=(7, 0.2 * len(comparisons) + 1.4))
+    figure, axes = subplots(figsize=(7, 0.2 * len(comparisons) + 1.4))
     margin = scaled(analysis, [analysis.study.margin])[0]
     axes.axvspan(-margin, margin, color="#1f6fb4", alpha=0.08, lw=0)
     axes.axvline(0, color="#222222", lw=0.8)
@@ -104,7 +107,7 @@ def draw_curves(analysis: Analysis) -> Any:
     names = [name for name in analysis.variants if name != analysis.study.control]
     columns = 3
     rows = -(-len(names) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(9, 2.1 * rows), sharex=True, sharey=True, squeeze=False)
+    figure, grid = subplots(rows, columns, figsize=(9, 2.1 * rows), sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         for variant in dict.fromkeys((analysis.study.control, name)):
             curves = [run["history"]["accuracy"] for run in by_seed(analysis.runs, variant).values()]
@@ -131,7 +134,7 @@ def draw_attention(analysis: Analysis) -> Any:
     shown = [name for name in analysis.variants if analysis.values(name, analysis.measures[ATTENTION[0]])]
     if not shown:
         return None
-    figure, grid = plt.subplots(1, len(ATTENTION), figsize=(11, 0.3 * len(shown) + 1.3), sharey=True)
+    figure, grid = subplots(1, len(ATTENTION), figsize=(11, 0.3 * len(shown) + 1.3), sharey=True)
     for axes, key in zip(grid, ATTENTION, strict=True):
         measure = analysis.measures[key]
         for row, name in enumerate(shown):
@@ -155,7 +158,7 @@ def draw_dose(analysis: Analysis) -> Any:
     doses = {gate: of for gate, of in doses.items() if len(of) > 1}
     if not doses:
         return None
-    figure, axes = plt.subplots(figsize=(5.5, 3.2))
+    figure, axes = subplots(figsize=(5.5, 3.2))
     for gate, of in doses.items():
         if analysis.study.control in analysis.variants:
             of = {0.0: analysis.study.control, **of}

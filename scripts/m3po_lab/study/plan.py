@@ -18,10 +18,9 @@ from m3po_lab.command_line.idle_flags import given_flags, idle_flags, without
 from m3po_lab.core.config_files import find_config
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import read_json, shown_path, write_json
-from m3po_lab.core.identity import RUN_FILE, difference, short_digest
+from m3po_lab.core.identity import RUN_FILE, difference, folder_of, short_digest
 from m3po_lab.core.provenance import CODE, git_state, source_digest
 from m3po_lab.core.user_files import read_text
-from m3po_lab.experiments.sweep import folder_of
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.grpo.engine import choose_engine
 from m3po_lab.grpo.identity import of_run

@@ -8,7 +8,7 @@ from typing import Any
 
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import read_json
-from m3po_lab.study.inference import POWER, effect_for, pooled_spread, seeds_for
+from m3po_lab.core.inference import POWER, effect_for, pooled_spread, seeds_for
 from m3po_lab.study.measures import Measure, study_measures
 from m3po_lab.study.plan import Study
 

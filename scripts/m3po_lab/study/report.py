@@ -11,9 +11,9 @@ from typing import Any
 import markdown
 
 from m3po_lab.core.files import shown_path, write_text
+from m3po_lab.core.inference import POWER
 from m3po_lab.study.analysis import Analysis, Comparison
 from m3po_lab.study.figures import draw_all
-from m3po_lab.study.inference import POWER
 from m3po_lab.study.measures import Measure
 
 CAPTIONS = {
@@ -133,12 +133,14 @@ def answer_lines(analysis: Analysis, comparisons: Sequence[Comparison], missing:
         )
     if comparisons:
         counts = {verdict: sum(one.verdict == verdict for one in comparisons) for verdict in VERDICTS}
-        worst = max(one.difference.detectable for one in comparisons)
+        detectable = [size for one in comparisons if (size := one.difference.detectable) is not None]
+        points = " points" if measure.percent else ""
+        sizes = [shown(measure, size) for size in (min(detectable), max(detectable))] if detectable else []
+        finds = f"; alone, each finds a difference of {' to '.join(sizes)}{points} with a chance of {POWER:.0%}"
         lines.append(
             f"Of {len(comparisons)} comparisons, {counts['more'] + counts['less']} differ after Holm's correction, "
-            f"{counts['equivalent']} are equivalent within {shown(measure, study.margin)}"
-            f"{' points' if measure.percent else ''} and {counts['not decided']} are not decided; a single comparison "
-            f"finds a difference of {shown(measure, worst)} at most with a chance of {POWER:.0%}."
+            f"{counts['equivalent']} are equivalent within {shown(measure, study.margin)}{points} and "
+            f"{counts['not decided']} are not decided{finds if sizes else ''}."
         )
     placebos = [one for one in comparisons if {one.one, one.other} & {*study.placebos}]
     better = [one for one in placebos if one.verdict in ("more", "less")]

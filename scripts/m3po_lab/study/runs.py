@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from m3po_lab.core.files import read_json, shown_path, write_json
-from m3po_lab.experiments.sweep import resuming
+from m3po_lab.grpo.checkpoints import resuming
 from m3po_lab.study.plan import StudyRun
 
 TIMES_FILE = "times.json"  # seconds that each finished run took, start and evaluations included

@@ -50,10 +50,3 @@ def test_interval_covers_the_true_difference_as_often_as_it_says(n: int, p_gaine
             if low <= p_gained - p_lost <= high:
                 covered += chances.pmf([gained, lost, n - gained - lost])
     assert 0.94 <= covered <= 0.97
-
-
-def test_holm_by_hand() -> None:
-    """Smallest first: 4 · 0.005 = 0.02; 3 · 0.01 = 0.03; 2 · 0.03 = 0.06; 0.04, but not below the 0.06 before it."""
-    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.7, 0.2]) == pytest.approx([0.7, 0.4]) and stats.holm([0.8, 0.6]) == [1.0, 1.0]
-    assert stats.holm([0.3]) == [0.3] and stats.holm([]) == []

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from m3po_lab.compare import main
-from m3po_lab.core.stats import holm
+from m3po_lab.core.inference import holm
 
 AFTER = {"none": [0.50, 0.55, 0.53], "m3po": [0.56, 0.60, 0.57]}
 THREE = AFTER | {"h3po": [0.53, 0.57, 0.56]}

@@ -12,9 +12,9 @@ from transformers.m3po.gating import list_gating_functions, list_placebos
 from m3po_lab import train
 from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
-from m3po_lab.core.identity import RUN_FILE
+from m3po_lab.core.identity import RUN_FILE, folder_of
 from m3po_lab.experiments.comparison import comparison
-from m3po_lab.experiments.sweep import folder_of, mode_words, run_words, variants
+from m3po_lab.experiments.sweep import mode_words, run_words, variants
 from m3po_lab.grpo.report import ATTENTION
 from m3po_lab.sweep import main
 

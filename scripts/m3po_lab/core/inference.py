@@ -10,11 +10,13 @@ Variance Components, 1992, section 5.2)
 
 where V_seeds is the variance of the seeds' means over their number, V_problems likewise, and V_both, which both
 contain, that of what is left over. Its degrees of freedom are Satterthwaite's. It says what would be found with other
-seeds and other problems of the kind; a measure without problems has the paired t-test over the seeds.
+seeds and other problems of the kind. Where V_problems is no more than V_both, and of a measure without problems, it is
+the paired t-test over the seeds.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -64,16 +66,16 @@ class Difference:
         return float(max(above, below))
 
     @property
-    def detectable(self) -> float:
-        """The smallest true difference that the two-sided test would have found with a chance of `POWER`."""
+    def detectable(self) -> float | None:
+        """The smallest true difference that the two-sided test would have found with a chance of `POWER`.
+
+        None where nothing scatters.
+        """
         if self.error == 0:
-            return 0.0
+            return None
         critical = t.ppf(1 - LEVEL / 2, self.freedom)
-
-        def missing(shift: float) -> float:
-            return POWER - nct.sf(critical, self.freedom, shift) - nct.cdf(-critical, self.freedom, shift)
-
-        return float(brentq(missing, 0.0, 3 * critical + 10)) * self.error
+        shift = brentq(lambda shift: POWER - nct.sf(critical, self.freedom, shift), 0.0, 4 * critical)
+        return float(shift) * self.error
 
 
 def difference(values: np.ndarray) -> Difference:
@@ -99,10 +101,9 @@ def difference(values: np.ndarray) -> Difference:
     rest = values - by_seed[:, None] - by_problem + mean
     freedom_of_rest = (seeds - 1) * (problems - 1)
     of_rest = (rest**2).sum() / freedom_of_rest / values.size
-    # An estimate by subtraction may fall below its parts, which the variance cannot.
-    variance = max(of_seeds + of_problems - of_rest, of_seeds, of_problems)
-    if variance == 0:
-        return Difference(mean, 0.0, seeds - 1, seeds)
+    if of_problems <= of_rest:  # the problems add nothing: the paired t-test over the seeds
+        return Difference(mean, float(np.sqrt(of_seeds)), seeds - 1, seeds)
+    variance = of_seeds + of_problems - of_rest
     spread = of_seeds**2 / (seeds - 1) + of_problems**2 / (problems - 1) + of_rest**2 / freedom_of_rest
     return Difference(mean, float(np.sqrt(variance)), float(variance**2 / spread), seeds)
 
@@ -130,14 +131,12 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 1 - LEVEL, seed: 
         confidence: of the interval.
         seed: of the draws.
     """
-    random = np.random.default_rng(seed)
     whole = difference(values)
     seeds = len(values)
 
     def deviations(means: np.ndarray) -> np.ndarray:
         number = len(means)
-        weights = random.multinomial(number, [1 / number] * number, size=DRAWS) / number
-        return (weights @ means - means.mean()) * np.sqrt(number / (number - 1))
+        return (resampled(number, DRAWS, seed) @ means - means.mean()) * np.sqrt(number / (number - 1))
 
     by_seed = values if values.ndim == 1 else values.mean(1)
     draws = deviations(by_seed)
@@ -149,6 +148,13 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 1 - LEVEL, seed: 
     tail = float(norm.cdf(t.ppf((1 - confidence) / 2, whole.freedom)))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return whole.estimate + float(low), whole.estimate + float(high)
+
+
+@lru_cache(maxsize=4)
+def resampled(number: int, draws: int, seed: int) -> np.ndarray:
+    """(draws, number) weights of the things that a bootstrap draws with replacement, the same in every call."""
+    random = np.random.default_rng((seed, number))
+    return random.multinomial(number, [1 / number] * number, size=draws) / number
 
 
 def seeds_for(effect: float, spread: float) -> int:
