@@ -22,6 +22,7 @@ from trl.trainer.m3po.metrics import distinct_answers
 COMMON = {"rollout_logp_diff", "rollout_logp_diff_max", "distinct_answers"}
 THOUGHT = {"thinking_fraction", "thinking_length"}
 BLENDED = {
+    "peer_differs",
     "attention_entropy",
     "attention_max",
     "attention_variance",

@@ -29,13 +29,15 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
         "num_generations_eval max_completion_length pad_to_multiple_of generation_batch_size steps_per_generation "
         "num_iterations ref_model_sync_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb "
-        "ddp_timeout num_train_problems num_eval_problems lora_r lora_alpha validation_rows depth model_dim num_heads",
+        "ddp_timeout num_train_problems num_eval_problems num_sampled_problems lora_r lora_alpha validation_rows depth "
+        "model_dim num_heads",
     ),
     ("a whole number of at least 2", lambda value: _whole(value, 2), "num_generations max_seq_len"),
     (
         "a whole number of at least 0",
         lambda value: _whole(value, 0),
-        "save_total_limit dataloader_num_workers top_k num_completions_to_print max_tool_calling_iterations",
+        "save_total_limit dataloader_num_workers top_k num_completions_to_print max_tool_calling_iterations "
+        "num_eval_paths",
     ),
     (
         "a whole number from 0 to 4294967295",

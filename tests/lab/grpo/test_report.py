@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from m3po_lab.evaluation.evaluate import Answered, load_cached
+from m3po_lab.evaluation.evaluate import Answered, Sampled, load_cached
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.grpo.figure import running_mean
-from m3po_lab.grpo.report import attention_means, completion_lines, diversity, last_reward, split_gain, table, verdict
+from m3po_lab.grpo.report import (
+    Evaluations,
+    attention_means,
+    completion_lines,
+    diversity,
+    effect_line,
+    effects,
+    last_reward,
+    log_columns,
+    split_gain,
+    table,
+    verdict,
+)
 from m3po_lab.problems.data_sources import Problem
 
 RIGHT, WRONG, FORMLESS = (Answered("", True, True), Answered("", False, True), Answered("", False, False))
@@ -94,6 +106,39 @@ def test_diversity_is_that_of_the_first_and_of_the_last_quarter_of_the_lines_tha
         **{"reward_std_first": 0.5, "reward_std_last": 0.5},
     }
     assert diversity([{"loss": 0.1}]) == {}
+
+
+def test_what_thinking_did_is_the_mean_of_what_was_measured_and_said_where_it_is_next_to_nothing() -> None:
+    history = [{"reward": 0.5, "m3po/blend_kl": 0.25, "m3po/peer_differs": 0.5}, {"m3po/peer_differs": 0.25}]
+    assert effects(history) == {"blend_kl": 0.25, "peer_differs": 0.375} and effects([{"reward": 0.5}]) is None
+    assert effect_line({"blend_kl": 0.25, "peer_differs": 0.375}) == (
+        "the blend moved the next token by 0.25 nats; at 38% of the thinking positions a peer had another token "
+        "(means over the run)"
+    )
+    weak = effect_line({"thought_kl": 0.5, "aslr_kl": 0.0009})
+    assert "the thoughts moved the next token by 0.5 nats;" in weak
+    assert "ASLR moved the next token by 0.0009 nats, next to nothing: whatever the run shows, ASLR did not" in weak
+
+
+def test_the_log_is_kept_by_columns() -> None:
+    history = [
+        {"step": 1, "reward": 0.5, "rewards/correct_reward/mean": 0.25, "m3po/blend_kl": 0.1},
+        {"step": 1, "eval_loss": 0.1},
+        {"step": 2, "reward": 0.75, "rewards/correct_reward/mean": 0.5},
+    ]
+    assert log_columns(history) == {
+        "step": [1, 2],
+        "reward": [0.5, 0.75],
+        "accuracy": [0.25, 0.5],
+        "blend_kl": [0.1, None],
+    }
+
+
+def test_samples_are_reported_by_their_means() -> None:
+    one, two = Sampled(0.5, 1.0, 0.0, 3, ["a", "b"]), Sampled(0.0, 0.0, 1.0, 1, ["c", "d"])
+    means = {"accuracy": 0.25, "pass_at_n": 0.5, "majority_vote": 0.5, "distinct_answers": 2}
+    assert Evaluations([], [], [one, two]).sampled_means() == {"num_problems": 2, "num_paths": 2, **means}
+    assert Evaluations([], [], []).sampled_means() is None
 
 
 def test_reward_of_the_report_compares_as_the_kind_of_answer_is() -> None:
