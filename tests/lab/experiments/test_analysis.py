@@ -71,7 +71,7 @@ def test_all_pairs_are_compared_and_what_differs_is_found():
         assert one.verdict == ("less" if against_placebo else "equivalent")
     assert "The gates do not differ significantly" in answer_lines(analysis, comparisons, [])[0]
     text = " ".join(answer_lines(analysis, comparisons, ["dot-seed9"]))
-    assert "Interim: 1 of 17 runs are missing" in text and re.search(r"uniform - none -(29|3[01])\.", text)
+    assert "Interim: 1 of 17 runs are missing" in text and re.search(r"uniform - none -[23]\d[.]", text)
     assert "3 differ after Holm's correction, 3 are equivalent within 10.0 points and 0 are not decided" in text
     assert difference_table(analysis, comparisons).count("\n") == 7 and level_table(analysis).count("\n") == 5
 
