@@ -12,6 +12,7 @@ from docs.pages import PAGES, ROOT, code_blocks
 from m3po_lab.core.config_files import find_config
 from m3po_lab.eval_gsm8k import parser
 from m3po_lab.evaluation.datasets import choose
+from m3po_lab.experiments.run_m3po_experiment import main as study
 from m3po_lab.grpo.arguments import Run
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.problems.data import load_problems
@@ -29,6 +30,7 @@ def shown_commands(start: str) -> list[list[str]]:
 TRAININGS = shown_commands("bash scripts/train_grpo.sh")
 EVALUATIONS = shown_commands("bash scripts/eval_gsm8k.sh")
 SWEEPS = shown_commands("bash scripts/sweep.sh")
+STUDIES = shown_commands("bash scripts/run_experiment.sh")
 ENGINES = [f"ACCELERATE_CONFIG=configs/accelerate/{file.name}" for file in (ROOT / "configs/accelerate").iterdir()]
 SEVERAL = [words for engine in ENGINES for words in shown_commands(f"{engine} bash scripts/train_grpo.sh")]
 LAUNCHES = shown_commands("bash scripts/run.sh accelerate launch")
@@ -36,13 +38,20 @@ LAUNCHES = shown_commands("bash scripts/run.sh accelerate launch")
 
 def test_commands_of_each_kind_are_found() -> None:
     """A search that finds nothing would let the next tests pass."""
-    assert all([TRAININGS, EVALUATIONS, SWEEPS, SEVERAL, LAUNCHES])
+    assert all([TRAININGS, EVALUATIONS, SWEEPS, STUDIES, SEVERAL, LAUNCHES])
 
 
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
 def test_a_shown_sweep_is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("m3po_lab.experiments.sweep.run_sweep", lambda *arguments: 0)
     assert sweep(words) == 0
+
+
+@pytest.mark.parametrize("words", STUDIES, ids=" ".join)
+def test_a_shown_study_is_planned(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("m3po_lab.study.runs.run_study", lambda runs, folder, jobs: 0)
+    assert study([*words, "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "study.json").is_file() == ("--dry-run" not in words)
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)

@@ -160,9 +160,9 @@ def plan_runs(study: Study, digest: str) -> list[StudyRun]:
             if clashing:
                 raise UserError(f"variant {variant}: {clashing[0]} is the study's to set; leave it out.")
             shared = flag_words({name: value for name, value in (study.flags or {}).items() if name not in own})
-            words = [str(base), *shared, *flag_words(own)]
+            words = [shown_path(base), *shared, *flag_words(own)]
             run = parse_run(words, idle=True)
-            words = [str(base), *without(shared, idle_flags(run.groups, given_flags(shared))), *flag_words(own)]
+            words = [shown_path(base), *without(shared, idle_flags(run.groups, given_flags(shared))), *flag_words(own)]
             problem_seed = run.script.problem_seed + SEEDS_APART * seed
             words += [f"--seed={seed}", f"--problem_seed={problem_seed}", f"--study={digest}"]
             flags = of_run(parse_run(words, choose_engine(words)))
