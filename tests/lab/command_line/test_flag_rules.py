@@ -148,7 +148,16 @@ def test_every_rule_is_of_a_flag_and_every_number_has_one() -> None:
     kinds = {entry.name: str(entry.type) for group in groups for entry in dataclasses.fields(group)}
     assert {*RULE_OF, *CHOICES, *MAPPINGS} <= set(kinds)
     numbers = {name for name, kind in kinds.items() if "int" in kind or "float" in kind}
-    checked_elsewhere = ("vllm_", "aslr_", "mhc_", "cross_path_", "gating_", "thinking_residual_", "vespo_")
+    checked_elsewhere = (
+        "blend_kl_steps",
+        "vllm_",
+        "aslr_",
+        "mhc_",
+        "cross_path_",
+        "gating_",
+        "thinking_residual_",
+        "vespo_",
+    )
     without = {name for name in numbers - set(RULE_OF) if not name.startswith(checked_elsewhere)}
     assert without == {"data_seed", "eval_seed", "problem_seed", "local_rank", "reward_weights", "thought_top_k"}
 

@@ -123,7 +123,7 @@ def test_the_lines_at_the_end_of_a_run(
     words = [str(tiny_config), "--output_dir", ODD, "--overwrite", "true", "--max_steps", "6"]
     run = parse_run([*words, "--report_to", "tensorboard"])
     summary = {"mode": "none", "gating_type": None, "aslr_enabled": True, "steps": 6, "seed": 3}
-    summary |= {"train_seconds": 1.0, "seconds_per_step": 1.0, "verdict": ""}
+    summary |= {"train_seconds": 1.0, "seconds_per_step": 1.0, "verdict": "", "sampled": None, "effects": None}
     lines = closing_lines(run, summary, split_gain([], []), words)
     more, curves, aslr = (
         next(x for x in lines if x.startswith(name)) for name in ("train more", "curves", "with ASLR")
