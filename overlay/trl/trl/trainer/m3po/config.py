@@ -138,7 +138,7 @@ class M3POArguments:
         metadata={
             "help": "Measure what thinking does to the next token (`m3po/blend_kl`, `thought_kl`, `aslr_kl`) in every "
             "so many optimizer steps, by scoring a group once with and once without; 0: never. None, as our scripts "
-            "have it: eight times a run."
+            "have it: eight times a run. Not under Unsloth, whose forward makes no logits."
         },
     )
     aslr_enabled: bool | None = field(
