@@ -33,9 +33,17 @@ def find_config(path: str, folder: str = "configs", begins: str = "") -> Path:
         for file in (PROJECT_ROOT / folder).rglob("*.yaml")
         if file.name.startswith(begins) and (begins or not file.name.startswith(OF_PRETRAINING))
     ]
-    known = sorted(f"{folder}/{file.as_posix()}" for file in files if file.parts[0] not in OF_OTHER_COMMANDS)
+    runs = [file for file in files if file.parts[0] not in OF_OTHER_COMMANDS]
+    if folder == "configs":
+        runs = [file for file in runs if not is_study(PROJECT_ROOT / folder / file)]
+    known = sorted(f"{folder}/{file.as_posix()}" for file in runs)
     what = "is a folder" if any(place.is_dir() for place in places) else "does not exist"
     raise UserError(f"Config file {path} {what}. Give the path of a YAML file; the project has {', '.join(known)}.")
+
+
+def is_study(file: Path) -> bool:
+    """Whether a YAML file is the plan of a study (scripts/run_experiment.sh) and not a run."""
+    return "\nvariants:" in file.read_text(encoding="utf-8")
 
 
 def split_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from m3po_lab.core.config_files import is_study
 from m3po_lab.grpo import config
 from m3po_lab.train import main
 
@@ -19,6 +20,7 @@ RUN_CONFIGS = sorted(
     path
     for path in CONFIGS.rglob("*.yaml")
     if path.relative_to(CONFIGS).parts[0] not in OTHER_PARSERS and not path.name.startswith("mhc_")
+    if not is_study(path)
 )
 MODELS = ("llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "qwen2.5-3b")
 
@@ -35,7 +37,7 @@ def test_all_run_configs_are_found() -> None:
     papers |= {f"papers/{data}-{model}-hrpo.yaml" for data in ("gsm8k", "math", "mmlu") for model in MODELS[2:]}
     papers.add("papers/gsm8k-qwen2.5-1.5b-h3po.yaml")
     found = {path.relative_to(CONFIGS).as_posix() for path in RUN_CONFIGS}
-    assert found == {"demo.yaml", "demo_short.yaml", *papers}
+    assert found == {"demo.yaml", "demo_short.yaml", "studies/chain.yaml", "studies/word_sums.yaml", *papers}
 
 
 @pytest.mark.parametrize("file", RUN_CONFIGS, ids=lambda path: path.stem)
@@ -117,6 +119,7 @@ def test_missing_yaml_is_one_line_that_names_those_there_are(capsys: pytest.Capt
     assert "configs/nope.yaml does not exist" in (printed := capsys.readouterr().err)
     assert "configs/demo.yaml" in printed
     assert "configs/papers/gsm8k-qwen2.5-1.5b-m3po.yaml" in printed and "configs/eval" not in printed
+    assert "configs/studies/word_sums.yaml" in printed and "configs/studies/gates.yaml" not in printed
 
 
 def test_yaml_without_keys_is_refused(tmp_path: Path) -> None:
