@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a routing gate is worth on a problem: many (problem, gate) pairs in one forward or one generation.
+
+An episode is one problem and one gate, so that a batch of episodes is a batch of rows: `mhc_gate` takes a value for
+each row. The model is frozen and decodes greedily; the same pairs have the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from m3po_lab.controller.gates import GateSpace
+from m3po_lab.problems.answers import KINDS
+from m3po_lab.problems.data_sources import Problem
+
+REWARDS = ("dense", "exact", "mix")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How a problem is written for a model that continues text.
+
+    Args:
+        question: a template with `{question}`, after which the answer follows.
+        answer: a template with `{answer}`; what the model was trained to write.
+        end: where its answer ends.
+    """
+
+    question: str = "Question: {question}\nAnswer:"
+    answer: str = " {answer}\n"
+    end: str = "\n"
+
+
+class Episodes:
+    """The problems of a split with a frozen model.
+
+    Args:
+        model: a causal language model with hyper-connections.
+        tokenizer: its.
+        problems: of the split.
+        space: what the gates are.
+        prompts: how problems are written.
+        max_new_tokens: of an answer.
+        rows: of a forward or generation at most.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        problems: Sequence[Problem],
+        space: GateSpace,
+        prompts: Prompts | None = None,
+        max_new_tokens: int = 16,
+        rows: int = 256,
+    ) -> None:
+        self.model, self.tokenizer, self.problems, self.space = model.eval(), tokenizer, list(problems), space
+        self.prompts = prompts or Prompts()
+        self.max_new_tokens, self.rows = max_new_tokens, rows
+        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._questions = [first + self._ids(self.prompts.question.format(question=one.question)) for one in problems]
+        self._answers = [self._ids(self.prompts.answer.format(answer=one.answer)) for one in problems]
+        self._default: np.ndarray | None = None
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _batches(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Places in `indices`, of similar length together, at most `rows` of them."""
+        lengths = [len(self._questions[index]) + len(self._answers[index]) for index in indices]
+        return np.array_split(np.argsort(lengths, kind="stable"), -(-len(indices) // self.rows))
+
+    @torch.no_grad()
+    def log_probs(self, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Log-prob of the reference answer, mean over its tokens: one forward for `rows` pairs.
+
+        Args:
+            indices: (B,) of the problems.
+            values: (B, d) in [0, 1], the gate of each.
+
+        Returns:
+            (B,) float64, nats a token.
+        """
+        found = np.zeros(len(indices))
+        for places in self._batches(indices):
+            rows = [self._questions[index] + self._answers[index] for index in indices[places]]
+            ids, mask = self._pad(rows, left=False)
+            gate = self.space.as_routing_gates(values[places]).to(ids.device)
+            logits = self.model(input_ids=ids, attention_mask=mask, mhc_gate=gate, use_cache=False).logits
+            scored = torch.zeros_like(mask)
+            for row, index in enumerate(indices[places]):
+                start = len(self._questions[index])
+                scored[row, start : start + len(self._answers[index])] = 1
+            log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            scored = scored[:, 1:]
+            found[places] = ((log_probs * scored).sum(1) / scored.sum(1)).double().cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def correct(self, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Whether the greedy answer is right: (B,) bool; arguments as `log_probs`."""
+        found = np.zeros(len(indices), dtype=bool)
+        for places in self._batches(indices):
+            ids, mask = self._pad([self._questions[index] for index in indices[places]], left=True)
+            gate = self.space.as_routing_gates(values[places]).to(ids.device)
+            written = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                mhc_gate=gate,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )[:, ids.shape[1] :]
+            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+            for place, text in zip(places, texts, strict=True):
+                problem = self.problems[indices[place]]
+                line = text.partition(self.prompts.end)[0].strip()
+                found[place] = KINDS[problem.kind].equal(problem.answer, line)
+        return found
+
+    def rewards(self, indices: np.ndarray, values: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+        """The reward of each pair and its parts, (B,) each.
+
+        `dense` is the log-prob of the reference under the gate minus that under gate 1; `exact` is 1 for a right answer
+        and 0 for a wrong one; `mix` is their sum.
+        """
+        if kind not in REWARDS:
+            raise ValueError(f"reward={kind!r} is unknown; give one of {', '.join(REWARDS)}.")
+        parts: dict[str, np.ndarray] = {}
+        if kind != "exact":
+            parts["dense"] = self.log_probs(indices, values) - self.default_log_probs[indices]
+        if kind != "dense":
+            parts["correct"] = self.correct(indices, values).astype(float)
+        return {"reward": np.sum(list(parts.values()), axis=0), **parts}
+
+    @property
+    def default_log_probs(self) -> np.ndarray:
+        """(n,) of every problem under gate 1, the learned default."""
+        if self._default is None:
+            everything = np.arange(len(self.problems))
+            self._default = self.log_probs(everything, np.ones((len(everything), self.space.size)))
+        return self._default
+
+    @torch.no_grad()
+    def embeddings(self) -> np.ndarray:
+        """(n, H) float32: mean over the tokens of each question of the last hidden state, under gate 1."""
+        found = np.zeros((len(self.problems), self.model.config.hidden_size), dtype=np.float32)
+        for places in self._batches(np.arange(len(self.problems))):
+            ids, mask = self._pad([self._questions[index] for index in places], left=False)
+            states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            weights = mask.unsqueeze(-1).to(states.dtype)
+            found[places] = ((states * weights).sum(1) / weights.sum(1)).float().cpu().numpy()
+        return found
+
+    def _pad(self, rows: Sequence[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows as (B, L) long with their mask."""
+        length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+        ids, mask = [], []
+        for row in rows:
+            fill = length - len(row)
+            before, behind = (fill, 0) if left else (0, fill)
+            ids.append([pad] * before + row + [pad] * behind)
+            mask.append([0] * before + [1] * len(row) + [0] * behind)
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
