@@ -2,6 +2,7 @@
 """The runs of a study, one after the other or one on each GPU, with the time that is left; and what they will cost."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from m3po_lab.core.files import read_json, shown_path, write_json
-from m3po_lab.grpo.checkpoints import resuming
+from m3po_lab.grpo.checkpoints import checkpoints, resuming
 from m3po_lab.study.plan import StudyRun
 
 TIMES_FILE = "times.json"  # seconds that each finished run took, start and evaluations included
@@ -104,6 +105,8 @@ def run_study(runs: Sequence[StudyRun], folder: Path, jobs: int) -> int:
                 failed.append(code)
                 print(f"error: {run.name} ended with exit code {code}; the same command goes on.", file=sys.stderr)
                 return
+            for checkpoint in checkpoints(folder / run.name):  # several times the model, which is in final/
+                shutil.rmtree(checkpoint)
             times = read_json(folder / TIMES_FILE) or {}
             write_json(folder / TIMES_FILE, {**times, run.name: time.monotonic() - start})
             print(progress_line(runs, folder, jobs, time.monotonic() - began), flush=True)

@@ -114,6 +114,7 @@ def test_each_run_knows_its_study_and_its_data_order_goes_by_the_seed(study_fold
         assert len(summary["correct_after"]) == 6
         assert summary["sampled"]["num_problems"] == 3 and summary["sampled"]["num_paths"] == 2
         assert (study_folder / name / "samples.jsonl").read_text().count("\n") == 3
+        assert {place.name for place in (study_folder / name).iterdir() if place.is_dir()} == {"final"}
 
 
 def test_the_report_answers_and_needs_no_other_file(study_folder: Path, capsys: pytest.CaptureFixture[str]):
