@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument(
         "--dataset",
         default="python:sympy",
-        help="'python:<package>' (the files of an installed package), a .jsonl with 'text', or a Hub id",
+        help="'python:<package>' (the files of an installed package), 'reasoning-gym:<task>' (solved problems), a "
+        ".jsonl with 'text', or a Hub id",
     )
     flags.add_argument("--output_dir", help="default: evals/<run>-final-routing-<digest of the model and the text>")
     words = list(sys.argv[1:] if argv is None else argv)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -15,10 +16,26 @@ from m3po_lab.controller.episodes import Episodes
 from m3po_lab.controller.gates import from_actions
 
 
-def standardise(embeddings: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """Embeddings with mean 0 and standard deviation 1 in each component, by those of `like` (the training split)."""
-    like = embeddings if like is None else like
-    return ((embeddings - like.mean(0)) / (like.std(0) + 1e-6)).astype(np.float32)
+@dataclass(frozen=True)
+class Standard:
+    """Makes observations of embeddings: mean 0 and standard deviation 1 in each component of the training split.
+
+    Args:
+        mean: (H) float32.
+        scale: (H) float32, above 0.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, embeddings: np.ndarray) -> Standard:
+        """Of the training split, (n, H)."""
+        return cls(embeddings.mean(0), embeddings.std(0) + np.float32(1e-6))
+
+    def __call__(self, embeddings: np.ndarray) -> np.ndarray:
+        """(m, H) float32."""
+        return ((embeddings - self.mean) / self.scale).astype(np.float32)
 
 
 class Actions:
@@ -58,7 +75,7 @@ class GSM8KMHCEnv(gymnasium.Env[np.ndarray, Any]):
 
     Args:
         episodes: the problems with their model.
-        observations: (n, H) float32, what is seen of each problem, see `standardise`.
+        observations: (n, H) float32, what is seen of each problem, see `Standard`.
         reward: see `Episodes.rewards`.
         grid: see `Actions`.
     """
@@ -93,7 +110,16 @@ class GateVecEnv(VecEnv):
     """`num_envs` episodes of `GSM8KMHCEnv` at once, in one batched forward or generation.
 
     The problems come in shuffled passes over the split, from a generator of the environment's own; `state` and
-    `set_state` are what a stopped training goes on with.
+    `set_state` are what a stopped training goes on with: the `reset` behind it begins where `state` was taken.
+
+    Args:
+        episodes: the problems with their model.
+        observations: (n, H) float32, see `Standard`.
+        num_envs: rows.
+        reward: see `Episodes.rewards`.
+        grid: see `Actions`.
+        seed: of the order of the problems.
+        unit: what a reward is divided by; its parts in the infos are not.
     """
 
     def __init__(
@@ -104,14 +130,17 @@ class GateVecEnv(VecEnv):
         reward: str = "dense",
         grid: int | None = None,
         seed: int = 0,
+        unit: float = 1.0,
     ) -> None:
-        self.episodes, self.observations, self.reward = episodes, observations, reward
+        self.episodes, self.observations, self.reward, self.unit = episodes, observations, reward, unit
         self.actions = Actions(episodes.space.size, grid)
         super().__init__(num_envs, observation_space(observations), self.actions.space)
         self._random = np.random.default_rng(seed)
         self._order: list[int] = []
         self._problems = np.zeros(num_envs, dtype=int)
         self._values = np.zeros((num_envs, episodes.space.size))
+        self._goes_on = False
+        self.rewards_seen: list[float] = []  # of all episodes, for whoever clears it
 
     def _next(self) -> np.ndarray:
         while len(self._order) < self.num_envs:
@@ -120,8 +149,10 @@ class GateVecEnv(VecEnv):
         return np.array(taken)
 
     def reset(self) -> np.ndarray:
-        """The first problems."""
-        self._problems = self._next()
+        """The first problems, or those at which a stopped training goes on."""
+        if not self._goes_on:
+            self._problems = self._next()
+        self._goes_on = False
         return self.observations[self._problems]
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -143,7 +174,8 @@ class GateVecEnv(VecEnv):
             for row in range(self.num_envs)
         ]
         self._problems = self._next()
-        rewards = found["reward"].astype(np.float32)
+        self.rewards_seen += found["reward"].tolist()
+        rewards = (found["reward"] / self.unit).astype(np.float32)
         return self.observations[self._problems], rewards, np.ones(self.num_envs, dtype=bool), infos
 
     def state(self) -> dict[str, Any]:
@@ -158,6 +190,7 @@ class GateVecEnv(VecEnv):
         """Goes on where `state` was taken."""
         self._random.bit_generator.state = state["random"]
         self._order, self._problems = list(state["order"]), np.array(state["problems"])
+        self._goes_on = True
 
     def close(self) -> None:
         """There is nothing to close."""

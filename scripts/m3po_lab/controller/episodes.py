@@ -8,32 +8,18 @@ each row. The model is frozen and decodes greedily; the same pairs have the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from m3po_lab.controller.gates import GateSpace
+from m3po_lab.models.embedding import mean_state
 from m3po_lab.problems.answers import KINDS
 from m3po_lab.problems.data_sources import Problem
+from m3po_lab.problems.plain_text import END, answer_text, question_text
 
 REWARDS = ("dense", "exact", "mix")
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """How a problem is written for a model that continues text.
-
-    Args:
-        question: a template with `{question}`, after which the answer follows.
-        answer: a template with `{answer}`; what the model was trained to write.
-        end: where its answer ends.
-    """
-
-    question: str = "Question: {question}\nAnswer:"
-    answer: str = " {answer}\n"
-    end: str = "\n"
 
 
 class Episodes:
@@ -44,7 +30,6 @@ class Episodes:
         tokenizer: its.
         problems: of the split.
         space: what the gates are.
-        prompts: how problems are written.
         max_new_tokens: of an answer.
         rows: of a forward or generation at most.
     """
@@ -55,16 +40,14 @@ class Episodes:
         tokenizer: Any,
         problems: Sequence[Problem],
         space: GateSpace,
-        prompts: Prompts | None = None,
         max_new_tokens: int = 16,
         rows: int = 256,
     ) -> None:
         self.model, self.tokenizer, self.problems, self.space = model.eval(), tokenizer, list(problems), space
-        self.prompts = prompts or Prompts()
         self.max_new_tokens, self.rows = max_new_tokens, rows
         first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._questions = [first + self._ids(self.prompts.question.format(question=one.question)) for one in problems]
-        self._answers = [self._ids(self.prompts.answer.format(answer=one.answer)) for one in problems]
+        self._questions = [first + self._ids(question_text(one)) for one in problems]
+        self._answers = [self._ids(answer_text(one)) for one in problems]
         self._default: np.ndarray | None = None
 
     def _ids(self, text: str) -> list[int]:
@@ -75,7 +58,6 @@ class Episodes:
         lengths = [len(self._questions[index]) + len(self._answers[index]) for index in indices]
         return np.array_split(np.argsort(lengths, kind="stable"), -(-len(indices) // self.rows))
 
-    @torch.no_grad()
     def log_probs(self, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Log-prob of the reference answer, mean over its tokens: one forward for `rows` pairs.
 
@@ -88,18 +70,45 @@ class Episodes:
         """
         found = np.zeros(len(indices))
         for places in self._batches(indices):
-            rows = [self._questions[index] + self._answers[index] for index in indices[places]]
-            ids, mask = self._pad(rows, left=False)
-            gate = self.space.as_routing_gates(values[places]).to(ids.device)
-            logits = self.model(input_ids=ids, attention_mask=mask, mhc_gate=gate, use_cache=False).logits
-            scored = torch.zeros_like(mask)
-            for row, index in enumerate(indices[places]):
-                start = len(self._questions[index])
-                scored[row, start : start + len(self._answers[index])] = 1
-            log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-            scored = scored[:, 1:]
-            found[places] = ((log_probs * scored).sum(1) / scored.sum(1)).double().cpu().numpy()
+            ids, mask, answers = self._solved(indices[places])
+            logits = self._logits(ids, mask, values[places])[:, :-1]
+            # Of the answers' positions only: the vocabulary of a large model is most of the work otherwise.
+            row, position = answers[:, 1:].nonzero(as_tuple=True)
+            chosen = logits[row, position].log_softmax(-1).gather(-1, ids[row, position + 1, None]).squeeze(-1)
+            sums = torch.zeros(len(ids), dtype=torch.float64, device=ids.device).index_add(0, row, chosen.double())
+            found[places] = (sums / answers.sum(1)).cpu().numpy()
         return found
+
+    def divergences(self, indices: np.ndarray, values: np.ndarray | float) -> np.ndarray:
+        """KL(gate 1 || gate) of the next token, mean over the positions of question and answer: (B,) nats.
+
+        Args:
+            indices: (B,) of the problems.
+            values: (B, d) in [0, 1], or one for all.
+        """
+        values = np.broadcast_to(values, (len(indices), self.space.size))
+        found = np.zeros(len(indices))
+        for places in self._batches(indices):
+            ids, mask, _ = self._solved(indices[places])
+            gated = self._logits(ids, mask, values[places]).log_softmax(-1)
+            full = self._logits(ids, mask, np.ones_like(values[places])).log_softmax(-1)
+            kl = (full.exp() * (full - gated)).sum(-1) * mask
+            found[places] = (kl.sum(1) / mask.sum(1)).double().cpu().numpy()
+        return found
+
+    def _solved(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Questions with their answers, (B, L) long, their mask, and where the answers are."""
+        ids, mask = self._pad([self._questions[index] + self._answers[index] for index in indices], left=False)
+        answers = torch.zeros_like(mask)
+        for row, index in enumerate(indices):
+            start = len(self._questions[index])
+            answers[row, start : start + len(self._answers[index])] = 1
+        return ids, mask, answers
+
+    @torch.no_grad()
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+        gate = self.space.as_routing_gates(values).to(ids.device)
+        return self.model(input_ids=ids, attention_mask=mask, mhc_gate=gate, use_cache=False).logits.float()
 
     @torch.no_grad()
     def correct(self, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -119,7 +128,7 @@ class Episodes:
             texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
             for place, text in zip(places, texts, strict=True):
                 problem = self.problems[indices[place]]
-                line = text.partition(self.prompts.end)[0].strip()
+                line = text.partition(END)[0].strip()
                 found[place] = KINDS[problem.kind].equal(problem.answer, line)
         return found
 
@@ -146,16 +155,18 @@ class Episodes:
             self._default = self.log_probs(everything, np.ones((len(everything), self.space.size)))
         return self._default
 
-    @torch.no_grad()
     def embeddings(self) -> np.ndarray:
-        """(n, H) float32: mean over the tokens of each question of the last hidden state, under gate 1."""
+        """(n, H) float32: `mean_state` of each question."""
         found = np.zeros((len(self.problems), self.model.config.hidden_size), dtype=np.float32)
         for places in self._batches(np.arange(len(self.problems))):
             ids, mask = self._pad([self._questions[index] for index in places], left=False)
-            states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            weights = mask.unsqueeze(-1).to(states.dtype)
-            found[places] = ((states * weights).sum(1) / weights.sum(1)).float().cpu().numpy()
+            found[places] = mean_state(self.model, ids, mask)
         return found
+
+    def inputs(self, number: int) -> dict[str, torch.Tensor]:
+        """The first problems with their answers, as a forward takes them."""
+        ids, mask, _ = self._solved(np.arange(min(number, len(self.problems))))
+        return {"input_ids": ids, "attention_mask": mask}
 
     def _pad(self, rows: Sequence[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows as (B, L) long with their mask."""

@@ -9,6 +9,7 @@ from m3po_lab.core.user_files import read_text
 DEFAULT_CONFIG = "configs/demo.yaml"
 OF_OTHER_COMMANDS = ("accelerate", "eval")  # folders in configs/ whose files are no runs
 OF_PRETRAINING = "mhc_"  # how the files of scripts/train_mhc.sh begin
+OF_CONTROLLER = "controller_"  # and those of scripts/train_controller.sh
 YAML_ENDINGS = (".yaml", ".yml")
 
 
@@ -18,7 +19,7 @@ def find_config(path: str, folder: str = "configs", begins: str = "") -> Path:
     Args:
         path: relative or absolute.
         folder: has the known ones, which an error names.
-        begins: how their names begin; empty leaves out those of pretraining.
+        begins: how their names begin; empty leaves out those of pretraining and of controllers.
 
     Raises:
         UserError: neither is a file, or it is not UTF-8.
@@ -31,7 +32,7 @@ def find_config(path: str, folder: str = "configs", begins: str = "") -> Path:
     files = [
         file.relative_to(PROJECT_ROOT / folder)
         for file in (PROJECT_ROOT / folder).rglob("*.yaml")
-        if file.name.startswith(begins) and (begins or not file.name.startswith(OF_PRETRAINING))
+        if file.name.startswith(begins) and (begins or not file.name.startswith((OF_PRETRAINING, OF_CONTROLLER)))
     ]
     runs = [file for file in files if file.parts[0] not in OF_OTHER_COMMANDS]
     if folder == "configs":

@@ -66,3 +66,9 @@ def difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95
     error = math.sqrt(b + c - (b - c) ** 2 / total) / total
     half = float(norm.ppf(0.5 + confidence / 2)) * error
     return max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def proportion_interval(right: int, number: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (scipy)."""
+    found = binomtest(right, number).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)

@@ -13,7 +13,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
 from m3po_lab.command_line.idle_flags import check_idle
-from m3po_lab.command_line.parser import UNSET_OUTPUT_DIR, OneLineParser, check_unknown, one_line_errors, read_keys
+from m3po_lab.command_line.parser import (
+    UNSET_OUTPUT_DIR,
+    OneLineParser,
+    check_unknown,
+    one_line_errors,
+    parse_mapping,
+    read_keys,
+)
 from m3po_lab.command_line.training_checks import check_training
 from m3po_lab.core.config_files import OF_PRETRAINING, find_config, split_config
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
@@ -21,6 +28,7 @@ from m3po_lab.core.files import read_json, shown_path
 from m3po_lab.core.identity import RUN_FILE, difference, flag_values
 from m3po_lab.models.digest import named_model
 from m3po_lab.pretraining.data import named_text
+from m3po_lab.problems.data import GYM_PREFIX
 
 DEFAULT_MHC_CONFIG = "configs/mhc_small.yaml"
 
@@ -31,9 +39,15 @@ class PretrainArguments:
 
     dataset: str = field(
         default="python:sympy",
-        metadata={"help": "'python:<package>' (the files of an installed package), a .jsonl with 'text', or a Hub id."},
+        metadata={
+            "help": "'python:<package>' (the files of an installed package), 'reasoning-gym:<task>' (solved problems, "
+            "without end), a .jsonl with 'text', or a Hub id."
+        },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of a dataset of the Hub."})
+    dataset_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the reasoning-gym task as JSON or YAML, or the configuration of a Hub dataset."},
+    )
     tokenizer: str = field(default="bytes", metadata={"help": "'bytes', or a byte-level BPE: a folder or a Hub id."})
     validation_rows: int = field(default=64, metadata={"help": "Rows of max_seq_len tokens for bits per byte."})
     depth: int = field(default=4, metadata={"help": "The number of layers."})
@@ -68,6 +82,12 @@ class PretrainArguments:
     mhc_gate_noise: float = field(
         default=MHC_DEFAULTS["mhc_gate_noise"], metadata={"help": "Probability of a random routing gate for a row."}
     )
+
+    def __post_init__(self) -> None:
+        if self.dataset.startswith(GYM_PREFIX):
+            self.dataset_config = parse_mapping("dataset_config", self.dataset_config)
+        elif isinstance(self.dataset_config, dict):
+            raise UserError(f"--dataset_config {self.dataset_config}: of {self.dataset} it is a name, not a mapping.")
 
 
 @dataclass

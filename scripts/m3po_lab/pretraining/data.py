@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for pretraining as rows of tokens: of an installed package, a `.jsonl` file, or the Hub; and the byte tokenizer.
+"""Text for pretraining as rows of tokens: of an installed package, a reasoning-gym task, a `.jsonl` file, or the Hub.
 
 Documents follow each other, each behind a beginning-of-sequence token, and are cut into rows of equal length. That
 token is fed and never scored, as in nanochat's bits per byte.
@@ -25,8 +25,11 @@ from m3po_lab.core.hub import HUB_ERRORS
 from m3po_lab.core.identity import named_content
 from m3po_lab.core.user_files import read_json_lines, text_field
 from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
+from m3po_lab.problems.data import GYM_PREFIX
+from m3po_lab.problems.plain_text import solved_problems
 
 PYTHON = "python:"
+TextConfig = dict[str, Any] | str | None  # options of a reasoning-gym task, or the configuration of a Hub dataset
 BYTES = "bytes"
 HELD_OUT = 20  # every twentieth document is for validation
 LONGEST = 1 << 15  # characters of a file of a package; the longest are tables
@@ -79,8 +82,8 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor([0 if index in special else len(word) for index, word in enumerate(words)])
 
 
-def documents(dataset: str, config: str | None) -> Iterator[str]:
-    """The documents of a dataset, in an order that is always the same.
+def documents(dataset: str, config: TextConfig) -> Iterator[str]:
+    """The documents of a dataset, in an order that is always the same; those of a reasoning-gym task have no end.
 
     Raises:
         UserError: the package is not installed, the file does not exist, or the Hub cannot be asked.
@@ -97,6 +100,8 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
         for file in files:
             if text := file.read_text(encoding="utf-8", errors="replace")[:LONGEST]:
                 yield text
+    elif dataset.startswith(GYM_PREFIX):
+        yield from solved_problems(dataset, config if isinstance(config, dict) else None, HELD_OUT)
     elif dataset.endswith(".jsonl"):
         if not Path(dataset).is_file():
             raise UserError(f"--dataset {dataset} does not exist; its lines are JSON objects with a key 'text'.")
@@ -104,6 +109,8 @@ def documents(dataset: str, config: str | None) -> Iterator[str]:
             yield text_field(Path(dataset), number, row, "text")
     else:
         from datasets import load_dataset
+
+        assert not isinstance(config, dict), config
 
         try:
             rows_of_hub = load_dataset(dataset, config, split="train", streaming=True)
@@ -159,7 +166,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 class StreamedRows(IterableDataset[dict[str, torch.Tensor]]):
     """Rows of a dataset too large for memory, read as they are asked for."""
 
-    def __init__(self, dataset: str, config: str | None, tokenizer: Any, length: int) -> None:
+    def __init__(self, dataset: str, config: TextConfig, tokenizer: Any, length: int) -> None:
         self._given = (dataset, config, tokenizer, length)
         self._bytes_of = bytes_of_tokens(tokenizer)
 
@@ -172,7 +179,7 @@ class StreamedRows(IterableDataset[dict[str, torch.Tensor]]):
 
 def load_text(
     dataset: str,
-    config: str | None,
+    config: TextConfig,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     validation_rows: int,
@@ -184,9 +191,10 @@ def load_text(
         UserError: see `documents`; or there are fewer validation rows than asked for.
     """
     bytes_of = bytes_of_tokens(tokenizer)
-    local = dataset.startswith(PYTHON) or dataset.endswith(".jsonl")
+    generated = dataset.startswith(GYM_PREFIX)
+    local = generated or dataset.startswith(PYTHON) or dataset.endswith(".jsonl")
     apart = (text for index, text in enumerate(documents(dataset, config)) if not index % HELD_OUT)
-    held_out = list(islice(rows(apart, tokenizer, length), None if local else validation_rows))
+    held_out = list(islice(rows(apart, tokenizer, length), None if local and not generated else validation_rows))
     if len(held_out) < validation_rows:
         raise UserError(
             f"--validation_rows {validation_rows}: {dataset} has {len(held_out)} of {length} tokens; give at most that."

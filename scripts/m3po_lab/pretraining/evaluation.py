@@ -11,19 +11,17 @@ from typing import Any
 
 import torch
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers.m3po.hyper_connections.connections import set_mhc_gate
 
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.core.files import check_writable, shown_path, write_json, write_text
 from m3po_lab.core.identity import named_content
 from m3po_lab.core.observe import unchanged
 from m3po_lab.evaluation.folder import FinishedParts, claim_results, weights_of
-from m3po_lab.models.loading import load_base_model
 from m3po_lab.pretraining.context import prompts_read, rows
-from m3po_lab.pretraining.routing_gates import gates_of, read_gates
+from m3po_lab.pretraining.routing_gates import read_gates
 from m3po_lab.pretraining.tasks import COLUMNS, FILES, SHIPPED, check_rows, load_tasks, write_task
+from m3po_lab.pretraining.variants import Controlled, ShortContext, Variant, routed, variants_of
 
 SHOWN = {
     "gsm8k": "exact_match,flexible-extract",
@@ -37,31 +35,23 @@ LONGEST_NAME = 20  # characters of the routing gates in a folder's name
 MIB = 1 << 20
 
 
-class ShortContext(HFLM):
-    """A model of a short context generates half of it at most; the prompt keeps its end, which the table says."""
-
-    @property
-    def max_gen_toks(self) -> int:
-        return min(256, self.max_length // 2)
-
-
 def evaluate(
-    model: Any, tokenizer: Any, tasks: dict[str, Any], limit: int | None, finished: FinishedParts
+    variant: Variant, tasks: dict[str, Any], limit: int | None, finished: FinishedParts
 ) -> dict[str, dict[str, Any]]:
     """lm-eval's results of the tasks by name; each is saved as soon as it is there.
 
     Args:
+        variant: the model with its gate or controller.
         tasks: lm-eval's tasks by name.
         limit: evaluate only the first problems of each task.
         finished: saves the tasks that are done.
     """
+    model = variant.model
     length = model.config.max_position_embeddings
     options = {"task_manager": TaskManager(include_defaults=False), "limit": limit}
     results = dict(finished.read())
-    with unchanged(model):
-        lm = ShortContext(
-            pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=length, device=str(model.device)
-        )
+    with unchanged(model), routed(model, variant.gate):
+        lm = ShortContext(variant, batch_size=8, max_length=length, device=str(model.device))
         for name, task in tasks.items():
             if name in results:
                 print(f"{name}: done before")
@@ -73,28 +63,34 @@ def evaluate(
     return {name: results[name] for name in tasks}
 
 
-def decoding(models: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Seconds for each token of greedy decoding, the models in turn, medians of `PAIRS`; on a GPU the peak in bytes."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+def decoding(variants: dict[str, Variant]) -> dict[str, dict[str, float | None]]:
+    """Seconds for each token of greedy decoding, the variants in turn, medians of `PAIRS`; on a GPU the peak in bytes.
+
+    What a controller does before the first token is counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int | None] = {}
 
-    def decode(model: Any) -> None:
+    def decode(variant: Variant) -> None:
+        model = variant.model
         prompt = torch.full((1, 8), model.config.bos_token_id, device=model.device)
-        model.generate(prompt, do_sample=False, min_new_tokens=DECODED, max_new_tokens=DECODED)
+        gate = variant.gate_of(prompt, torch.ones_like(prompt))
+        model.generate(prompt, do_sample=False, min_new_tokens=DECODED, max_new_tokens=DECODED, **gate)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
 
-    for name, model in models.items():
-        if model.device.type == "cuda":
+    for name, variant in variants.items():
+        on_gpu = variant.model.device.type == "cuda"
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        decode(model)
-        peaks[name] = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
+        decode(variant)
+        peaks[name] = torch.cuda.max_memory_allocated() if on_gpu else None
     for _ in range(PAIRS):
-        for name, model in models.items():
+        for name, variant in variants.items():
             start = time.perf_counter()
-            decode(model)
+            decode(variant)
             seconds[name].append((time.perf_counter() - start) / DECODED)
-    return {name: {"seconds_per_token": median(seconds[name]), "peak_bytes": peaks[name]} for name in models}
+    return {name: {"seconds_per_token": median(seconds[name]), "peak_bytes": peaks[name]} for name in variants}
 
 
 def table(results: dict[str, dict[str, Any]], speed: dict[str, dict[str, float | None]]) -> str:
@@ -113,8 +109,12 @@ def table(results: dict[str, dict[str, Any]], speed: dict[str, dict[str, float |
     return "\n".join(lines)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, controller: Controlled | None = None) -> None:
     """Evaluate and report.
+
+    Args:
+        options: of the command.
+        controller: the one that `--controller` names.
 
     Raises:
         UserError: for a wrong input, before anything is evaluated.
@@ -133,14 +133,12 @@ def run(options: argparse.Namespace) -> None:
                     f"--data {data} has no {name}, which {task} needs: add it, or leave {task} out of --tasks."
                 )
             check_rows(files[name], COLUMNS[name])
-    places = {"model": options.checkpoint, **({"baseline": options.baseline} if options.baseline else {})}
-    models = {name: load_base_model(place) for name, place in places.items()}
-    model = models["model"][0]
-    if options.gate is not None:
-        set_mhc_gate(model, gates_of(model, options.gate, options.checkpoint))
+    variants = variants_of(options, controller)
     depends_on = {
-        **{name: weights_of(place) for name, place in places.items()},
+        "model": weights_of(options.checkpoint),
+        **({"baseline": weights_of(options.baseline)} if options.baseline else {}),
         "gate": options.gate,
+        **({"controller": controller.digest, "constants": controller.constants} if controller else {}),
         "limit": options.limit,
         "tasks": sorted(options.tasks),
         "data": {name: named_content(str(file)) for name, file in files.items()} if data else None,
@@ -148,14 +146,16 @@ def run(options: argparse.Namespace) -> None:
     suffix = "" if options.gate is None else f"-gate{options.gate[:LONGEST_NAME]}"
     folder = claim_results(options.output_dir, "-".join(Path(options.checkpoint).parts[-2:]) + suffix, depends_on)
     tasks = load_tasks({name: write_task(name, data, folder / "tasks") for name in options.tasks}, data is not None)
-    finished = {name: FinishedParts(folder / f"{name}.partial.jsonl", depends_on) for name in models}
-    results = {
-        name: evaluate(model, tokenizer, tasks, options.limit, finished[name])
-        for name, (model, tokenizer) in models.items()
+    finished = {
+        name: FinishedParts(folder / f"{name.replace(' ', '_')}.partial.jsonl", depends_on) for name in variants
     }
-    speed = decoding({name: model for name, (model, _) in models.items()})
+    results = {name: evaluate(variant, tasks, options.limit, finished[name]) for name, variant in variants.items()}
+    speed = decoding(variants)
     text = table(results, speed)
+    places = {"model": options.checkpoint, **({"baseline": options.baseline} if options.baseline else {})}
     header = {"places": places, "gate": options.gate, "data": options.data, "limit": options.limit}
+    if controller is not None:
+        header["controller"] = options.controller
     write_json(folder / "results.json", {**header, "results": results, "decoding": speed})
     write_text(folder / "results.md", text + "\n")
     for parts in finished.values():

@@ -21,6 +21,7 @@ from m3po_lab.models.loading import load_base_model
 from m3po_lab.pretraining.data import documents, rows
 from m3po_lab.pretraining.report import draw_routing
 from m3po_lab.pretraining.routing_gates import gates_of
+from m3po_lab.problems.data import GYM_PREFIX
 
 ROWS, LENGTH = 4, 256
 COLUMNS = {"row error": "row_error", "column error": "column_error", "from its start": "from_start"}
@@ -30,12 +31,15 @@ GRADIENTS |= {"φ, pre": "phi_pre", "φ, post": "phi_post", "φ, res": "phi_res"
 
 
 def tokens(tokenizer: Any, dataset: str, length: int) -> Any:
-    """(ROWS, length) long: the first tokens of the first documents that have as many.
+    """(ROWS, length) long: the first tokens of the first documents that have as many; solved problems one by another.
 
     Raises:
         UserError: there are no such documents.
     """
-    firsts = (next(rows([text], tokenizer, length), None) for text in documents(dataset, None))
+    texts = documents(dataset, None)
+    if dataset.startswith(GYM_PREFIX):
+        return torch.stack(list(islice(rows(texts, tokenizer, length), ROWS)))
+    firsts = (next(rows([text], tokenizer, length), None) for text in texts)
     chosen = list(islice((row for row in firsts if row is not None), ROWS))
     if not chosen:
         raise UserError(f"--dataset {dataset} has no document of {length} tokens; give another text.")

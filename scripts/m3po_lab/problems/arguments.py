@@ -9,8 +9,8 @@ from m3po_lab.core.errors import UserError
 
 
 @dataclass
-class ProblemArguments:
-    """The problems of a run, those that are held out for its report, and the prompt that asks them."""
+class DataArguments:
+    """The problems of a run and those that are held out for its report."""
 
     dataset: str = field(
         default="reasoning-gym:chain_sum",
@@ -36,6 +36,15 @@ class ProblemArguments:
         default=7, metadata={"help": "Seed of the training problems and of their order in the run."}
     )
     eval_seed: int = field(default=999, metadata={"help": "Seed of the held-out problems."})
+
+    def __post_init__(self) -> None:
+        self.dataset_config = parse_mapping("dataset_config", self.dataset_config)
+
+
+@dataclass
+class ProblemArguments(DataArguments):
+    """The problems and the prompt that asks them."""
+
     system_prompt: str | None = field(
         default=None, metadata={"help": "System turn before every prompt; none if unset."}
     )
@@ -55,7 +64,7 @@ class ProblemArguments:
     )
 
     def __post_init__(self) -> None:
-        self.dataset_config = parse_mapping("dataset_config", self.dataset_config)
+        super().__post_init__()
         self.worked_example = parse_mapping("worked_example", self.worked_example)
         if self.worked_example is not None and set(self.worked_example) != {"question", "answer"}:
             raise UserError(

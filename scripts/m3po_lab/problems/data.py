@@ -8,6 +8,7 @@ stay untouched for the final evaluation.
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -17,7 +18,7 @@ from datasets import Dataset
 
 from m3po_lab.core.errors import UserError, one_line
 from m3po_lab.problems import word_sums
-from m3po_lab.problems.arguments import ProblemArguments
+from m3po_lab.problems.arguments import DataArguments, ProblemArguments
 from m3po_lab.problems.data_sources import HUB_PROBLEMS, Problem, check_references, read_jsonl
 
 GYM_PREFIX = "reasoning-gym:"
@@ -26,7 +27,7 @@ TRIES_PER_PROBLEM = 50  # generated problems looked at for one new problem befor
 Message = dict[str, str]
 
 
-def load_problems(script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
+def load_problems(script: DataArguments) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems of a run; the same arguments give the same lists.
 
     Raises:
@@ -118,28 +119,37 @@ def training_rows(problems: list[Problem], script: ProblemArguments, count: int)
     )
 
 
-def _generated(script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
+def _generated(script: DataArguments) -> tuple[list[Problem], list[Problem]]:
     """Problems of a reasoning-gym task, from its two seeds."""
-    held_out = _take_new(_gym_stream(script, script.eval_seed, script.num_eval_problems), script.num_eval_problems)
-    if len(held_out) < script.num_eval_problems:
-        raise UserError(
-            f"--num_eval_problems {script.num_eval_problems}: {script.dataset} with this --dataset_config yields only "
-            f"{len(held_out)} distinct questions; lower it or widen the task."
-        )
-    held_out_questions = {problem.question for problem in held_out}
-    train = []
-    for problem in _gym_stream(script, script.problem_seed, script.num_train_problems):
-        if problem.question not in held_out_questions:
-            train.append(problem)
-            if len(train) == script.num_train_problems:
-                return train, held_out
+    held_out, others = generated_streams(script, script.num_train_problems)
+    train = list(islice(others, script.num_train_problems))
+    if len(train) == script.num_train_problems:
+        return train, held_out
     raise UserError(
         f"--num_train_problems {script.num_train_problems}: nearly every question of {script.dataset} with this "
         "--dataset_config is held out; lower --num_eval_problems or widen the task."
     )
 
 
-def _gym_stream(script: ProblemArguments, seed: int, count: int) -> Iterator[Problem]:
+def generated_streams(script: DataArguments, count: int) -> tuple[list[Problem], Iterator[Problem]]:
+    """The held-out problems of a reasoning-gym task, and others one after the other, about `count` or more.
+
+    Raises:
+        UserError: there are not as many to hold out; while they are read: the task does not exist or refuses its
+            options.
+    """
+    held_out = _take_new(_gym_stream(script, script.eval_seed, script.num_eval_problems), script.num_eval_problems)
+    if len(held_out) < script.num_eval_problems:
+        raise UserError(
+            f"--num_eval_problems {script.num_eval_problems}: {script.dataset} with this --dataset_config yields only "
+            f"{len(held_out)} distinct questions; lower it or widen the task."
+        )
+    questions = {problem.question for problem in held_out}
+    stream = _gym_stream(script, script.problem_seed, count)
+    return held_out, (problem for problem in stream if problem.question not in questions)
+
+
+def _gym_stream(script: DataArguments, seed: int, count: int) -> Iterator[Problem]:
     """Problems of the task one after the other, at most `TRIES_PER_PROBLEM` for each one wanted."""
     word_sums.register()
     task = script.dataset.removeprefix(GYM_PREFIX)
@@ -163,7 +173,7 @@ def _take_new(problems: Iterable[Problem], count: int) -> list[Problem]:
     return list(distinct.values())
 
 
-def _split(problems: list[Problem], script: ProblemArguments) -> tuple[list[Problem], list[Problem]]:
+def _split(problems: list[Problem], script: DataArguments) -> tuple[list[Problem], list[Problem]]:
     """Draw held-out problems by their seed, train on (at most `num_train_problems` of) the rest."""
     distinct = _take_new(problems, len(problems))
     if len(distinct) <= script.num_eval_problems:

@@ -10,7 +10,7 @@ import pytest
 import stable_baselines3.common.env_checker
 import torch
 
-from m3po_lab.controller.environment import Actions, GateVecEnv, GSM8KMHCEnv, standardise
+from m3po_lab.controller.environment import Actions, GateVecEnv, GSM8KMHCEnv, Standard
 from m3po_lab.controller.episodes import Episodes
 from m3po_lab.controller.gates import GateSpace, from_actions, to_actions
 
@@ -55,6 +55,23 @@ def test_log_probs_by_the_batch_are_those_of_the_formula_one_by_one(episodes: Ep
         assert found[row] == pytest.approx(chosen.mean().item(), abs=1e-5)
     other = episodes.log_probs(INDICES, 1 - values)
     assert np.abs(found - other).max() > 1e-4, "the gates of this model do nothing"
+
+
+def test_divergences_are_those_of_the_formula_one_by_one(episodes: Episodes):
+    values = gates_of(episodes)
+    found = episodes.divergences(INDICES, values)
+    for row, index in enumerate(INDICES):
+        problem = episodes.problems[index]
+        text = f"Question: {problem.question}\nAnswer: {problem.answer}\n"
+        ids = torch.tensor([[episodes.tokenizer.bos_token_id, *episodes.tokenizer(text).input_ids]])
+        with torch.no_grad():
+            gate = episodes.space.as_routing_gates(values[row : row + 1])
+            gated, full = (
+                episodes.model(input_ids=ids, mhc_gate=one).logits[0].double().log_softmax(-1) for one in (gate, 1.0)
+            )
+        assert found[row] == pytest.approx((full.exp() * (full - gated)).sum(-1).mean().item(), rel=1e-3, abs=1e-7)
+    assert episodes.divergences(INDICES, 1.0) == pytest.approx(np.zeros(len(INDICES)), abs=1e-7)
+    assert episodes.divergences(INDICES, 0.0).min() > 5e-7, "the gates of this model do nothing"
 
 
 def test_greedy_answers_by_the_batch_are_those_one_by_one(episodes: Episodes):
@@ -105,13 +122,19 @@ def test_embeddings_are_the_mean_state_of_the_question(episodes: Episodes):
         with torch.no_grad():
             state = episodes.model.model(input_ids=ids).last_hidden_state[0].mean(0)
         assert found[index] == pytest.approx(state.numpy(), abs=1e-5)
-    seen = standardise(found)
+    standard = Standard.of(found)
+    seen = standard(found)
     assert seen.mean(0) == pytest.approx(np.zeros(32), abs=1e-5) and seen.dtype == np.float32
-    assert standardise(found[:2], found) == pytest.approx(seen[:2])
+    assert seen.std(0) == pytest.approx(np.ones(32), abs=1e-2) and standard(found[:2]) == pytest.approx(seen[:2])
+
+
+def observations(episodes: Episodes) -> np.ndarray:
+    found = episodes.embeddings()
+    return Standard.of(found)(found)
 
 
 def environment(episodes: Episodes, **options: Any) -> GSM8KMHCEnv:
-    return GSM8KMHCEnv(episodes, standardise(episodes.embeddings()), **options)
+    return GSM8KMHCEnv(episodes, observations(episodes), **options)
 
 
 @pytest.mark.parametrize("grid", [None, 5])
@@ -141,7 +164,7 @@ def test_equal_seeds_are_equal_episodes(episodes: Episodes):
 
 
 def vector(episodes: Episodes, **options: Any) -> GateVecEnv:
-    return GateVecEnv(episodes, standardise(episodes.embeddings()), 4, **options)
+    return GateVecEnv(episodes, observations(episodes), 4, **options)
 
 
 def test_the_vector_environment_has_the_episodes_of_the_single_one(episodes: Episodes):
@@ -163,10 +186,21 @@ def test_the_vector_environment_has_the_episodes_of_the_single_one(episodes: Epi
     assert sorted(passed[:7]) == list(range(7)), "a pass over the split has each problem once"
 
 
+def test_a_unit_divides_rewards_and_not_their_parts(episodes: Episodes):
+    plain, scaled = vector(episodes), vector(episodes, unit=0.25)
+    actions = np.random.default_rng(2).uniform(-1, 1, (4, episodes.space.size)).astype(np.float32)
+    (rewards, infos), (more, same) = (
+        (env.reset(), env.step_async(actions), env.step_wait()[1:4:2])[2] for env in (plain, scaled)
+    )
+    assert more == pytest.approx(4 * rewards, abs=1e-5) and np.abs(rewards).max() > 1e-4
+    assert [info["dense"] for info in infos] == [info["dense"] for info in same] == scaled.rewards_seen
+
+
 def test_a_stopped_vector_environment_goes_on_with_the_same_problems(episodes: Episodes):
     first, again = vector(episodes, seed=1), vector(episodes, seed=2)
     first.reset()
     again.set_state(first.state())
+    assert np.array_equal(again.reset(), first.observations[first.state()["problems"]])
     actions = np.zeros((4, episodes.space.size), dtype=np.float32)
     for _ in range(3):
         results = []

@@ -28,6 +28,7 @@ from m3po_lab.pretraining.data import byte_tokenizer
 from m3po_lab.pretraining.evaluation import evaluate as evaluate_base_model
 from m3po_lab.pretraining.routing_report import measure
 from m3po_lab.pretraining.tasks import load_tasks, write_task
+from m3po_lab.pretraining.variants import Variant
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "lm_eval"
 SETTINGS = EvalSettings(
@@ -160,7 +161,8 @@ def pretraining(tmp_path: Path) -> Trainer:
 
 def lm_eval(trainer: Trainer, folder: Path) -> None:
     tasks = load_tasks({"arc_easy": write_task("arc_easy", FIXTURES, folder)}, local=True)
-    evaluate_base_model(trainer.model, byte_tokenizer(), tasks, 2, FinishedParts(folder / "partial.jsonl", "test"))
+    variant = Variant(trainer.model, byte_tokenizer())
+    evaluate_base_model(variant, tasks, 2, FinishedParts(folder / "partial.jsonl", "test"))
 
 
 OBSERVERS: dict[str, Callable[[Trainer, Path], Any]] = {
