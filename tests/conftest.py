@@ -19,6 +19,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from reference.families import FAMILIES, build
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # two workers share two cores
@@ -79,52 +80,51 @@ def seeded() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-def tiny(config_name: str, model_name: str) -> Callable[..., Any]:
+def tiny(family: str) -> Callable[..., Any]:
     """A maker of seeded float32 models in evaluation mode; keyword arguments override the tiny configuration."""
 
     def make(seed: int = 0, **overrides: Any) -> Any:
         import torch
-        import transformers
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            config = getattr(transformers, config_name)(**{**TINY, **overrides})
-            return getattr(transformers, model_name)(config).to(torch.float32).eval()
+            return build(family, {**TINY, **overrides}).to(torch.float32).eval()
 
     return make
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family` is Llama, and Qwen2 as well in tests that are marked `both_families`: the two patched model files."""
+    """`family` is Llama, and every one in tests that are marked `all_families`: the patched model files."""
     if "family" in metafunc.fixturenames:
-        both = metafunc.definition.get_closest_marker("both_families") is not None
-        metafunc.parametrize("family", ["llama", "qwen2"] if both else ["llama"], indirect=True)
+        every = metafunc.definition.get_closest_marker("all_families") is not None
+        metafunc.parametrize("family", [*FAMILIES] if every else ["llama"], indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of the second family are slow ones: the inner loop has the first alone."""
+    """Cases of the other families are slow ones: the inner loop has the first alone."""
+    others = {*FAMILIES} - {"llama"}
     for item in items:
         values = (
             item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         )
-        if any(isinstance(value, str) and value.lower() == "qwen2" for value in values):
+        if any(isinstance(value, str) and value.lower() in others for value in values):
             item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
 def family(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """`tiny_llama`, or `tiny_qwen2` in the second case of a test that is marked `both_families`."""
-    return request.getfixturevalue(f"tiny_{request.param}")
+    """As `tiny_llama`, of the family that the case is of."""
+    return tiny(request.param)
 
 
 @pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
     """`tiny_llama(seed=0, **config)`: LlamaForCausalLM, 2 layers, hidden 32, vocabulary 256, pad 0, bos 1, eos 2."""
-    return tiny("LlamaConfig", "LlamaForCausalLM")
+    return tiny("llama")
 
 
 @pytest.fixture
 def tiny_qwen2() -> Callable[..., Any]:
     """`tiny_qwen2(seed=0, **config)`: the same sizes as `tiny_llama`, as Qwen2ForCausalLM."""
-    return tiny("Qwen2Config", "Qwen2ForCausalLM")
+    return tiny("qwen2")

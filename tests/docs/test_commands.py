@@ -6,15 +6,18 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from docs.pages import PAGES, ROOT, code_blocks
 
+from m3po_lab.controller.arguments import parse as parse_controller
 from m3po_lab.core.config_files import find_config
 from m3po_lab.eval_gsm8k import parser
 from m3po_lab.evaluation.datasets import choose
 from m3po_lab.experiments.run_m3po_experiment import main as study
 from m3po_lab.grpo.arguments import Run
 from m3po_lab.grpo.config import parse_run
+from m3po_lab.problems.arguments import DataArguments
 from m3po_lab.problems.data import load_problems
 from m3po_lab.sweep import main as sweep
 
@@ -31,6 +34,7 @@ TRAININGS = shown_commands("bash scripts/train_grpo.sh")
 EVALUATIONS = shown_commands("bash scripts/eval_gsm8k.sh")
 SWEEPS = shown_commands("bash scripts/sweep.sh")
 STUDIES = shown_commands("bash scripts/run_experiment.sh")
+CONTROLLERS = shown_commands("bash scripts/train_controller.sh")
 ENGINES = [f"ACCELERATE_CONFIG=configs/accelerate/{file.name}" for file in (ROOT / "configs/accelerate").iterdir()]
 SEVERAL = [words for engine in ENGINES for words in shown_commands(f"{engine} bash scripts/train_grpo.sh")]
 LAUNCHES = shown_commands("bash scripts/run.sh accelerate launch")
@@ -38,7 +42,7 @@ LAUNCHES = shown_commands("bash scripts/run.sh accelerate launch")
 
 def test_commands_of_each_kind_are_found() -> None:
     """A search that finds nothing would let the next tests pass."""
-    assert all([TRAININGS, EVALUATIONS, SWEEPS, STUDIES, SEVERAL, LAUNCHES])
+    assert all([TRAININGS, EVALUATIONS, SWEEPS, STUDIES, CONTROLLERS, SEVERAL, LAUNCHES])
 
 
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
@@ -52,6 +56,20 @@ def test_a_shown_study_is_planned(words: list[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("m3po_lab.study.runs.run_study", lambda runs, folder, jobs: 0)
     assert study([*words, "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "study.json").is_file() == ("--dry-run" not in words)
+
+
+@pytest.mark.parametrize("words", CONTROLLERS, ids=" ".join)
+def test_a_shown_controller_is_accepted(words: list[str]) -> None:
+    run = parse_controller(words)
+    assert run.checkpoint == words[0] and run.script.gates and run.folder.is_relative_to(ROOT / "runs")
+
+
+def test_the_controller_is_trained_on_the_problems_of_its_models_text() -> None:
+    controller, text = (
+        yaml.safe_load((ROOT / f"configs/{name}_arithmetic.yaml").read_text("utf-8")) for name in ("controller", "mhc")
+    )
+    assert all(controller[key] == text[key] for key in ("dataset", "dataset_config"))
+    assert controller["num_eval_problems"] <= DataArguments().num_eval_problems, "so many are in no text"
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from reference.families import FAMILIES, WITH_STREAMS
 from reference.tiny import LIVELY, left_padded, small_tokenizer
 from transformers.m3po import M3POGenerationState, hooks
 from trl.trainer.m3po.config import M3POArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "cross_path", "gating", "answer_start", "thinking", "m3po", "mhc"
-FAMILIES = "Llama", "Qwen2", "NanoChat"
 SEVERAL = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -33,7 +33,7 @@ SEVERAL = {
 }
 RUNS = {
     "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
+    **{family: (family, {}) for family in FAMILIES if family != "llama"},
     "llama, several steps and iterations": ("llama", SEVERAL),
     "qwen2, accumulation and temperature": (
         "qwen2",
@@ -102,7 +102,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [f"{family} {dtype}" for family in FAMILIES for dtype in ("float32", "bfloat16")])
+@pytest.mark.parametrize("model", [f"{family} {dtype}" for family in WITH_STREAMS for dtype in ("float32", "bfloat16")])
 def test_everything_off_is_upstream_bit_for_bit(trees, model):
     pristine, patched = (trees[which]["facts"][model] for which in ("pristine", "patched"))
     assert pristine.keys() == patched.keys()
@@ -111,7 +111,7 @@ def test_everything_off_is_upstream_bit_for_bit(trees, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [f"{family} float32" for family in FAMILIES])
+@pytest.mark.parametrize("model", [f"{family} float32" for family in WITH_STREAMS])
 def test_saved_configurations_hold_no_field_of_ours(trees, model):
     for name in ("config.json", "generation_config.json"):
         assert not any(word in trees["patched"]["facts"][model][name] for word in OURS)
@@ -141,7 +141,7 @@ def sampled(model, **overrides):
     return output, torch.get_rng_state()
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 @pytest.mark.parametrize("phase", ["thinking", "all"])
 def test_lambda_zero_is_the_mode_without_cross_path_bit_for_bit(family, phase):
     model = family(**LIVELY)

@@ -61,7 +61,7 @@ WAYS = {
 }
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withheld(family, mode):
     for overrides in WAYS[mode]:
         check_agreement(family(**LIVELY, **GATE[mode]), mode, overrides)
@@ -69,10 +69,14 @@ def test_rollout_and_scoring_pass_agree_to_1e_4_and_part_when_the_bags_are_withh
 
 def check_agreement(model, mode, overrides):
     prompts = left_padded([4, 9, 7])
-    output = rollout(model, mode, prompts, **overrides)
     prompt_mask = prompts["attention_mask"]
-    ends = (output.rollout_logps != 0).sum(1)
-    assert ends.unique().numel() > 2 and (output.bag_weights > 0).any(-1).sum() > 30, "a poor case"
+    for seed in range(2, 22):  # until the paths end at three lengths or more
+        output = rollout(model, mode, prompts, seed, **overrides)
+        ends = (output.rollout_logps != 0).sum(1)
+        if ends.unique().numel() > 2 and (output.bag_weights > 0).any(-1).sum() > 30:
+            break
+    else:
+        pytest.fail("only poor cases")
 
     def largest_difference(**bags):
         logps = teacher_forced_logps(model, output.sequences, prompt_mask, TEMPERATURE, **bags)
@@ -85,7 +89,7 @@ def check_agreement(model, mode, overrides):
     assert largest_difference(**off_by_one) > 0.05
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_the_vectors_handed_out_are_those_the_model_was_fed(model, mode):
     prompts = left_padded([4, 9, 7])
     output = rollout(model, mode, prompts, return_thinking_embeds=True)
@@ -170,7 +174,7 @@ def test_the_gradient_of_a_scoring_pass_is_finite_where_a_path_was_alone(model, 
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in gradients.values())
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 @pytest.mark.parametrize("mode", GATED)
 def test_gradient_reaches_the_gate_at_every_position_it_acts_on_from_the_first_pass(family, mode):
     """At HRPO's start, where a thought is a hundredth of an input: no position and no parameter is left out."""

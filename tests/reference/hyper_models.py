@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from reference.families import ARCHITECTURES
 from transformers.m3po.hyper_connections.connections import MHC_MODULES
 
 SIZES = {
@@ -27,10 +28,11 @@ ON = {"mhc_enabled": True}
 def make(architecture: str, seed: int = 0, **config: Any) -> Any:
     """A tiny seeded model in evaluation mode; with hyper-connections, its other weights are the plain one's."""
     torch.manual_seed(seed)
-    plain = getattr(transformers, f"{architecture}ForCausalLM")(getattr(transformers, f"{architecture}Config")(**SIZES))
+    own = {**SIZES, **ARCHITECTURES[architecture]}
+    plain = getattr(transformers, f"{architecture}ForCausalLM")(getattr(transformers, f"{architecture}Config")(**own))
     if not config:
         return plain.eval()
-    model = type(plain)(type(plain.config)(**{**SIZES, **config}))
+    model = type(plain)(type(plain.config)(**{**own, **config}))
     same_sizes = model.config.vocab_size == plain.config.vocab_size
     if same_sizes and plain.state_dict().keys() <= model.state_dict().keys():
         model.load_state_dict(plain.state_dict(), strict=False)

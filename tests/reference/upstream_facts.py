@@ -40,8 +40,7 @@ def facts_of(family: str, dtype_name: str) -> dict[str, Any]:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(getattr(torch, dtype_name)).eval()
+    model = families().build(family, SIZES).to(getattr(torch, dtype_name)).eval()
     ids = torch.randint(3, 256, (2, 7))
     ids[0, :3] = 0
     mask = (ids != 0).long()
@@ -76,10 +75,19 @@ def facts_of(family: str, dtype_name: str) -> dict[str, Any]:
     return facts
 
 
+def families() -> Any:
+    """The module `families.py` beside this one."""
+    return load(Path(__file__).with_name("families.py"))
+
+
 def tiny_grpo() -> Any:
     """The module `tests/trl/tiny_grpo.py`: its folder is no package."""
-    path = Path(__file__).parents[1] / "trl" / "tiny_grpo.py"
-    spec = importlib.util.spec_from_file_location("tiny_grpo", path)
+    return load(Path(__file__).parents[1] / "trl" / "tiny_grpo.py")
+
+
+def load(path: Path) -> Any:
+    """The module of a file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -96,7 +104,7 @@ def main(argv: list[str]) -> int:
     if patched != (which == "patched"):
         print(f"this is not the {which} transformers", file=sys.stderr)
         return 2
-    kinds = [(family, dtype) for family in ("Llama", "Qwen2", "NanoChat") for dtype in ("float32", "bfloat16")]
+    kinds = [(family, dtype) for family in families().WITH_STREAMS for dtype in ("float32", "bfloat16")]
     facts = {f"{family} {dtype}": facts_of(family, dtype) for family, dtype in kinds}
     Path(f"{file}.json").write_text(json.dumps(facts))
     return int(tiny_grpo().main([f"{file}.pt", runs]))

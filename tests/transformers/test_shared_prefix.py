@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from reference import hyper_models
+from reference.families import FAMILIES
 from reference.tiny import LIVELY, left_padded
 from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr
 from transformers.m3po.shared_prefix import SharedPrefix, common_length, share_prefix, shared_prefill, split_rows
@@ -122,7 +123,7 @@ def check_equal(model: Any, rows: dict[str, torch.Tensor], more: dict[str, Any],
         assert (given[name] - gradient).abs().max() <= bound * gradient.abs().max() + 1e-12, name
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 @pytest.mark.parametrize("case", CASES)
 def test_states_and_gradients_are_those_of_the_rows_in_float64(family: Any, rows: dict[str, torch.Tensor], case: str):
     change, more = CASES[case]
@@ -130,14 +131,14 @@ def test_states_and_gradients_are_those_of_the_rows_in_float64(family: Any, rows
     check_equal(change(family(**LIVELY)).double(), rows, more(), 1e-5)
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 @pytest.mark.parametrize("case", CASES)
 def test_they_are_in_float32(family: Any, rows: dict[str, torch.Tensor], case: str):
     change, more = CASES[case]
     check_equal(change(family(**LIVELY)), rows, more(), 1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("architecture", [name for name, _ in FAMILIES.values()])
 def test_they_are_with_hyper_connections(rows: dict[str, torch.Tensor], architecture: str):
     check_equal(hyper_models.trained(architecture).double(), rows, bags(), 1e-5)
 
@@ -246,7 +247,7 @@ def test_rows_that_are_not_whole_groups_and_other_attention_are_refused(tiny_lla
         states_of_stream(tiny_llama(attn_implementation="eager"), rows, {})
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 @pytest.mark.parametrize("alike", [0, ALIKE])
 def test_a_rollout_from_a_shared_prefill_has_the_tokens_and_log_probs_of_one_that_reads_every_row(
     family: Any, alike: int

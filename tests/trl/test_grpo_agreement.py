@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from reference.families import FAMILIES
 from transformers.m3po.gating import list_gating_functions, list_placebos
 from transformers.m3po.thinking.residual_gate import attach_residual_gate
 
@@ -86,8 +87,13 @@ ONLY = {
     "the whole vocabulary": THINKING,
 }
 BATTERY = [(case, mode, "llama") for case in CASES for mode in ONLY.get(case, ("m3po", "hrpo", "h3po"))]
-# The forward of Qwen2 calls the same hook as Llama's, in every mode.
-BATTERY += [(case, mode, "qwen2") for case, mode in zip([*CASES][1:4], ("m3po", "hrpo", "h3po"), strict=True)]
+# The forwards of the other families call the same hooks as Llama's, in every mode.
+OTHERS = [family for family in FAMILIES if family != "llama"]
+BATTERY += [
+    (case, mode, family)
+    for family in OTHERS
+    for case, mode in zip([*CASES][2:5], ("m3po", "hrpo", "h3po"), strict=True)
+]
 
 
 def check_agreement(tiny: Any, run: Any, expected_steps: list[int]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from reference.families import FAMILIES
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig, GRPOTrainer
 
@@ -20,6 +21,8 @@ TOOL_TEMPLATE = (
     "{{ call['function']['arguments'] | tojson }}{% endfor %};{% endfor %}"
 )
 
+
+BUILT_INTO = ", ".join(FAMILIES)
 
 # What needs rollouts of one call of generate, as a message names it.
 NEEDS_GENERATE = [({"mode": "m3po"}, "mode='m3po'"), ({"aslr_enabled": True}, "aslr_enabled=True")]
@@ -48,7 +51,7 @@ def other_family(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["gpt2", "gemma"])
 def test_a_family_without_the_hook_is_refused_by_name(tiny: Any, tmp_path: Path, kind: str, mode: str):
     model = other_family(kind)
-    with pytest.raises(ValueError, match=f"mode='{mode}' is built into llama, qwen2 models; this one is '{kind}'. Set"):
+    with pytest.raises(ValueError, match=f"mode='{mode}' is built into {BUILT_INTO} models; this one is '{kind}'. Set"):
         tiny.trainer(tmp_path, flags={"mode": mode}, model=model)
     assert not any("thinking_residual" in name for name, _ in model.named_modules())
 
@@ -56,7 +59,9 @@ def test_a_family_without_the_hook_is_refused_by_name(tiny: Any, tmp_path: Path,
 @pytest.mark.parametrize("kind", ["gpt2", "gemma"])
 def test_a_family_without_the_hook_is_refused_by_aslr_in_the_control_too(tiny: Any, tmp_path: Path, kind: str):
     model = other_family(kind)
-    said = f"^aslr_enabled=True is built into llama, qwen2 models; this one is '{kind}'. Leave it out or take another"
+    said = (
+        f"^aslr_enabled=True is built into {BUILT_INTO} models; this one is '{kind}'. Leave it out, take another model"
+    )
     with pytest.raises(ValueError, match=said):
         tiny.trainer(tmp_path, flags={"aslr_enabled": True}, model=model)
     assert not any("m3po_" in name for name, _ in model.named_modules())

@@ -27,15 +27,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 ALPHABET = "0123456789abcdef+=?"
@@ -67,34 +59,40 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(kind: str = "llama") -> LlamaForCausalLM | Qwen2ForCausalLM:
+SIZES: dict[str, Any] = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def families() -> Any:
+    """The module `tests/reference/families.py`, by its path: this file is a program too."""
+    spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "reference" / "families.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def model(kind: str = "llama") -> PreTrainedModel:
     """A model of 2 layers, the same one every time; inputs and outputs have their own embeddings."""
     torch.manual_seed(0)
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[kind]
-    net = model_class(
-        config_class(
-            vocab_size=24,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-    )
+    net = families().build(kind, SIZES)
     net.model.embed_tokens.weight.data.mul_(50)
     net.lm_head.weight.data.mul_(15)
     return net
 
 
-def with_aslr(kind: str = "llama", scale: float = 0.2, **numbers: Any) -> LlamaForCausalLM | Qwen2ForCausalLM:
+def with_aslr(kind: str = "llama", scale: float = 0.2, **numbers: Any) -> PreTrainedModel:
     """The tiny model with modules of ASLR as if trained: every entry is off its start by `scale` or so."""
     from transformers.m3po.aslr.modules import ASLR_MODULES, attach_aslr  # this file runs on the pristine upstreams too
 

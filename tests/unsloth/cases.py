@@ -21,7 +21,7 @@ tiny_grpo = sys.modules["tiny_grpo"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny_grpo)
 tokenizer = tiny_grpo.tokenizer
 
-KINDS = ("llama", "qwen2")
+KINDS = ("llama", "qwen2", "qwen3")
 # So that no path listens to one peer alone, where a gate has no gradient to speak of.
 SOFT = {"cross_path_temp": 2.0}
 # Name -> flags of GRPOConfig. λ is large, so that what a hook leaves out is seen in the logits.
@@ -35,8 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "m3po-luong": {"mode": "m3po", "gating_type": "luong", **SOFT},
     "h3po-bahdanau": {"mode": "h3po", "gating_type": "bahdanau", **SOFT},
 }
-# Each case on one family, by turns: both go through the same functions of Unsloth's.
-BY_TURNS = [(KINDS[number % 2], case) for number, case in enumerate(CASES)]
+# Each case on one family, by turns: all go through the same functions of Unsloth's, but for Qwen3's attention.
+BY_TURNS = [(KINDS[number % len(KINDS)], case) for number, case in enumerate(CASES)]
 LAMBDA = 0.5
 LORA: dict[str, Any] = {
     "r": 4,

@@ -29,7 +29,7 @@ tiny_grpo = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny_grpo)
 
 UPSTREAMS = ("transformers", "trl", "unsloth", "unsloth_zoo")
-KINDS = ("llama", "qwen2")
+KINDS = ("llama", "qwen2", "qwen3")
 PROMPTS = torch.tensor([[0, 0, 4, 5], [3, 8, 2, 7], [0, 0, 0, 7]])  # padded on the left
 LORA: dict[str, Any] = {
     "r": 4,

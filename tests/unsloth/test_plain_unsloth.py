@@ -18,7 +18,7 @@ from processes import PACKAGES, VENDOR
 from trl.trainer.m3po.config import M3POArguments
 
 PATCHES = VENDOR.parent / "patches"
-KINDS = ("llama", "qwen2")
+KINDS = ("llama", "qwen2", "qwen3")
 CLOCKS = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
 

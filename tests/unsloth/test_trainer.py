@@ -123,7 +123,7 @@ def test_a_mini_batch_that_splits_the_groups_of_a_learnable_gate_is_refused(
 
 
 def test_mini_batches_give_the_same_gradients(plain: dict[str, Any], plain_trl: Any, build: Callable[..., Any]) -> None:
-    run, wanted = build("qwen2", "h3po-aslr", beta=0.0), plain["qwen2 h3po-aslr"]
+    run, wanted = build("qwen3", "h3po-aslr", beta=0.0), plain["qwen3 h3po-aslr"]
     run.args.unsloth_grpo_mini_batch = 3
     found = plain_trl.scored(run, wanted["batch"])
     for name, value in wanted["gradients"].items():

@@ -24,6 +24,7 @@ from m3po_lab.models.embedded import EMBEDDED_MODEL
 from m3po_lab.models.loading import is_local, load_model, settle
 from m3po_lab.models.model_files import UNREADABLE, check_model_files, unreadable
 
+HOOKED = ("llama", "qwen2", "qwen3")  # model types whose forwards in Unsloth have this project's hooks
 WRITTEN = "start"  # folder in the run folder for a start model that came as GGUF
 
 
@@ -36,7 +37,7 @@ def load_with_unsloth(
     wherever it stands in a row.
 
     Raises:
-        UserError: when the model does not exist or is not readable as safetensors or GGUF.
+        UserError: when the model does not exist, is not readable as safetensors or GGUF, or is of a type without hooks.
         ValueError: the model and the arguments contradict each other (`prepare_policy`).
     """
     from unsloth import FastLanguageModel
@@ -66,6 +67,7 @@ def load_with_unsloth(
         )
     except UNREADABLE as error:
         raise unreadable(f"--model_name_or_path {name} cannot be loaded by Unsloth", error) from error
+    check_hooked(model.config.model_type)
     settle(model, tokenizer, name)
     model.config.name_or_path = model.name_or_path = name  # an adapter's base
     if config.use_peft:
@@ -78,6 +80,19 @@ def load_with_unsloth(
         )
         model.peft_config["default"].revision = config.model_revision
     return model, tokenizer
+
+
+def check_hooked(model_type: str) -> None:
+    """Refuse a model that Unsloth runs by functions of another file than the one with the hooks.
+
+    Raises:
+        UserError: names the model type.
+    """
+    if model_type not in HOOKED:
+        raise UserError(
+            f"--engine unsloth: its forward of {model_type} has no hooks of this project, those of "
+            f"{', '.join(HOOKED)} have; give --engine trl."
+        )
 
 
 def adapter_options(config: ModelConfig, model_type: str) -> dict[str, Any]:

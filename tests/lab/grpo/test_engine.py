@@ -18,6 +18,7 @@ from m3po_lab.grpo import engine
 from m3po_lab.grpo.arguments import RunArguments
 from m3po_lab.grpo.config import parse_run
 from m3po_lab.grpo.resume import check_same_run
+from m3po_lab.models.unsloth_model import HOOKED, check_hooked
 from m3po_lab.train import main
 
 LORA = ["--use_peft", "true", "--dtype", "bfloat16", "--bf16", "true"]
@@ -193,3 +194,11 @@ def test_the_generated_trainer_has_a_folder_for_each_state_of_the_patches(
     monkeypatch.setattr(engine.os, "access", lambda *given: False)  # as the system answers where one may not write
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
     assert engine.trainer_cache() == tmp_path / "mine/m3po-overlay/unsloth" / places[-1].name
+
+
+@pytest.mark.parametrize("model_type", ["smollm3", "mistral"])
+def test_a_model_without_hooks_in_unsloth_is_refused_by_its_type(model_type: str) -> None:
+    with pytest.raises(UserError, match=f"its forward of {model_type} has no hooks .* give --engine trl"):
+        check_hooked(model_type)
+    for known in HOOKED:
+        check_hooked(known)

@@ -23,9 +23,14 @@ def settings(file: Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text())
 
 
-def test_there_is_one_control_for_each_of_the_four_models() -> None:
-    assert len(RUNS) == 4 and all(control(run).is_file() for run in RUNS)
-    assert len({settings(run)["model_name_or_path"] for run in RUNS}) == 4
+def test_there_is_one_control_for_each_of_the_six_models() -> None:
+    assert len(RUNS) == 6 and all(control(run).is_file() for run in RUNS)
+    assert len({settings(run)["model_name_or_path"] for run in RUNS}) == 6
+
+
+def test_models_that_no_paper_has_are_said_to_be_ours() -> None:
+    ours = {run.stem for run in RUNS if "\n# Ours: no paper has this model." in run.read_text()}
+    assert ours == {run.stem for run in RUNS if "qwen3" in run.stem} and len(ours) == 2
 
 
 def control(run: Path) -> Path:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_saved_modules_come_back_bit_for_bit(make, tmp_path, dtype):
     """In float32 whatever the model's dtype: a rounded unit matrix would be no start any more."""
     model = with_aslr(make().to(dtype), cross_path_lambda=0.4)
@@ -48,7 +48,7 @@ def test_saved_modules_come_back_bit_for_bit(make, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_plain_checkpoint_loads_into_a_model_with_the_modules_at_their_start(make, tmp_path, dtype):
     make(initializer_range=0.2).to(dtype).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -109,7 +109,7 @@ def test_another_number_of_latent_paths_than_the_checkpoint_has_is_refused(make,
         AutoModelForCausalLM.from_pretrained(tmp_path, aslr_num_paths=4, ignore_mismatched_sizes=True)
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_modules_can_be_dropped_on_purpose(make, tmp_path):
     plain = make()
     with_aslr(plain).save_pretrained(tmp_path)

@@ -73,7 +73,7 @@ def test_a_forward_refines_as_the_reference_does(make, numbers):
     assert moved > (1e-3 if numbers.get("threshold") == 1.0 else 0.05), "a poor case"
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_wider_model_refines_as_the_reference_does(make):
     plain = make(hidden_size=64, num_hidden_layers=1)
     model = with_aslr(plain, cross_path_lambda=0.4)
@@ -104,7 +104,7 @@ def test_every_number_and_every_parameter_moves_the_output(make):
         p.data.copy_(kept)
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_row_is_refined_alike_in_every_batch_and_under_any_padding(make):
     model = with_aslr(make(initializer_range=0.2))
     tokens, latent = batch()
@@ -155,7 +155,7 @@ def test_a_state_of_zeros_stays_finite_forward_and_backward(make):
     assert states.grad.isfinite().all() and all(p.grad.isfinite().all() for p in aslr_parameters(model))
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_the_states_that_a_caller_asks_for_end_with_the_refined_one(make):
     model = with_aslr(make())
     tokens, latent = batch()
@@ -203,7 +203,7 @@ def test_every_module_starts_where_the_docstring_says(make):
 
 
 @pytest.mark.parametrize("how", ["P = 1", "R = 0", "inference"])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_without_a_loop_the_very_tensor_comes_back_and_nothing_is_drawn(make, how):
     plain = make()
     model = with_aslr(plain, **{"P = 1": {"num_paths": 1}, "R = 0": {"max_iterations": 0}}.get(how, {}))
@@ -285,7 +285,7 @@ def test_the_number_of_latent_paths_is_that_which_was_built(make):
         assert "\n" not in str(error.value) and "aslr_max_iterations=0" in str(error.value)
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_number_that_a_forward_cannot_use_is_refused(make):
     model, plain = with_aslr(make()), make()
     for name, value in [("aslr_threshold", 1.5), ("aslr_cross_path_temp", 0), ("aslr_max_iterations", 1.0)]:
@@ -303,7 +303,7 @@ def test_an_aggregator_refuses_another_number_of_latent_paths(make):
         make(**ON).model.m3po_path_aggregator(torch.zeros(2, 3, 32))
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_the_model_compiles_in_one_graph_with_its_noise(make):
     model = with_aslr(make())
     expected = logits_of(model)

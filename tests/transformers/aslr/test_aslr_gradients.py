@@ -47,7 +47,7 @@ def alive(found):
 PROJECTION = {"m3po_path_aggregator.weight_proj.weight", "m3po_path_aggregator.weight_proj.bias"}
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_at_the_start_the_projection_gets_gradient_and_from_then_on_every_module(make):
     model = with_aslr(make(), random=False)
     optimizer = torch.optim.AdamW(aslr_parameters(model), lr=1e-2)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("how", ["sampled", "greedy"])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_rollout_has_the_log_probs_of_one_teacher_forced_pass(make_for_mode, mode, how):
     model = with_aslr(make_for_mode(mode))
     greedy = {"do_sample": False, "temperature": None, "top_k": None}
@@ -170,7 +170,7 @@ def test_there_is_a_seed_for_each_row_or_an_error(make_for_mode, count):
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("way", ["argument", "generation config"])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_at_inference_a_rollout_is_that_of_the_plain_model_bit_for_bit(make_for_mode, mode, way):
     plain = make_for_mode(mode)
     model, random_states, outputs = with_aslr(plain), [], []

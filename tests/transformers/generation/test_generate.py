@@ -76,7 +76,7 @@ def test_the_shortest_call_returns_the_fields_in_their_order(smollm2_tokenizer, 
     assert blended.any() and (outputs.embeds_ratio[~blended] == 1).all()
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_every_recorded_vector_mask_and_log_prob_follows_from_the_formulas(model):
     output, tokenizer = rollout(model), small_tokenizer()
     tokens, embedding = completions_of(output), model.get_input_embeddings().weight.detach()
@@ -288,7 +288,7 @@ def test_both_entries_ask_for_a_tokenizer_in_the_same_words(model):
     assert output.thinking_mask[:, :2].all()
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_the_answer_marker_of_the_model_is_the_default_of_the_argument(model):
     default = rollout(model).thinking_mask
     model.answer_start = "a"

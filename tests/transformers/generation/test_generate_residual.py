@@ -87,7 +87,7 @@ def assert_follows(model, output, expected, mixed, tolerance=CLOSE):
         assert abs(output.embeds_ratio[row, t].item() - ratio.item()) < CLOSE
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 @pytest.mark.parametrize(
     ("mode", "tied", "vocabulary", "top_k"),
     [("hrpo", False, 28, 6), ("hrpo", True, 36, 6), ("h3po", True, 28, 0), ("h3po", True, 36, 6)],
@@ -253,7 +253,7 @@ def assert_same_rollout(one, other):
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_h3po_at_lambda_zero_is_hrpo_bit_for_bit(make, top_k):
     model, random_states = make(), []
     outputs = []

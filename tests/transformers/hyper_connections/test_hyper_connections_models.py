@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 import transformers
+from reference.families import ARCHITECTURES
 from reference.hyper_models import ON, SIZES, gradients, make, trained
 from reference.hyper_start import put_in_the_start_that_cannot_learn
 from reference.tiny import left_padded
@@ -25,7 +26,7 @@ from transformers.m3po.hyper_connections.report import gate_effect, mixers, rout
 from transformers.m3po.hyper_connections.routing_gate import forward_gate
 
 # Each has the hooks in a file of its own; what one module does is tested on the first.
-EACH_ARCHITECTURE = pytest.mark.parametrize("architecture", ["NanoChat", "Llama", "Qwen2"])
+EACH_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -59,6 +60,8 @@ def test_off_there_is_no_trace_of_it(architecture, tmp_path):
         ("Llama", "sinkhorn", 1),
         ("Qwen2", "sinkhorn", 2),
         ("Qwen2", "birkhoff", 4),
+        ("Qwen3", "sinkhorn", 4),
+        ("SmolLM3", "birkhoff", 4),
     ],
 )
 def test_the_start_computes_what_the_plain_model_does(architecture, kind, streams):

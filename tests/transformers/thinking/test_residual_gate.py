@@ -118,7 +118,7 @@ def test_autocast_changes_nothing(make):
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_forward_mixes_what_the_gate_mixes(make):
     """The vectors that the layers get: the gate's at a position with a bag, else the token's own."""
     model, seen = make(**STRONG), []
@@ -184,7 +184,7 @@ def test_a_model_made_with_a_gate_has_a_fresh_one_in_float32(make, dtype):
 
 
 @pytest.mark.parametrize("given", [{}, {"thinking_residual_r_min": 0.5}])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_off_leaves_no_trace_in_the_configuration_and_the_weights(make, tmp_path, given):
     model = make(**given)
     assert model.config.thinking_residual_enabled is False
@@ -195,7 +195,7 @@ def test_off_leaves_no_trace_in_the_configuration_and_the_weights(make, tmp_path
     assert not any("thinking_residual" in key for key in load_file(tmp_path / "model.safetensors"))
 
 
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_on_is_saved_loaded_and_can_be_overridden(make, tmp_path):
     model = make(**STRONG)
     assert {key for key in model.state_dict() if "thinking_residual" in key} == NAMES
@@ -212,7 +212,7 @@ def test_on_is_saved_loaded_and_can_be_overridden(make, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_plain_checkpoint_loads_into_a_model_with_a_fresh_gate_and_its_outputs_stay(make, tmp_path, dtype):
     make(initializer_range=0.05).to(dtype).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -225,7 +225,7 @@ def test_a_plain_checkpoint_loads_into_a_model_with_a_fresh_gate_and_its_outputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.both_families
+@pytest.mark.all_families
 def test_a_saved_gate_comes_back_bit_for_bit(make, tmp_path, dtype):
     """In float32 whatever the model's dtype: a Λ rounded to bfloat16 would move a by more than a step of training."""
     model = AutoModelForCausalLM.from_config(make(**STRONG).config, dtype=dtype).eval()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from reference.families import FAMILIES
 from transformers.m3po import read_checkpoint_info
 from transformers.m3po.aslr import modules as aslr
 from transformers.m3po.aslr.modules import ASLR_MODULES, ASLR_PARAMETERS, attach_aslr
@@ -105,7 +106,7 @@ def test_refining_the_last_position_alone_leaves_the_modules_without_gradient(
 # The start
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_fresh_modules_leave_the_log_probs_of_the_first_rollout_those_of_the_plain_model(
     tiny: Any, tmp_path: Path, kind: str
 ):

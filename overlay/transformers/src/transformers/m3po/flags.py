@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields that this overlay adds to `LlamaConfig`, `Qwen2Config` and `NanoChatConfig`, with their rules.
+"""The fields that this overlay adds to the configurations of `SUPPORTED_MODEL_TYPES` and of NanoChat, with their rules.
 
-A class decorator under `@strict`, rather than lines in the class body: the bodies of the first two are the source from
-which upstream generates a good dozen other configurations, which have no such modules.
+A class decorator under `@strict`, rather than lines in the class body: the bodies of Llama's and Qwen2's are the source
+from which upstream generates a good dozen other configurations, which have no such modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .aslr.settings import ASLR_DEFAULTS, check_aslr_hyperparameters
 from .hyper_connections.settings import MHC_DEFAULTS, MHC_FIELDS, check_mhc_hyperparameters
 
 # Model types whose forward calls `mix_thinking_inputs`.
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "smollm3")
+ADD_A_FAMILY = "CONTRIBUTING.md, Add a model family"
 
 FIELDS: dict[str, tuple[type | Any, Any]] = {
     "thinking_residual_enabled": (bool, False),

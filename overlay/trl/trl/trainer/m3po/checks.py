@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper
 from transformers.m3po import ThinkingSettings
 from transformers.m3po.aslr.settings import ASLR_HYPERPARAMETERS, check_aslr_hyperparameters
-from transformers.m3po.flags import SUPPORTED_MODEL_TYPES, check_bounds
+from transformers.m3po.flags import ADD_A_FAMILY, SUPPORTED_MODEL_TYPES, check_bounds
 from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.gating.matched_temperature import MATCH
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
@@ -305,5 +305,5 @@ def check_model_type(model: Any, what: str) -> None:
         mend = "Set mode='none'" if what.startswith("mode") else "Leave it out"
         raise ValueError(
             f"{what} is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
-            f"{model.config.model_type!r}. {mend} or take another model."
+            f"{model.config.model_type!r}. {mend}, take another model, or add this one ({ADD_A_FAMILY})."
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..aslr.settings import ASLR_HYPERPARAMETERS
-from ..flags import SUPPORTED_MODEL_TYPES, check_aslr_overrides, has_aslr, has_gating, has_residual_gate
+from ..flags import ADD_A_FAMILY, SUPPORTED_MODEL_TYPES, check_aslr_overrides, has_aslr, has_gating, has_residual_gate
 from ..modules import refuse_nested
 from ..settings import THOUGHT_FLAGS, ThinkingSettings
 
@@ -18,8 +18,8 @@ def check_model(model: Any, settings: ThinkingSettings) -> None:
     model_type = model.config.model_type
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
-            f"enable_cross_path is built into {' and '.join(SUPPORTED_MODEL_TYPES)} models; this one is "
-            f"{model_type!r}. Set enable_cross_path=False or take another model."
+            f"enable_cross_path is built into {', '.join(SUPPORTED_MODEL_TYPES)} models; this one is {model_type!r}. "
+            f"Set enable_cross_path=False, take another model, or add this one ({ADD_A_FAMILY})."
         )
     if settings.has_thoughts != has_residual_gate(model):
         mend = (
