@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers.m3po.hyper_connections.report import NO_EFFECT
 
 from m3po_lab.controller.controls import grid_of
@@ -34,8 +36,16 @@ def preflight(episodes: Episodes) -> float:
 
 
 def grid_effects(episodes: Episodes, number: int) -> list[dict[str, Any]]:
-    """What each gate of a grid, the same in all layers, is worth on every problem: `gate`, and see `worth`."""
-    return [{"gate": float(gate), **worth(episodes, np.full(episodes.space.size, gate))} for gate in grid_of(number)]
+    """What each gate of a grid, the same in all layers, is worth on every problem.
+
+    Returns:
+        gate, divergence: the mean KL divergence in nats from gate 1; and see `worth`.
+    """
+    problems, found = np.arange(len(episodes.problems)), []
+    for gate in tqdm(grid_of(number), desc="gates in all layers"):
+        apart = float(episodes.divergences(problems, gate).mean())
+        found.append({"gate": float(gate), "divergence": apart, **worth(episodes, np.full(episodes.space.size, gate))})
+    return found
 
 
 def layer_effects(episodes: Episodes) -> list[dict[str, Any]]:
@@ -45,11 +55,10 @@ def layer_effects(episodes: Episodes) -> list[dict[str, Any]]:
         episodes: with a gate for each layer.
     """
     found = []
-    for layer in range(episodes.space.size):
-        for gate in LAYER_GATES:
-            values = np.ones(episodes.space.size)
-            values[layer] = gate
-            found.append({"layer": layer, "gate": gate, **worth(episodes, values)})
+    for layer, gate in tqdm([*product(range(episodes.space.size), LAYER_GATES)], desc="gates in one layer"):
+        values = np.ones(episodes.space.size)
+        values[layer] = gate
+        found.append({"layer": layer, "gate": gate, **worth(episodes, values)})
     return found
 
 
@@ -63,14 +72,12 @@ def worth(episodes: Episodes, values: np.ndarray) -> dict[str, Any]:
     Returns:
         dense: (n) log-prob of the reference minus that under gate 1, nats a token.
         correct: (n) whether the greedy answer is right.
-        divergence: the mean KL divergence in nats from gate 1.
     """
     problems = np.arange(len(episodes.problems))
     each = np.broadcast_to(values, (len(problems), episodes.space.size))
     return {
         "dense": (episodes.log_probs(problems, each) - episodes.default_log_probs).tolist(),
         "correct": episodes.correct(problems, each).tolist(),
-        "divergence": float(episodes.divergences(problems, each).mean()),
     }
 
 

@@ -70,13 +70,13 @@ class Episodes:
         """
         found = np.zeros(len(indices))
         for places in self._batches(indices):
-            ids, mask, answers = self._solved(indices[places])
-            logits = self._logits(ids, mask, values[places])[:, :-1]
-            # Of the answers' positions only: the vocabulary of a large model is most of the work otherwise.
-            row, position = answers[:, 1:].nonzero(as_tuple=True)
-            chosen = logits[row, position].log_softmax(-1).gather(-1, ids[row, position + 1, None]).squeeze(-1)
-            sums = torch.zeros(len(ids), dtype=torch.float64, device=ids.device).index_add(0, row, chosen.double())
-            found[places] = (sums / answers.sum(1)).cpu().numpy()
+            ids, mask, lengths = self._solved(indices[places])
+            longest = int(lengths.max())
+            # Answers end their rows, so that the head is applied to as many positions as the longest has.
+            logits = self._logits(ids, mask, values[places], logits_to_keep=longest + 1)[:, :-1]
+            chosen = logits.log_softmax(-1).gather(-1, ids[:, -longest:, None]).squeeze(-1).double()
+            scored = torch.arange(longest, 0, -1, device=ids.device) <= lengths[:, None]
+            found[places] = ((chosen * scored).sum(1) / lengths).cpu().numpy()
         return found
 
     def divergences(self, indices: np.ndarray, values: np.ndarray | float) -> np.ndarray:
@@ -97,18 +97,16 @@ class Episodes:
         return found
 
     def _solved(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Questions with their answers, (B, L) long, their mask, and where the answers are."""
-        ids, mask = self._pad([self._questions[index] + self._answers[index] for index in indices], left=False)
-        answers = torch.zeros_like(mask)
-        for row, index in enumerate(indices):
-            start = len(self._questions[index])
-            answers[row, start : start + len(self._answers[index])] = 1
-        return ids, mask, answers
+        """Questions with answers, (B, L) long and padded on the left, their mask, and the answers' lengths (B)."""
+        ids, mask = self._pad([self._questions[index] + self._answers[index] for index in indices], left=True)
+        return ids, mask, torch.tensor([len(self._answers[index]) for index in indices], device=ids.device)
 
     @torch.no_grad()
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, values: np.ndarray, **options: Any) -> torch.Tensor:
         gate = self.space.as_routing_gates(values).to(ids.device)
-        return self.model(input_ids=ids, attention_mask=mask, mhc_gate=gate, use_cache=False).logits.float()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+        return self.model(**inputs, mhc_gate=gate, **options).logits.float()
 
     @torch.no_grad()
     def correct(self, indices: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -54,7 +54,6 @@ def run_controller(run: ControllerRun) -> None:
     write_json(run.folder / RUN_FILE, {"flags": run.flags(), "commit": commit, "dirty": dirty})
     effects = read_json(run.folder / EFFECTS)
     if effects is None:
-        print("what gates are worth that are the same for all problems ...", flush=True)
         wide, deep = episodes(test, "global"), episodes(test, "layer")
         effects = {
             "preflight": effect,
