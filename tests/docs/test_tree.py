@@ -52,4 +52,4 @@ def test_no_module_and_no_test_is_too_long() -> None:
 def test_no_folder_has_more_python_files_than_one_can_look_over() -> None:
     folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in tracked("*.py"))
     large = {name for name, number in folders.items() if number > LARGEST_FOLDER}
-    assert large <= {"scripts/patchset", "tests/patchset"}
+    assert large <= {"scripts/patchset", "tests/patchset", "benchmarks"}  # the last: a program a file

@@ -19,10 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def suite(tmp_path: Path) -> Path:
     """A suite of two tests with the conftest.py of this one."""
     (tmp_path / "tests/unsloth").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/conftest.py", tmp_path / "tests")
+    (tmp_path / "tests/reference").mkdir()
+    for name in ("conftest.py", "reference/families.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     for name in ("test_other.py", "unsloth/test_fast.py"):
         (tmp_path / "tests" / name).write_text("def test_it() -> None: ...\n")
-    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\ntestpaths = ["tests"]\naddopts = "-q"\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\ntestpaths = ["tests"]\npythonpath = ["tests"]\naddopts = "-q"\n'
+    )
     return tmp_path
 
 

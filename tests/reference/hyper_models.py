@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models with hyper-connections, at their start and as if trained."""
+"""Tiny models with hyper-connections: at their start, as if trained, and with a start that cannot learn."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 ON = {"mhc_enabled": True}
+BAD_TAU, BAD_BASE = 0.05, -8.0  # a start at which hyper-connections cannot learn
 
 
 def make(architecture: str, seed: int = 0, **config: Any) -> Any:
@@ -57,3 +59,17 @@ def gradients(model: Any, ids: torch.Tensor | None = None) -> float:
     loss = model(ids, labels=ids).loss
     loss.backward()
     return float(loss)
+
+
+def put_in_the_start_that_cannot_learn(mixer: Any) -> Any:
+    """A sharp initialisation in a mixer's own parameters: -8 beside the diagonal, stream 0 read by every
+    layer, projections drawn and not scaled. Its tau is an argument of the mixer."""
+    streams = mixer.num_streams
+    with torch.no_grad():
+        base = torch.full((streams, streams), BAD_BASE).fill_diagonal_(0.0)
+        pre = torch.full((streams,), BAD_BASE)
+        pre[0] = 0.0
+        mixer.bias.copy_(torch.cat([pre + math.log(streams - 1), torch.zeros(streams), base.flatten()]))
+        mixer.phi.normal_(std=0.01)
+        mixer.scale_bias.fill_(1.0)
+    return mixer

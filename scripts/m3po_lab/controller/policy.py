@@ -24,6 +24,7 @@ from m3po_lab.core.errors import UserError
 from m3po_lab.core.files import read_json, write_json
 from m3po_lab.core.identity import named_content, short_digest
 from m3po_lab.core.observe import unchanged_random_state
+from m3po_lab.core.saving import obey_umask
 from m3po_lab.pretraining.variants import Controlled
 
 WEIGHTS, ABOUT = "policy.safetensors", "policy.json"
@@ -168,6 +169,7 @@ class GatePolicy:
         weights = {name: value.numpy() for name, value in self.net.state_dict().items()}
         standard = {f"{STANDARD}mean": self.standard.mean, f"{STANDARD}scale": self.standard.scale}
         save_file({**weights, **standard}, folder / WEIGHTS)
+        obey_umask(folder)
         shape = {"gates": self.space.kind, "layers": self.space.layers, "grid": self.actions.grid}
         write_json(folder / ABOUT, {**shape, **about})
 

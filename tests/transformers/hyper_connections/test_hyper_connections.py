@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import hyper_connections as reference
-from reference.hyper_start import BAD_TAU, put_in_the_start_that_cannot_learn
+from reference.hyper_models import BAD_TAU, put_in_the_start_that_cannot_learn
 from transformers import DeepseekV4Config
 from transformers.m3po.hyper_connections.connections import (
     DynamicMHC,

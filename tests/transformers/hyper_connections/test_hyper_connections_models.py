@@ -11,8 +11,7 @@ import pytest
 import torch
 import transformers
 from reference.families import ARCHITECTURES
-from reference.hyper_models import ON, SIZES, gradients, make, trained
-from reference.hyper_start import put_in_the_start_that_cannot_learn
+from reference.hyper_models import ON, SIZES, gradients, make, put_in_the_start_that_cannot_learn, trained
 from reference.tiny import left_padded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
