@@ -131,6 +131,17 @@ def test_they_agree_with_every_gate(tiny: Any, tmp_path: Path, gate: str, mode: 
     check_agreement(tiny, run, [1, 2])
 
 
+@pytest.mark.parametrize(("kind", "gate"), [("qwen3", "luong"), ("qwen3", "bahdanau"), ("smollm3", "luong")])
+def test_other_families_agree_with_gates_that_learn(tiny: Any, tmp_path: Path, kind: str, gate: str):
+    run = tiny.trainer(tmp_path, kind, flags={**MARKER, "mode": "m3po", "gating_type": gate, "cross_path_lambda": 0.5})
+    before = {name: value.clone() for name, value in run.model.named_parameters() if "gating" in name}
+    run.train()
+    assert max(tiny.logged(run, "m3po/rollout_logp_diff_max")) < BOUND
+    assert max(tiny.logged(run, "m3po/attention_max")) > 0
+    after = dict(run.model.named_parameters())
+    assert before and any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize(("mode", "kind"), MODES)
 def test_they_agree_with_a_reference_model_whose_kl_starts_at_zero(tiny: Any, tmp_path: Path, mode: str, kind: str):
     flags = {**MARKER, "mode": mode, "beta": 0.1}

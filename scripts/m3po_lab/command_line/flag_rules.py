@@ -30,7 +30,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "num_generations_eval max_completion_length pad_to_multiple_of generation_batch_size steps_per_generation "
         "num_iterations ref_model_sync_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb "
         "ddp_timeout num_train_problems num_eval_problems num_sampled_problems lora_r lora_alpha validation_rows depth "
-        "model_dim num_heads",
+        "model_dim num_heads num_envs rollout_size minibatch_size num_epochs budget max_new_tokens",
     ),
     ("a whole number of at least 2", lambda value: _whole(value, 2), "num_generations max_seq_len"),
     (
@@ -59,7 +59,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: 0 <= value < math.inf,
         "learning_rate warmup_steps weight_decay adam_epsilon eval_delay neftune_noise_alpha beta epsilon epsilon_high "
         "router_aux_loss_coef entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target "
-        "off_policy_mask_threshold",
+        "off_policy_mask_threshold ent_coef",
     ),
     ("at least 0", lambda value: value >= 0, "max_grad_norm"),
     (

@@ -12,6 +12,7 @@ from trl import GRPOConfig, ModelConfig
 
 from m3po_lab.command_line.flag_rules import CHOICES, RULE_OF
 from m3po_lab.command_line.training_checks import MAPPINGS
+from m3po_lab.controller.arguments import ControllerArguments
 from m3po_lab.core.errors import PROJECT_ROOT, UserError
 from m3po_lab.grpo.arguments import RunArguments
 from m3po_lab.grpo.config import parse_run
@@ -144,7 +145,7 @@ def test_values_at_the_ends_of_their_ranges_are_taken(yaml: Path) -> None:
 
 
 def test_every_rule_is_of_a_flag_and_every_number_has_one() -> None:
-    groups = (GRPOConfig, ModelConfig, RunArguments, arguments.PretrainArguments)
+    groups = (GRPOConfig, ModelConfig, RunArguments, arguments.PretrainArguments, ControllerArguments)
     kinds = {entry.name: str(entry.type) for group in groups for entry in dataclasses.fields(group)}
     assert {*RULE_OF, *CHOICES, *MAPPINGS} <= set(kinds)
     numbers = {name for name, kind in kinds.items() if "int" in kind or "float" in kind}
@@ -159,7 +160,9 @@ def test_every_rule_is_of_a_flag_and_every_number_has_one() -> None:
         "vespo_",
     )
     without = {name for name in numbers - set(RULE_OF) if not name.startswith(checked_elsewhere)}
-    assert without == {"data_seed", "eval_seed", "problem_seed", "local_rank", "reward_weights", "thought_top_k"}
+    of_the_controller = {"control_grid", "action_grid", "seeds", "log_std_init"}  # but for the last checked there
+    seeds = {"data_seed", "eval_seed", "problem_seed"}
+    assert without == {*seeds, "local_rank", "reward_weights", "thought_top_k", *of_the_controller}
 
 
 @pytest.mark.parametrize("command", PARSERS)
