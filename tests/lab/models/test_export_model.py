@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lab.conftest import WORDS
 from lab.models.embedding_adapters import WAYS, far_from_start, logits, with_tying
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -30,31 +31,41 @@ NUMBERS = {"mode": "m3po", "cross_path_lambda": 0.3, "answer_start": "####"}
 
 @pytest.fixture
 def adapter(tiny_model: Path, tmp_path: Path) -> Path:
-    """A LoRA adapter of the tiny model whose matrices are all far from zero."""
-    base, tokenizer = load_model(ModelConfig(model_name_or_path=str(tiny_model), dtype="float32"))
+    return adapter_of(tiny_model, tmp_path / "adapter")
+
+
+def adapter_of(start: Path, folder: Path) -> Path:
+    """A LoRA adapter of a model whose matrices are all far from zero."""
+    base, tokenizer = load_model(ModelConfig(model_name_or_path=str(start), dtype="float32"))
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, weight in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.3)
-    folder = tmp_path / "adapter"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "m3po.json").write_text(json.dumps(NUMBERS))
     return folder
 
 
-def test_merged_model_computes_what_the_adapter_does(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.all_families
+def test_merged_model_computes_what_the_adapter_does(
+    family: Callable[..., PreTrainedModel], tiny_model: Path, tmp_path: Path
+) -> None:
     """1e-5 in float32: merging adds the same numbers in another order."""
-    assert main([str(adapter), str(tmp_path / "out")]) == 0
+    start, out = tmp_path / "start", tmp_path / "out"
+    made = family(vocab_size=len(WORDS), tie_word_embeddings=False)
+    made.save_pretrained(start)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(start)
+    adapter = adapter_of(start, tmp_path / "adapter")
+    assert main([str(adapter), str(out)]) == 0
     trained, _ = load_model(ModelConfig(model_name_or_path=str(adapter), dtype="float32"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert type(merged).__name__ == "LlamaForCausalLM"
-    config = (tmp_path / "out" / "config.json").read_text() + (tmp_path / "out" / "generation_config.json").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(merged) is type(made)
+    config = (out / "config.json").read_text() + (out / "generation_config.json").read_text()
     assert not re.search("cross_path|gating|thinking|m3po", config), "a field that a stock server does not know"
-    assert merged.state_dict().keys() == AutoModelForCausalLM.from_pretrained(tiny_model).state_dict().keys()
+    assert merged.state_dict().keys() == made.state_dict().keys()
     torch.testing.assert_close(logits(merged), logits(trained), atol=1e-5, rtol=0)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    assert (logits(merged) - logits(base)).abs().max() > 0.1
+    assert (logits(merged) - logits(made)).abs().max() > 0.1
 
 
 def test_export_of_a_run_has_everything_and_only_safetensors(

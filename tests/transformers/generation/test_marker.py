@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from reference.tiny import small_tokenizer, text_of
@@ -106,6 +108,21 @@ def test_markers_of_several_bytes_match_across_tokens_that_split_a_character(smo
     spelled = [row[:8] + byte_tokens + row[8 : 24 - len(byte_tokens)] for row in rows[:50]]
     expected = assert_same(smollm2_tokenizer, marker, rows + spelled)
     assert expected[-50:, -1].all() and not expected[:, 0].all()
+
+
+def test_a_marker_that_is_one_token_ends_thinking_where_its_letters_do_too(smollm2_tokenizer):
+    """`</think>` as in Qwen3: an added token that is none of the special ones, which a text may also spell."""
+    tokenizer = copy.deepcopy(smollm2_tokenizer)
+    assert tokenizer.add_tokens(["<think>", "</think>"]) == 2
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert tokenizer("a</think>", add_special_tokens=False)["input_ids"][-1] == end
+    rest = tokenizer.convert_tokens_to_ids(["Ġ7", "Ċ", "ĠThe"])
+    spelled = smollm2_tokenizer("</think>", add_special_tokens=False)["input_ids"]
+    assert len(spelled) > 1
+    rows = random_rows([begin, *spelled], len(tokenizer), count=100, length=16, share=0.5, seed=3)
+    rows += [[begin, *rest, end, *rest * 4][:16], [*rest, *spelled, *rest * 4][:16]]
+    expected = assert_same(tokenizer, "</think>", rows)
+    assert expected[-2].tolist() == [False] * 4 + [True] * 12 and expected[-1, -1] and not expected[:, 0].any()
 
 
 def byte_characters(text):
