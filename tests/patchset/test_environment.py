@@ -186,9 +186,9 @@ def test_every_package_is_pinned_exactly_and_torch_without_a_local_version() -> 
     names = [line.split("==")[0] for line in lines]
     assert len(names) == len(set(names))
     named = packages.requirements(ROOT)
-    asked = {re.split(r"[<>=; ]", requirement)[0] for group in named.values() for requirement in group}
+    asked = {re.split(r"[<>=; []", requirement)[0] for group in named.values() for requirement in group}
     assert asked - set(names) == set(packages.VENDORED)
-    assert set(packages.ALONE) <= set(names)
+    assert {name for alone in packages.ALONE.values() for name in alone} <= set(names)
     assert set(named) == {"", "dev", *packages.EXTRAS}
 
 
@@ -224,6 +224,9 @@ def test_an_nvidia_gpu_is_known_by_its_tool_or_its_driver(tmp_path: Path, monkey
     write(tmp_path / "nvidia-smi", "")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert environment.has_nvidia_gpu()
+    environment.check_extras(["unsloth"])
+    with pytest.raises(environment.Refused, match="the extra vllm is vLLM's build for CPUs, and this machine has an"):
+        environment.check_extras(["vllm"])
 
 
 def test_a_checkout_without_metadata_is_refused_before_pip_could_fetch_the_unpatched_package(project: Path) -> None:
@@ -348,7 +351,7 @@ def test_a_stamp_from_before_there_were_extras_has_none(project: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--extra", "unslot"], ["--rebuild", "--extra", "dev"]])
 def test_an_unknown_extra_is_one_clear_line_and_nothing_is_done(project: Path, arguments: list[str]) -> None:
     done = make_env(project, *arguments)
-    message = f"env: error: there is no extra {arguments[-1]}: choose from docs, unsloth, or leave EXTRA out\n"
+    message = f"env: error: there is no extra {arguments[-1]}: choose from docs, unsloth, vllm, or leave EXTRA out\n"
     assert (done.returncode, done.stdout) == (2, message)
     assert (project / "vendor/trl").exists() and not (project / ".venv").exists()
 

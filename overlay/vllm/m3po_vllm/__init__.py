@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thinking inputs and cross-path interaction in vLLM, as a plugin of it: no file of vLLM is patched.
+
+`engine_arguments(settings)` are the arguments of `vllm.LLM` and of `vllm serve` that turn a mode on:
+
+    worker_cls           m3po_vllm.worker.Worker          writes thinking inputs, and the record of them
+    scheduler_cls        m3po_vllm.scheduler.Scheduler    keeps the paths of a group in step
+    logits_processors    m3po_vllm.requests:Admission     refuses what cannot be, before it starts
+    additional_config    {"m3po": the mode and its numbers}
+
+A request says its group in `SamplingParams(extra_args=...)`, see `requests.Tag`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CONFIG = "m3po"  # in vLLM's additional_config
+ARCHITECTURES = {
+    "LlamaForCausalLM": "M3POLlamaForCausalLM",
+    "Qwen2ForCausalLM": "M3POQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "M3POQwen3ForCausalLM",
+}
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: names the models that carry our modules; nothing is imported yet."""
+    from vllm import ModelRegistry
+
+    for name in ARCHITECTURES.values():
+        ModelRegistry.register_model(name, f"m3po_vllm.models:{name}")
+
+
+def engine_arguments(
+    hyperparameters: dict[str, Any], architecture: str, *, sampling_temperature: float = 1.0
+) -> dict[str, Any]:
+    """What `vllm.LLM` is given for a thinking mode, beside the model.
+
+    Args:
+        hyperparameters: the mode and its numbers, as `ThinkingSettings.hyperparameters` and `m3po.json` have them.
+        architecture: of the model's `config.json`.
+        sampling_temperature: of the soft thoughts where tokens are chosen greedily.
+
+    Raises:
+        ValueError: the model is of a family that the plugin does not know.
+    """
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"vLLM carries no thinking inputs into a {architecture}; it does into {known}.")
+    return {
+        "worker_cls": "m3po_vllm.worker.Worker",
+        "scheduler_cls": "m3po_vllm.scheduler.Scheduler",
+        "logits_processors": ["m3po_vllm.requests:Admission"],
+        "enable_prompt_embeds": True,
+        "async_scheduling": False,
+        "additional_config": {CONFIG: {**hyperparameters, "sampling_temperature": sampling_temperature}},
+        "hf_overrides": {"architectures": [ARCHITECTURES[architecture]]},
+    }

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request says of its group, and which requests are refused before they start."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+PATHS, GROUP, PATH, RECORD = "m3po_paths", "m3po_group", "m3po_path", "m3po_record"  # in SamplingParams.extra_args
+
+# What would roll out another distribution than the policy pass scores: name -> the value that changes nothing.
+PLAIN: dict[str, Any] = {
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "min_tokens": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
+ABSENT = ("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs", "stop")
+
+
+class Tag(NamedTuple):
+    """Where a request belongs.
+
+    A request whose `SamplingParams.extra_args` have `m3po_paths` thinks, any other is plain. The `n` paths of one
+    request are a group by themselves; requests that are sent one by one say `m3po_group` and `m3po_path` too. With
+    `m3po_record` the record of the group is kept until it is taken (`Worker.take_m3po_record`).
+
+    Attributes:
+        group: any text, one for each group.
+        path: from 0 to paths - 1.
+        paths: N.
+        recorded: whether the record of the group is kept.
+    """
+
+    group: str
+    path: int
+    paths: int
+    recorded: bool = False
+
+    @classmethod
+    def of(cls, request_id: str, params: SamplingParams | None) -> Tag | None:
+        """The tag of a request as the engine knows it; None of a plain one."""
+        extra = (params.extra_args if params is not None else None) or {}
+        if PATHS not in extra:
+            return None
+        paths, recorded = int(extra[PATHS]), bool(extra.get(RECORD))
+        if GROUP in extra:
+            return cls(str(extra[GROUP]), int(extra.get(PATH, 0)), paths, recorded)
+        if paths == 1:
+            return cls(request_id, 0, 1, recorded)
+        path, _, parent = request_id.partition("_")  # as `ParentRequest` names the n paths of a request
+        return cls(parent, int(path), paths, recorded)
+
+
+class Admission(LogitsProcessor):
+    """Touches no logit: vLLM asks it about each request, which is where one that cannot be served is refused."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        extra = sampling_params.extra_args or {}
+        if PATHS not in extra:
+            return
+        paths = extra[PATHS]
+        if not isinstance(paths, int) or paths < 1:
+            raise ValueError(f"{PATHS}={paths!r} is no whole number from 1 on; set the number of paths of the group.")
+        if GROUP not in extra and sampling_params.n != paths:
+            raise ValueError(
+                f"{PATHS}={paths} of a request with n={sampling_params.n}: set both to the number of paths, or say "
+                f"{GROUP} and {PATH} in each request of the group."
+            )
+        if GROUP in extra and sampling_params.n != 1:
+            raise ValueError(f"n={sampling_params.n} of a request that says its {GROUP}: send each path by itself.")
+        for name, plain in PLAIN.items():
+            if getattr(sampling_params, name) != plain:
+                raise ValueError(f"{name} cannot be combined with thinking inputs: leave it at {plain}.")
+        for name in ABSENT:
+            if getattr(sampling_params, name):
+                raise ValueError(f"{name} cannot be combined with thinking inputs: leave it out.")
+        if sampling_params.top_k > 0:
+            raise ValueError("top_k cannot be combined with thinking inputs: leave it at 0.")
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        pass
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
