@@ -64,7 +64,7 @@ test: env-unsloth ## the whole test suite, tests/unsloth in a process of its own
 
 test-vllm: env ## the tests of the plugin of vLLM, in an environment with the extra vllm (CPUs)
 	@$(TOOL) patchset.environment --extra=vllm
-	@$(ENV) -m pytest tests/vllm
+	@$(ENV) -m pytest tests/vllm_plugin
 
 test-quick: env ## the tests of the overlay but those marked slow, for the inner loop: about 3 minutes, one family, no download
 	@$(ENV) -m pytest -n 2 --dist loadfile -m "not slow" tests/transformers tests/trl tests/invariants

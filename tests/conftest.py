@@ -29,8 +29,9 @@ os.environ.pop("M3PO_DEBUG", None)
 hypothesis.settings.register_profile("m3po", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("m3po")
 
-# Libraries that change the process they are imported in: these folders have one of their own each.
-APART = [Path(__file__).resolve().parent / name for name in ("unsloth", "vllm")]
+# Libraries that change the process they are imported in: these folders have one of their own each. (A folder `vllm` on
+# the path would be taken for the library where that is not installed.)
+APART = [Path(__file__).resolve().parent / name for name in ("unsloth", "vllm_plugin")]
 
 
 def asked_for(config: pytest.Config) -> list[Path | None]:

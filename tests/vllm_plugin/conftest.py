@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real engines of vLLM on tiny models, in this process, with the random numbers of a table.
 
-vLLM takes over torch's threads, so that these tests have a process of their own (`pytest tests/vllm`).
+vLLM takes over torch's threads, so that these tests have a process of their own (`pytest tests/vllm_plugin`).
 """
 
 from __future__ import annotations
