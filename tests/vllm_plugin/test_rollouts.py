@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from m3po_vllm import engine_arguments
+from m3po_vllm.requests import GROUP, PATHS, RECORD
+from reference.tiny import small_tokenizer
+from transformers.m3po import M3POGenerationState
 from transformers.m3po.settings import ThinkingSettings
 from trl import ModelConfig
-from vllm_engine import LENGTH, PATHS_OF_A_GROUP, checkpoint, generate, prompts, table
+from vllm_engine import EOS, LENGTH, PATHS_OF_A_GROUP, checkpoint, generate, prompts, table, thinking_params
 
 from m3po_lab.models.loading import load_model
 
@@ -124,3 +128,20 @@ def test_smollm2_thinks_in_an_engine_as_it_does_in_generate(engines: Any, tmp_pa
     difference = largest_difference(records, expected)
     assert difference["logps"] < 1e-3 and difference["weights"] < 1e-3, difference
     assert max(float((record.bag_weights[..., 1:] > 0).float().mean()) for record in records) > 0.5
+
+
+def test_a_greedy_path_thinks_at_the_sampling_temperature_beside_sampled_ones(engines: Any, tmp_path: Path) -> None:
+    model, settings = checkpoint(tmp_path, "llama", "hrpo"), settings_of("hrpo", {})
+    state = M3POGenerationState(settings=settings, tokenizer=small_tokenizer(), thought_temperature=0.7)
+    prompt = torch.tensor(prompts()[:1])
+    written = model.generate(
+        input_ids=prompt, m3po=state, do_sample=False, max_new_tokens=LENGTH, eos_token_id=EOS, pad_token_id=0
+    )
+    ours = engine_arguments(settings.hyperparameters(), type(model).__name__, sampling_temperature=0.7)
+    engine = engines(tmp_path, type(model).__name__, settings, additional_config=ours["additional_config"])
+    greedy = thinking_params({PATHS: 1, GROUP: "greedy"}, temperature=0.0)
+    sampled = thinking_params({PATHS: 1, GROUP: "sampled", RECORD: False})
+    asked = [{"prompt_token_ids": prompts()[0]}] * 2
+    outputs = engine.llm.generate(asked, [sampled, greedy], use_tqdm=False)
+    assert list(outputs[1].outputs[0].token_ids) == written[0, prompt.shape[1] :].tolist()
+    assert largest_difference([engine.record("greedy")], state.record)["weights"] < 1e-4

@@ -156,12 +156,13 @@ class Rollouts:
 
     def admit(self, members: Sequence[Member]) -> None:
         """Requests that take their first token in this step."""
-        if members:
-            cohort = Cohort(members, self._make, self._device)
+        for greedy in {member.greedy for member in members}:  # their thoughts are of other distributions
+            chosen = [member for member in members if member.greedy is greedy]
+            cohort = Cohort(chosen, self._make, self._device)
             self._batch = ([], [])
             self._cohorts.append(cohort)
             self._of |= dict.fromkeys(cohort.rows, cohort)
-            self._kept |= dict.fromkeys((one.tag.group for one in members if one.tag.recorded), cohort)
+            self._kept |= dict.fromkeys((one.tag.group for one in chosen if one.tag.recorded), cohort)
 
     def leave(self, request: str) -> None:
         """A request that the engine has let go of."""
