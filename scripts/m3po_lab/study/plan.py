@@ -217,7 +217,7 @@ def begin_study(folder: Path, stored: Mapping[str, Any]) -> None:
 
 
 def check_folder(folder: Path, stored: Mapping[str, Any]) -> None:
-    """Refuse a folder with a run in it that is none of the study's, finished or not.
+    """Refuse a folder with a run in it that is none of the study's, finished or not, or its summary (`NAME.json`).
 
     Raises:
         UserError: it names the run, and the first flag in which it differs.
@@ -226,6 +226,15 @@ def check_folder(folder: Path, stored: Mapping[str, Any]) -> None:
         summary, recorded = read_json(place / "summary.json"), read_json(place / RUN_FILE)
         if summary is not None or recorded is not None:
             check_run(place.name, summary or recorded or {}, stored, finished=summary is not None)
+    for file in sorted(folder.glob("*.json")):
+        summary = read_json(file)
+        if summary is not None and "flags" in summary:
+            check_run(file.stem, summary, stored, finished=True)
+
+
+def finished_summary(folder: Path, name: str) -> dict[str, Any] | None:
+    """The summary of a finished run: `NAME/summary.json`, or `NAME.json` where only that was kept of it; else None."""
+    return read_json(folder / name / "summary.json") or read_json(folder / f"{name}.json")
 
 
 def check_run(name: str, found: Mapping[str, Any], stored: Mapping[str, Any], finished: bool) -> None:
@@ -258,8 +267,6 @@ def check_run(name: str, found: Mapping[str, Any], stored: Mapping[str, Any], fi
 def finished_runs(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
     """`study.json`, the summaries of the runs that are finished, each with variant and seed, and the others' names.
 
-    A run is a folder with `summary.json`, or that file alone, as `NAME.json`.
-
     Raises:
         UserError: there is no `study.json`, or a run in the folder is none of the study's.
     """
@@ -269,13 +276,9 @@ def finished_runs(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], l
             f"{folder} has no {STUDY_FILE}: give the folder of a study (scripts/run_experiment.sh makes it)."
         )
     check_folder(folder, stored)
-    for file in sorted(folder.glob("*.json")):
-        summary = read_json(file)
-        if summary is not None and "flags" in summary:
-            check_run(file.stem, summary, stored, finished=True)
     runs, missing = [], []
     for name, planned in stored["runs"].items():
-        summary = read_json(folder / name / "summary.json") or read_json(folder / f"{name}.json")
+        summary = finished_summary(folder, name)
         if summary is None:
             missing.append(name)
         else:

@@ -17,7 +17,7 @@ from typing import Any
 
 from m3po_lab.core.files import read_json, shown_path, write_json
 from m3po_lab.grpo.checkpoints import checkpoints, resuming
-from m3po_lab.study.plan import StudyRun
+from m3po_lab.study.plan import StudyRun, finished_summary
 
 TIMES_FILE = "times.json"  # seconds that each finished run took, start and evaluations included
 LOG_FILE = "output.log"  # of a run that is one of several at once
@@ -50,8 +50,8 @@ def cost_line(runs: Sequence[StudyRun], folder: Path, pilots: Sequence[Mapping[s
 
 
 def is_done(folder: Path, run: StudyRun) -> bool:
-    """Whether the run has its summary."""
-    return read_json(folder / run.name / "summary.json") is not None
+    """Whether the run has its summary, be it one that was brought from another machine."""
+    return finished_summary(folder, run.name) is not None
 
 
 def gpus() -> list[str]:

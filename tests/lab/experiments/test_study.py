@@ -168,6 +168,9 @@ def test_a_run_that_is_none_of_the_studys_is_refused_by_its_name(
     write_json(summary_file, summary)
     shutil.copytree(folder / "weak-seed1", folder / "weak-seed7")
     refused("weak-seed7 is no run of this study")
+    shutil.rmtree(folder / "weak-seed7")
+    write_json(folder / "weak-seed8.json", summary)
+    refused("weak-seed8 is no run of this study")
 
 
 def test_another_study_or_other_code_does_not_go_on_in_the_folder(

@@ -74,6 +74,14 @@ def test_a_run_that_fails_ends_the_study_with_its_code_and_the_next_call_goes_on
     assert cost_line(RUNS, tmp_path, [], 1) == "5 runs, 5 of them done"
 
 
+def test_a_run_of_which_only_the_summary_was_kept_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    write_json(tmp_path / "none-seed1.json", {"accuracy_after": 0.5})
+    assert cost_line(RUNS, tmp_path, [], 1).startswith("5 runs, 1 of them done")
+    started = start(monkeypatch, Started(), [])
+    assert run_study(RUNS, tmp_path, jobs=1) == 0
+    assert [command[3:5] for command in started.commands] == [run.words for run in RUNS if run.seed != 1]
+
+
 def test_what_a_study_costs_is_known_from_pilots(tmp_path: Path):
     pilots = [{"train_seconds": 300.0}, {"train_seconds": 420.0}]
     assert cost_line(RUNS, tmp_path, pilots, 1).endswith("about 6 min each, 30 min for what is left")
