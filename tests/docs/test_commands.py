@@ -97,6 +97,7 @@ def test_a_shown_training_is_accepted(words: list[str], tmp_path: Path, monkeypa
     rows = [{"question": f"What is {i} + 1?", "answer": f"It is.\n#### {i + 1}"} for i in range(1200)]
     (tmp_path / "my_problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl.trainer.m3po.checks.find_spec", lambda name: name)  # vLLM is of an extra
     run: Run = parse_run(words)
     train, held_out = load_problems(run.script)
     assert train and len(held_out) == run.script.num_eval_problems

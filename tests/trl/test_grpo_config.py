@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_the_flags_are_the_ones_of_the_design_with_its_defaults():
         "gating_training": "embeddings",
         "gating_learning_rate": 1e-3,
         "gating_warmup_steps": 0,
+        "rollout_engine": "generate",
         "shared_prefix": "false",
         "blend_kl_steps": 0,
         "aslr_enabled": None,
@@ -71,6 +73,7 @@ VALUES = [
     ("mode", "m3po", "m3po"),
     ("mode", "hrpo", "hrpo"),
     ("mode", "h3po", "h3po"),
+    ("rollout_engine", "generate", "generate"),
     ("shared_prefix", "auto", "auto"),
     ("blend_kl_steps", "4", 4),
     ("shared_prefix", "true", "true"),
@@ -242,7 +245,7 @@ REFUSED = [
     ({"aslr_cross_path_lambda": 1.5}, "aslr_cross_path_lambda=1.5 is outside [0, 1]", "0.1."),
     ({"aslr_cross_path_temp": 0.0}, "aslr_cross_path_temp=0.0 is not above 0", "0.1."),
     ({"aslr_cross_path_temp": float("nan")}, "aslr_cross_path_temp=nan is not above 0", "0.1."),
-    ({"use_vllm": True}, "use_vllm=True", "vLLM does not let paths interact"),
+    ({"use_vllm": True}, "use_vllm=True", "use of vLLM does not let paths interact: set rollout_engine='vllm'"),
     (
         {"use_transformers_continuous_batching": True},
         "use_transformers_continuous_batching=True",
@@ -332,7 +335,10 @@ def test_without_peers_a_rollout_needs_upstreams_loop_and_distribution_too(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"use_vllm": True}, "use_vllm=True cannot be combined with aslr_enabled=True: vLLM has no such modules."),
+        (
+            {"use_vllm": True},
+            "use_vllm=True cannot be combined with aslr_enabled=True: TRL's use of vLLM does not have such modules.",
+        ),
         (
             {"use_transformers_continuous_batching": True},
             "use_transformers_continuous_batching=True cannot be combined with aslr_enabled=True: set it to False.",
@@ -346,6 +352,35 @@ def test_aslr_needs_upstreams_loop_in_the_control_too(
     assert refused_config(monkeypatch, {"aslr_enabled": True, **flags}, "none") == said
     for mode in ("m3po", "hrpo", "h3po"):  # there the mode is named, which needs it as much
         assert f"mode='{mode}'" in refused_config(monkeypatch, {"aslr_enabled": True, **flags}, mode)
+
+
+@pytest.mark.parametrize("mode", ["none", "m3po"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"rollout_engine": "sglang"}, "rollout_engine='sglang' is unknown; set one of generate, vllm."),
+        ({"aslr_enabled": True}, "aslr_enabled=True cannot be combined with rollout_engine='vllm': set False."),
+        ({"vllm_mode": "server"}, "vllm_mode='server' cannot be combined with rollout_engine='vllm': set 'colocate'."),
+        (
+            {"vllm_tensor_parallel_size": 2},
+            "vllm_tensor_parallel_size=2 cannot be combined with rollout_engine='vllm': set 1.",
+        ),
+        (
+            {"vllm_structured_outputs_regex": "a+"},
+            "vllm_structured_outputs_regex='a+' cannot be combined with rollout_engine='vllm': set None.",
+        ),
+    ],
+)
+def test_what_vllm_cannot_roll_out_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], said: str, mode: str
+):
+    assert refused_config(monkeypatch, {"rollout_engine": "vllm", **flags}, mode) == said
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_its_rollouts_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch):
+    said = refused_config(monkeypatch, {"rollout_engine": "vllm"}, "none")
+    assert said == "rollout_engine='vllm' needs vllm, which is not installed: make env EXTRA=vllm."
 
 
 def test_aslr_in_the_control_may_cut_the_distribution_and_split_groups_as_upstream_does(

@@ -24,6 +24,7 @@ os.environ.update(
 )
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the worker's class, which vLLM imports by name
+sys.path.insert(0, str(Path(__file__).parents[1] / "trl"))  # for the tiny runs of GRPO
 
 
 @pytest.fixture

@@ -175,13 +175,18 @@ class Engine:
         return thought, [self.record(f"g{first + number}") for number in range(len(asked))], told
 
     def record(self, group: str) -> RolloutRecord:
-        return self.llm.collective_rpc("take_m3po_record", args=(group,))[0]
+        return self.llm.collective_rpc("take_m3po_records", args=([group],))[0][0]
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        shut_down(self.llm)
         del self.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+
+
+def shut_down(llm: LLM) -> None:
+    """Ends an engine of this process, so that the next one can begin."""
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def thinking_params(tag: Mapping[str, Any], **more: Any) -> SamplingParams:

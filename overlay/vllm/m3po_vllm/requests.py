@@ -28,7 +28,7 @@ class Tag(NamedTuple):
 
     A request whose `SamplingParams.extra_args` have `m3po_paths` thinks, any other is plain. The `n` paths of one
     request are a group by themselves; requests that are sent one by one say `m3po_group` and `m3po_path` too. With
-    `m3po_record` the record of the group is kept until it is taken (`Worker.take_m3po_record`).
+    `m3po_record` the record of the group is kept until it is taken (`Worker.take_m3po_records`).
 
     Attributes:
         group: any text, one for each group.

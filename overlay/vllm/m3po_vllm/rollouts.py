@@ -115,6 +115,10 @@ class Cohort:
             first += size
         raise KeyError(group)
 
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Those of `ThinkingRollout.end`, when all rows have ended; {} while one goes on."""
+        return {} if bool(self.unfinished.any()) else self.rollout.end(self.step)
+
 
 class Rollouts:
     """All cohorts of an engine.
@@ -173,13 +177,27 @@ class Rollouts:
             if not cohort.rows:
                 self._cohorts.remove(cohort)
 
-    def take_record(self, group: str) -> RolloutRecord:
-        """The record of a group that has ended; it is not kept any longer.
+    def take_records(self, groups: Sequence[str]) -> tuple[RolloutRecord, dict[str, float]]:
+        """The record of groups that have ended, which is not kept any longer, and the statistics of their rollouts.
+
+        Args:
+            groups: by whose order the rows come, and in each by their paths.
+
+        Returns:
+            The record of all rows; the numbers of `ThinkingRollout.end`, over several cohorts their mean by rows.
 
         Raises:
             KeyError: no record is kept of such a group.
         """
-        return self._kept.pop(group).record_of(group)
+        cohorts = [self._kept.pop(group) for group in groups]
+        record = RolloutRecord.join([cohort.record_of(group) for cohort, group in zip(cohorts, groups, strict=True)])
+        sums: dict[str, list[float]] = {}
+        for cohort in {id(cohort): cohort for cohort in cohorts}.values():
+            for name, value in cohort.statistics().items():
+                total = sums.setdefault(name, [0.0, 0])
+                total[0] += float(value) * len(cohort.limits)
+                total[1] += len(cohort.limits)
+        return record, {name: total / rows for name, (total, rows) in sums.items()}
 
     def _parts(self, requests: list[str]) -> list[_Part]:
         """Where the rows of each cohort stand in a batch; worked out when the batch changes.

@@ -48,12 +48,34 @@ class Scheduler(UpstreamScheduler):
     def add_request(self, request: Request) -> None:
         tag = tag_of(request)
         if tag is not None:
+            self._check_room(request, tag)
             # Keys and values behind the prompt hang on thinking inputs, which the tokens do not tell: no other request
             # may read them. Those of the prompt are still shared within the group.
             request.cache_salt = f"m3po {tag.group}"
             request.block_hashes.clear()
             request.update_block_hashes()
         super().add_request(request)
+
+    def _check_room(self, request: Request, tag: Tag) -> None:
+        """Refuses a group that would wait for ever: alone in the engine it would not fit either.
+
+        Raises:
+            ValueError: it names the argument of the engine and what it has to be.
+        """
+        needed = {
+            "max_num_seqs": (tag.paths, self.max_num_active_reqs),
+            "max_num_batched_tokens": (tag.paths * request.num_prompt_tokens, self.max_num_scheduled_tokens),
+            "num_gpu_blocks_override": (
+                tag.paths * self.blocks_at_most([request]) + 1,
+                self.kv_cache_config.num_blocks,
+            ),
+        }
+        for name, (need, have) in needed.items():
+            if need > have:
+                raise ValueError(
+                    f"{tag.paths} paths behind a prompt of {request.num_prompt_tokens} tokens need {name}={need}, and "
+                    f"this engine has {have}."
+                )
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self.waiting, _WholeGroups)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -28,6 +29,6 @@ class Worker(UpstreamWorker):
         super().init_device()
         self.model_runner: Any = thinking(type(self.model_runner))(self.vllm_config, self.device)
 
-    def take_m3po_record(self, group: str) -> Any:
-        """By `LLM.collective_rpc`: the record of a group that has ended."""
-        return self.model_runner.rollouts.take_record(group)
+    def take_m3po_records(self, groups: Sequence[str]) -> tuple[Any, dict[str, float]]:
+        """By `LLM.collective_rpc`: record and statistics of groups that have ended; see `Rollouts.take_records`."""
+        return self.model_runner.rollouts.take_records(groups)

@@ -44,6 +44,7 @@ LOOKED_AT: dict[str, Any] = {
     "load_in_4bit": False,
     "load_in_8bit": False,
     "attn_implementation": None,
+    "rollout_engine": "generate",
     "use_vllm": False,
     "beta": 0.0,
     "gating_training": "embeddings",
@@ -149,6 +150,8 @@ def flag_obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"--model_name_or_path {name} is a LoRA adapter, which trl goes on from: merge it (make export-model)"
     if name is not None and (read_json(Path(str(name)) / "config.json") or {}).get("mhc_enabled"):
         yield f"--model_name_or_path {name} has hyper-connections, which its fast paths leave out: train it with trl"
+    if values["rollout_engine"] != "generate":
+        yield f"--rollout_engine {values['rollout_engine']} is not for Unsloth here: leave it out"
     for flag in ("use_dora", "use_vllm", "load_in_8bit"):
         if _true(values[flag]):
             yield f"--{flag} true is not for Unsloth here: leave it out"

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.m3po.aslr.settings import ASLRHyperparameters
@@ -136,6 +136,8 @@ def build_trainer(run: Run, rows: Any, clock: TrainingClock) -> GRPOTrainer:
         )
     except ValueError as error:
         raise UserError(one_line(error)) from error
+    if run.training.use_vllm:
+        set_seed(run.training.seed, device_specific=True)  # vLLM has seeded the process alike in every run
     check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:

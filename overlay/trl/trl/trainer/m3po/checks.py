@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.gating.matched_temperature import MATCH
 from transformers.m3po.settings import CROSS_PATH_MODES, RESIDUAL_MODES
 
-from .config import GATING_TRAININGS, MODES, SHARING, thinking_settings
+from .config import GATING_TRAININGS, MODES, ROLLOUT_ENGINES, SHARING, thinking_settings
 
 # What generate cuts off a distribution, with the value at which it cuts nothing off.
 _NO_TRUNCATION = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
@@ -60,6 +61,7 @@ def check_m3po_arguments(args: Any) -> None:
     check_aslr_hyperparameters({name: getattr(args, name) for name in ASLR_HYPERPARAMETERS})
     if args.mode != "none":
         _check_distribution(args)
+    _check_rollout_engine(args)
     if args.mode != "none" or args.aslr_enabled:
         _check_engine(args)
     if args.mode in CROSS_PATH_MODES:
@@ -138,6 +140,8 @@ def _check_policy_distribution(trainer: Any, model: Any) -> None:
             "none of it: set lora_dropout to 0 (or disable_dropout=True), and attention_dropout of the model config "
             "to 0."
         )
+    if trainer.use_vllm:
+        return  # its sampling parameters are the trainer's arguments alone
     _, processors = generation_of(trainer, model)
     cut = [part for part in processors if not (isinstance(part, TemperatureLogitsWarper) or _keeps_all(part))]
     if cut:
@@ -194,11 +198,33 @@ def _keeps_all(processor: Any) -> bool:
 
 def _check_engine(args: Any) -> None:
     what = what_needs_generate(args)
-    if args.use_vllm:
-        why = "vLLM does not let paths interact" if args.mode != "none" else "vLLM has no such modules"
-        raise ValueError(f"use_vllm=True cannot be combined with {what}: {why}.")
+    if args.use_vllm and args.rollout_engine != "vllm":
+        why = "let paths interact: set rollout_engine='vllm'" if args.mode != "none" else "have such modules"
+        raise ValueError(f"use_vllm=True cannot be combined with {what}: TRL's use of vLLM does not {why}.")
     if args.use_transformers_continuous_batching:
         raise ValueError(f"use_transformers_continuous_batching=True cannot be combined with {what}: set it to False.")
+
+
+def _check_rollout_engine(args: Any) -> None:
+    if args.rollout_engine not in ROLLOUT_ENGINES:
+        raise ValueError(f"rollout_engine={args.rollout_engine!r} is unknown; set one of {', '.join(ROLLOUT_ENGINES)}.")
+    if args.rollout_engine == "generate":
+        return
+    needed = {
+        "aslr_enabled": (args.aslr_enabled or False, False),  # vLLM's forward has no such modules
+        "vllm_mode": (args.vllm_mode, "colocate"),  # a server hands no record back
+        "vllm_tensor_parallel_size": (args.vllm_tensor_parallel_size, 1),
+        "vllm_model_impl": (args.vllm_model_impl, "vllm"),
+        "vllm_structured_outputs_regex": (args.vllm_structured_outputs_regex, None),
+        "generation_kwargs": (args.generation_kwargs or None, None),
+    }
+    for name, (value, allowed) in needed.items():
+        if value != allowed:
+            raise ValueError(f"{name}={value!r} cannot be combined with rollout_engine='vllm': set {allowed!r}.")
+    for package in ("vllm", "m3po_vllm"):
+        if find_spec(package) is None:
+            raise ValueError(f"rollout_engine='vllm' needs {package}, which is not installed: make env EXTRA=vllm.")
+    args.use_vllm = True
 
 
 def _prepare_gating(args: Any) -> None:

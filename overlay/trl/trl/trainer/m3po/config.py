@@ -17,6 +17,7 @@ from transformers.m3po.settings import DEFAULT_THOUGHT_TOP_K, RESIDUAL_MODES
 MODES = ("none", "m3po", "hrpo", "h3po")
 GATING_TRAININGS = ("embeddings", "logits")
 SHARING = ("auto", "true", "false")
+ROLLOUT_ENGINES = ("generate", "vllm")
 # The flags that say what a fresh residual gate starts with; of a model that has one, its config says it.
 RESIDUAL_GATE_START = ("thinking_residual_r_min", "thinking_residual_r_max")
 
@@ -123,6 +124,14 @@ class M3POArguments:
     gating_warmup_steps: int = field(
         default=0,
         metadata={"help": "Optimizer steps at the start in which a learnable gating function is trained alone."},
+    )
+    rollout_engine: str = field(
+        default="generate",
+        metadata={
+            "help": "What decodes the rollouts: `generate` of Transformers (or what TRL's own flags say), or `vllm`, "
+            "in the process of the trainer, with the thinking of the mode; it needs the extra vllm of the environment "
+            "(docs/engines.md) and sets use_vllm."
+        },
     )
     shared_prefix: str = field(
         default="false",

@@ -14,6 +14,10 @@ _HOMES = {
     "prepare_policy": ".modules",
     "GRPORollouts": ".rollouts",  # rollout, scoring passes, loss and saves call the methods of this one
     "create_optimizer": ".optimizer",
+    # `GRPOTrainer` and `VLLMGeneration`: the engine, and a rollout by it.
+    "vllm_rollouts": ".vllm_rollouts",
+    "make_engine": ".vllm_rollouts",
+    "roll_out": ".vllm_rollouts",
 }
 
 __all__ = [*_HOMES]

@@ -39,11 +39,12 @@ from .gating import (
 from .metrics import MetricsLog, distinct_answers
 from .modules import prepare_modules, prepare_reference
 from .sharing import check_prompts, choose_sharing, shared_inputs
+from .vllm_rollouts import check_whole
 
 logger = logging.get_logger(__name__)
 
-# Attributes of the trainer that move the rollouts out of a single call of `generate`.
-_OTHER_ROLLOUTS = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
+# Attributes of the trainer that move the rollouts out of a single call of `generate`, be it the model's or vLLM's.
+_OTHER_ROLLOUTS = ("use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
 
 
 class GRPORollouts:
@@ -63,7 +64,11 @@ class GRPORollouts:
         self.aslr = bool(trainer.args.aslr_enabled)
         # Rollouts that do not come from one call of `generate` leave no record that fits the batch.
         elsewhere = [name for name in _OTHER_ROLLOUTS if getattr(trainer, name, None)]
-        if not elsewhere:
+        # Of TRL's own use of vLLM there is no record.
+        self._vllm = trainer.vllm_generation.m3po if trainer.args.rollout_engine == "vllm" else None
+        if trainer.use_vllm and self._vllm is None:
+            elsewhere.append("use_vllm")
+        if not elsewhere and self._vllm is None:
             # The settings come with the state; what a model's own generation_config says of them does not count.
             trainer.generation_config.update(enable_cross_path=False, return_thinking_embeds=False)
             if self.aslr:
@@ -86,8 +91,7 @@ class GRPORollouts:
         self._records = not elsewhere
         # Unsloth's forward makes no logits.
         self._measures = not type(trainer).__name__.startswith("Unsloth")
-        self._state = M3POGenerationState()
-        self._group_ids = torch.arange(0)
+        self._generated = M3POGenerationState()
         self._metrics = MetricsLog(trainer)
         asked = self.settings is not None or self.aslr or trainer.args.shared_prefix != "false"
         if asked:  # shown by default: a run says with which values it trains
@@ -120,22 +124,17 @@ class GRPORollouts:
         if not self._records:
             return {}
         num_rows = len(inputs["input_ids"])
-        whole = num_rows % num_generations == 0
-        if self.mode in CROSS_PATH_MODES and not whole:
-            raise ValueError(
-                f"{num_rows} rollouts at a time are not whole groups of {num_generations}: make "
-                "per_device_eval_batch_size a multiple of num_generations_eval (or of num_generations)."
-            )
+        if self.mode in CROSS_PATH_MODES:
+            check_whole(num_rows, num_generations)
         first = self._trainer.accelerator.process_index * num_rows
-        self._group_ids = torch.arange(first, first + num_rows) // num_generations
-        self._state = M3POGenerationState(
-            group_ids=self._group_ids,
+        self._generated = M3POGenerationState(
+            group_ids=torch.arange(first, first + num_rows) // num_generations,
             settings=self.settings,
             tokenizer=self._trainer._tokenizer,
             inverse_cdf=self.shares_prefix and inputs["input_ids"].device.type == "cpu",
         )
-        arguments: dict[str, Any] = {"m3po": self._state}
-        if self.shares_prefix and whole:
+        arguments: dict[str, Any] = {"m3po": self._generated}
+        if self.shares_prefix and num_rows % num_generations == 0:
             base = getattr(model, "_orig_mod", model)  # what generate calls of a compiled model, and of an adapter's
             base = base.get_base_model() if isinstance(base, PeftModel) else base
             split = self._trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -199,6 +198,11 @@ class GRPORollouts:
         return blended_scores(model, base.base_model, model_inputs, labels, record, self.settings, temperature)
 
     @property
+    def _state(self) -> M3POGenerationState:
+        """Of the last rollout."""
+        return self._generated if self._vllm is None else self._vllm.state
+
+    @property
     def _num_paths(self) -> int:
         """N, the rows of a group, in a training or in an evaluation, as the trainer tells them apart."""
         trainer = self._trainer
@@ -241,7 +245,7 @@ class GRPORollouts:
         """
         record = self._state.record.pad(num_positions)
         if self.learns:
-            record.group_ids = self._group_ids.to(record.logps.device)
+            record.group_ids = self._state.group_ids.to(record.logps.device)
         return replace(record, bag_ids=None, bag_weights=None, gating=None) if self._blends_logits else record
 
     def _is_read(self, record: RolloutRecord) -> bool:
@@ -297,5 +301,5 @@ class GRPORollouts:
         completions = zip(completion_ids.cpu(), completion_mask.bool().cpu(), strict=True)
         tokens = [ids[mask].tolist() for ids, mask in completions]
         texts = self._trainer._tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        number = distinct_answers(texts, self._trainer.args.answer_start, self._group_ids.tolist())
+        number = distinct_answers(texts, self._trainer.args.answer_start, self._state.group_ids.tolist())
         self._metrics.log("distinct_answers", torch.tensor(number, device=completion_ids.device))

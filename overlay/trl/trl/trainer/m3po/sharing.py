@@ -60,6 +60,8 @@ def _adapter(model: Any) -> str | None:
 
 def _generation(trainer: Any, model: Any) -> str | None:
     """What `generate` would do otherwise from a cache that it is given, or to a prompt with a gap in it."""
+    if trainer.use_vllm:
+        return None  # the scoring passes alone share prompts; its engine has a cache of its own
     config, processors = generation_of(trainer, model)
     for name in ("cache_implementation", "prefill_chunk_size"):
         if getattr(config, name, None) is not None:

@@ -8,7 +8,7 @@ that it scores (`rows`, `forward_kwargs`). No other module knows the names of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -120,6 +120,15 @@ class RolloutRecord:
     def rows(self, rows: slice | torch.Tensor) -> RolloutRecord:
         """Some of its rows."""
         return self._map(lambda value: value[rows])
+
+    @classmethod
+    def join(cls, records: Sequence[RolloutRecord]) -> RolloutRecord:
+        """The rows of several records of one kind, each filled with zeros to the longest."""
+        length = max(record.logps.size(1) for record in records)
+        batches = [record.pad(length).to_batch() for record in records]
+        joined = cls.from_batch({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+        assert joined is not None
+        return joined
 
     def without_gradient(self) -> RolloutRecord:
         """For a pass without gradient, which takes the weights of the bags as they were rolled out."""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts by vLLM in the trainer's process (`rollout_engine: vllm`): what the hooks in `vllm_generation.py` call.
+
+In a thinking mode the engine has the plugin `m3po_vllm`, each row says its group, and the record of the rollout is
+taken from the engine. In mode `none` the engine is vLLM's own and the record is of its log-probs.
+"""
+
+from __future__ import annotations
+
+import os
+from copy import copy
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers.m3po import M3POGenerationState
+from transformers.m3po.modules import ASLR, GATING, HYPER_CONNECTIONS, RESIDUAL_GATE
+from transformers.m3po.thinking.record import RolloutRecord
+
+from .config import thinking_settings
+
+# Read by vLLM when it makes an engine, unless set: the model runner that the plugin knows, in this process; on a CPU on
+# the trainer's threads, with 2 GiB of keys and values.
+_ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+}
+
+
+class VLLMRollouts:
+    """The rollouts of a trainer whose engine is vLLM.
+
+    Args:
+        args: the `GRPOConfig`.
+
+    Attributes:
+        state: record, statistics and groups of the last rollout, as `generate` leaves them.
+    """
+
+    def __init__(self, args: Any):
+        self._args, self._settings = args, thinking_settings(args)
+        self._begun = 0
+        self.state = M3POGenerationState()
+
+    def make_engine(self, kind: Any, generation: Any, **arguments: Any) -> Any:
+        """The engine for a policy, of its dtype and with the mode.
+
+        The policy's weights are given to it before every rollout, so that it reads none: only configuration and
+        tokenizer are written for it, wherever the policy came from.
+
+        Args:
+            kind: `vllm.LLM`.
+            generation: the `VLLMGeneration`.
+            arguments: what upstream would make it with.
+
+        Raises:
+            ValueError: vLLM or the plugin does not know the model, or has not all of its modules.
+        """
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from m3po_vllm import engine_arguments
+        from m3po_vllm.loader import FROM_TRAINER
+
+        args, model = self._args, generation.model
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        architecture = type(model).__name__
+        for modules in (ASLR, HYPER_CONNECTIONS, *((RESIDUAL_GATE, GATING) if self._settings is None else ())):
+            if modules.on(model):
+                raise ValueError(
+                    f"use_vllm=True: the model has {modules.article}, which vLLM's forward has not in mode "
+                    f"{args.mode!r}; set use_vllm=False."
+                )
+        arguments["dtype"] = "bfloat16" if args.bf16 else "float16" if args.fp16 else model.dtype
+        arguments["load_format"] = FROM_TRAINER
+        # Behind prompts of the longest length that there can be, a group is still taken whole.
+        longest = (args.vllm_max_model_length or 0) - generation.max_completion_length
+        paths = max(args.num_generations, args.num_generations_eval or 0)
+        arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], paths * longest)
+        if generation.accelerator.device.type == "cpu":
+            arguments["enforce_eager"] = True  # its compiler would take minutes for a run of minutes
+        if self._settings is not None:
+            numbers = self._settings.hyperparameters()
+            arguments |= engine_arguments(numbers, architecture, sampling_temperature=args.temperature)
+        with TemporaryDirectory() as folder:
+            config = copy(model.config)
+            config.architectures = [architecture]
+            config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+            generation.processing_class.save_pretrained(folder)
+            return kind(**{**arguments, "model": folder})
+
+    def roll_out(self, generation: Any, prompts: list[Any], sampling_params: Any, num_generations: int) -> list[Any]:
+        """`LLM.generate`, the rows of a group tagged as such; keeps the record of the rollout.
+
+        Args:
+            generation: the `VLLMGeneration`.
+            prompts: B of them, the copies of a prompt side by side.
+            sampling_params: of all rows.
+            num_generations: N, copies of a prompt.
+
+        Raises:
+            ValueError: N does not divide B, and the mode needs whole groups.
+        """
+        rows, device = len(prompts), generation.accelerator.device
+        first = generation.accelerator.process_index * rows
+        self.state = M3POGenerationState(group_ids=torch.arange(first, first + rows) // num_generations)
+        if self._settings is None:
+            outputs = generation.llm.generate(prompts, sampling_params=sampling_params, use_tqdm=False)
+            self.state.record = _plain_record(outputs, device)
+            return outputs
+        from m3po_vllm.requests import GROUP, PATH, PATHS, RECORD
+
+        check_whole(rows, num_generations)
+        groups = [f"rollout {self._begun}, {row}" for row in range(0, rows, num_generations)]
+        self._begun += 1
+        tagged = []
+        for row in range(rows):
+            group, path = divmod(row, num_generations)
+            tagged.append(copy(sampling_params))
+            tagged[-1].extra_args = {PATHS: num_generations, GROUP: groups[group], PATH: path, RECORD: True}
+        outputs = generation.llm.generate(prompts, sampling_params=tagged, use_tqdm=False)
+        self.state.record, statistics = generation.llm.collective_rpc("take_m3po_records", args=(groups,))[0]
+        self.state.statistics = {name: torch.tensor(value, device=device) for name, value in statistics.items()}
+        return outputs
+
+
+def _plain_record(outputs: list[Any], device: torch.device) -> RolloutRecord:
+    """The log-probs of the tokens of plain requests, one a row."""
+    rows = [
+        torch.tensor([of[token].logprob for token, of in zip(one.token_ids, one.logprobs, strict=True)])
+        for one in (output.outputs[0] for output in outputs)
+    ]
+    return RolloutRecord(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device))
+
+
+def check_whole(rows: int, num_generations: int) -> None:
+    """Refuses B = `rows` of a rollout that are not whole groups of N = `num_generations`."""
+    if rows % num_generations:
+        raise ValueError(
+            f"{rows} rollouts at a time are not whole groups of {num_generations}: make "
+            "per_device_eval_batch_size a multiple of num_generations_eval (or of num_generations)."
+        )
+
+
+def vllm_rollouts(args: Any) -> VLLMRollouts | None:
+    """Hook in `GRPOTrainer`: what it gives its `VLLMGeneration`; None where that is as upstream has it."""
+    return VLLMRollouts(args) if args.rollout_engine == "vllm" else None
+
+
+def make_engine(kind: Any, generation: Any) -> Any:
+    """Hook in `_init_vllm`, in place of `LLM`: what makes the engine."""
+    return kind if generation.m3po is None else partial(generation.m3po.make_engine, kind, generation)
+
+
+def roll_out(generation: Any, prompts: list[Any], sampling_params: Any, num_generations: int) -> list[Any]:
+    """Hook in `generate`, in place of `llm.generate`."""
+    if generation.m3po is None:
+        return generation.llm.generate(prompts, sampling_params=sampling_params, use_tqdm=False)
+    return generation.m3po.roll_out(generation, prompts, sampling_params, num_generations)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real runs of GRPO whose rollouts vLLM decodes: the policy pass scores what the engine has sampled, in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_grpo
+from peft import LoraConfig
+from trl import GRPOTrainer
+from vllm_engine import shut_down
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # vLLM's least head
+STRONG = {"cross_path_lambda": 0.5, "thinking_residual_r_min": 0.3, "thinking_residual_r_max": 0.6}
+RATES = {"thinking_residual_gate_learning_rate": 1e-2, "gating_learning_rate": 1e-2}
+LENGTH = 24
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("llama", {}),
+    "m3po": ("qwen2", {}),
+    "hrpo": ("llama", {}),
+    "h3po": ("qwen3", {"shared_prefix": "auto"}),
+    "m3po, a gate that learns": ("llama", {"gating_type": "luong", "gating_config": {"rank": 4}}),
+    "hrpo, LoRA": ("qwen2", {"num_iterations": 2}),
+}
+
+
+@pytest.fixture
+def trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`trains(case, **flags)`: a trainer whose engine is shut down behind the test."""
+    monkeypatch.setattr(tiny_grpo, "SIZES", {**tiny_grpo.SIZES, **SIZES})
+    made: list[GRPOTrainer] = []
+
+    def make(case: str, **flags: Any) -> GRPOTrainer:
+        kind, own = CASES[case]
+        mode = case.partition(",")[0]
+        given = {
+            "mode": mode,
+            "rollout_engine": "vllm",
+            "max_steps": 3,
+            "max_completion_length": LENGTH,
+            **STRONG,
+            **RATES,
+            **own,
+            **flags,
+        }
+        lora = LoraConfig(r=4, target_modules="all-linear") if case.endswith("LoRA") else None
+        made.append(tiny_grpo.trainer(tmp_path, kind, flags=given, peft_config=lora))
+        return made[-1]
+
+    yield make
+    for run in made:
+        shut_down(run.vllm_generation.llm)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_policy_pass_scores_what_the_engine_has_sampled(trains: Any, case: str):
+    run = trains(case)
+    run.train()
+    # With two passes over a rollout only the first has the weights of the rollout.
+    differences = tiny_grpo.logged(run, "m3po/rollout_logp_diff_max")
+    assert len(differences) >= 2 and max(differences) < 1e-4
+    assert min(tiny_grpo.logged(run, "completions/min_length")) < LENGTH, "ragged ends"
+    if case.startswith(("m3po", "h3po")):
+        assert 1 <= tiny_grpo.logged(run, "m3po/active_paths")[0] <= run.num_generations
+        assert tiny_grpo.logged(run, "m3po/attention_entropy")[0] > 0
+    if case.startswith(("hrpo", "h3po")):
+        assert tiny_grpo.logged(run, "m3po/embeds_ratio")[0] < 1
+
+
+def test_weights_that_are_not_handed_on_are_seen(trains: Any):
+    run = trains("m3po")
+    hand_on, calls = run.vllm_generation.sync_weights, []
+    run.vllm_generation.sync_weights = lambda: calls.append(1) or (len(calls) == 1 and hand_on())
+    run.train()
+    first, *later = tiny_grpo.logged(run, "m3po/rollout_logp_diff_max")
+    assert first < 1e-4 and min(later) > 1e-2 and len(calls) == 3
+
+
+def test_a_model_with_modules_that_vllm_lacks_is_refused(trains: Any, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_grpo.with_aslr()
+    monkeypatch.setattr(tiny_grpo, "model", lambda kind: model)
+    with pytest.raises(ValueError, match=r"use_vllm=True: the model has ASLR, which vLLM's forward has not"):
+        trains("none")
