@@ -77,7 +77,14 @@ class TableState(M3POGenerationState):
 
 
 def generate(
-    model: Any, settings: ThinkingSettings | None, asked: list[list[int]], numbers: torch.Tensor, tokenizer: Any = None
+    model: Any,
+    settings: ThinkingSettings | None,
+    asked: list[list[int]],
+    numbers: torch.Tensor,
+    tokenizer: Any = None,
+    *,
+    ends: Sequence[int] = EOS,
+    greedy: bool = False,
 ) -> tuple[list[list[int]], RolloutRecord]:
     """The completions of `_sample` without what follows their end, and the record; plain ones without settings."""
     width, paths = max(map(len, asked)), 1 if settings is None else PATHS_OF_A_GROUP
@@ -90,15 +97,15 @@ def generate(
         input_ids=ids,
         attention_mask=torch.tensor(mask),
         m3po=state,
-        do_sample=True,
-        temperature=TEMPERATURE,
+        do_sample=not greedy,
+        temperature=None if greedy else TEMPERATURE,
         top_k=0,
         max_new_tokens=LENGTH,
-        eos_token_id=EOS,
+        eos_token_id=[*ends] or SIZE["vocab_size"],  # a token that there is not
         pad_token_id=0,
         return_dict_in_generate=True,
     ).sequences[:, width:]
-    lengths = [next((t + 1 for t, token in enumerate(row) if token in EOS), len(row)) for row in written.tolist()]
+    lengths = [next((t + 1 for t, token in enumerate(row) if token in ends), len(row)) for row in written.tolist()]
     return [row[:n] for row, n in zip(written.tolist(), lengths, strict=True)], state.record
 
 
@@ -126,6 +133,14 @@ class TableWorker(Worker):
             return draw(probs, torch.stack(numbers)).squeeze(-1)
 
         runner.sampler.draw = drawn
+
+
+class BagsWorker(Worker):
+    """Tells the bags of a group as JSON can."""
+
+    def take_bags(self, group: str) -> dict[str, Any]:
+        record, _ = self.take_m3po_records([group])
+        return {"ids": record.bag_ids.tolist(), "weights": record.bag_weights.tolist()}
 
 
 class Engine:

@@ -5,7 +5,7 @@
 
     worker_cls           m3po_vllm.worker.Worker          writes thinking inputs, and the record of them
     scheduler_cls        m3po_vllm.scheduler.Scheduler    keeps the paths of a group in step
-    logits_processors    m3po_vllm.requests:Admission     refuses what cannot be, before it starts
+    logits_processors    m3po_vllm.requests:Admission     refuses what cannot be, before it starts; or EveryRequest
     additional_config    {"m3po": the mode and its numbers}
 
 A request says its group in `SamplingParams(extra_args=...)`, see `requests.Tag`.
@@ -32,7 +32,11 @@ def register() -> None:
 
 
 def engine_arguments(
-    hyperparameters: dict[str, Any], architecture: str, *, sampling_temperature: float = 1.0
+    hyperparameters: dict[str, Any],
+    architecture: str,
+    *,
+    sampling_temperature: float = 1.0,
+    every_request: bool = False,
 ) -> dict[str, Any]:
     """What `vllm.LLM` is given for a thinking mode, beside the model.
 
@@ -40,6 +44,7 @@ def engine_arguments(
         hyperparameters: the mode and its numbers, as `ThinkingSettings.hyperparameters` and `m3po.json` have them.
         architecture: of the model's `config.json`.
         sampling_temperature: of the soft thoughts where tokens are chosen greedily.
+        every_request: whether requests think that do not say so, see `requests.EveryRequest`.
 
     Raises:
         ValueError: the model is of a family that the plugin does not know.
@@ -50,7 +55,7 @@ def engine_arguments(
     return {
         "worker_cls": "m3po_vllm.worker.Worker",
         "scheduler_cls": "m3po_vllm.scheduler.Scheduler",
-        "logits_processors": ["m3po_vllm.requests:Admission"],
+        "logits_processors": [f"m3po_vllm.requests:{'EveryRequest' if every_request else 'Admission'}"],
         "enable_prompt_embeds": True,
         "async_scheduling": False,
         "additional_config": {CONFIG: {**hyperparameters, "sampling_temperature": sampling_temperature}},

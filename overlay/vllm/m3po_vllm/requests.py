@@ -26,8 +26,8 @@ ABSENT = ("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs", 
 class Tag(NamedTuple):
     """Where a request belongs.
 
-    A request whose `SamplingParams.extra_args` have `m3po_paths` thinks, any other is plain. The `n` paths of one
-    request are a group by themselves; requests that are sent one by one say `m3po_group` and `m3po_path` too. With
+    A request whose `SamplingParams.extra_args` have `m3po_paths` above 0 thinks, any other is plain. The `n` paths of
+    one request are a group by themselves; requests that are sent one by one say `m3po_group` and `m3po_path` too. With
     `m3po_record` the record of the group is kept until it is taken (`Worker.take_m3po_records`).
 
     Attributes:
@@ -46,7 +46,7 @@ class Tag(NamedTuple):
     def of(cls, request_id: str, params: SamplingParams | None) -> Tag | None:
         """The tag of a request as the engine knows it; None of a plain one."""
         extra = (params.extra_args if params is not None else None) or {}
-        if PATHS not in extra:
+        if not extra.get(PATHS):
             return None
         paths, recorded = int(extra[PATHS]), bool(extra.get(RECORD))
         if GROUP in extra:
@@ -63,11 +63,11 @@ class Admission(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         extra = sampling_params.extra_args or {}
-        if PATHS not in extra:
+        paths = extra.get(PATHS, 0)
+        if not isinstance(paths, int) or paths < 0:
+            raise ValueError(f"{PATHS}={paths!r} is no whole number from 0 on; set the number of paths of the group.")
+        if paths == 0:
             return
-        paths = extra[PATHS]
-        if not isinstance(paths, int) or paths < 1:
-            raise ValueError(f"{PATHS}={paths!r} is no whole number from 1 on; set the number of paths of the group.")
         if GROUP not in extra and sampling_params.n != paths:
             raise ValueError(
                 f"{PATHS}={paths} of a request with n={sampling_params.n}: set both to the number of paths, or say "
@@ -79,10 +79,13 @@ class Admission(LogitsProcessor):
             if getattr(sampling_params, name) != plain:
                 raise ValueError(f"{name} cannot be combined with thinking inputs: leave it at {plain}.")
         for name in ABSENT:
-            if getattr(sampling_params, name):
+            # A stop text is seen behind the step that completes it: without peers nobody hears the tokens between.
+            if getattr(sampling_params, name) and not (name == "stop" and paths == 1):
                 raise ValueError(f"{name} cannot be combined with thinking inputs: leave it out.")
         if sampling_params.top_k > 0:
             raise ValueError("top_k cannot be combined with thinking inputs: leave it at 0.")
+
+    # What vLLM asks of every logits processor.
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         pass
@@ -95,3 +98,17 @@ class Admission(LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         pass
+
+
+class EveryRequest(Admission):
+    """The same for an engine all of whose requests think, each with its `n` paths as a group, unless it says another.
+
+    `m3po_paths: 0` makes a request plain.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        extra = sampling_params.extra_args or {}
+        if PATHS not in extra:
+            sampling_params.extra_args = {**extra, PATHS: sampling_params.n}
+        super().validate_params(sampling_params)

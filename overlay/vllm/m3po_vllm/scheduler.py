@@ -12,11 +12,16 @@ from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler as UpstreamScheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request
 
 from .requests import PATHS, Tag
+
+logger = init_logger(__name__)
 
 
 def tag_of(request: Request) -> Tag | None:
@@ -44,11 +49,18 @@ class Scheduler(UpstreamScheduler):
             if mend:
                 raise ValueError(f"{name} cannot be combined with thinking inputs: set it to {mend}.")
         self.waiting = _WholeGroups(self)
+        self._refused: list[Request] = []
 
     def add_request(self, request: Request) -> None:
         tag = tag_of(request)
         if tag is not None:
-            self._check_room(request, tag)
+            why = self._why_never(request, tag)
+            if why is not None:
+                if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+                    raise ValueError(why)
+                logger.error(why)  # an error here would end the engine for all of its clients
+                self._refused.append(request)
+                return
             # Keys and values behind the prompt hang on thinking inputs, which the tokens do not tell: no other request
             # may read them. Those of the prompt are still shared within the group.
             request.cache_salt = f"m3po {tag.group}"
@@ -56,12 +68,8 @@ class Scheduler(UpstreamScheduler):
             request.update_block_hashes()
         super().add_request(request)
 
-    def _check_room(self, request: Request, tag: Tag) -> None:
-        """Refuses a group that would wait for ever: alone in the engine it would not fit either.
-
-        Raises:
-            ValueError: it names the argument of the engine and what it has to be.
-        """
+    def _why_never(self, request: Request, tag: Tag) -> str | None:
+        """Why a group would wait for ever, with the argument of the engine and what it has to be; None if it fits."""
         needed = {
             "max_num_seqs": (tag.paths, self.max_num_active_reqs),
             "max_num_batched_tokens": (tag.paths * request.num_prompt_tokens, self.max_num_scheduled_tokens),
@@ -72,10 +80,22 @@ class Scheduler(UpstreamScheduler):
         }
         for name, (need, have) in needed.items():
             if need > have:
-                raise ValueError(
+                return (
                     f"{tag.paths} paths behind a prompt of {request.num_prompt_tokens} tokens need {name}={need}, and "
                     f"this engine has {have}."
                 )
+        return None
+
+    def has_requests(self) -> bool:
+        return super().has_requests() or bool(self._refused)
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(*args, **kwargs)
+        for request in self._refused:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR))
+        self._refused.clear()
+        return outputs
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self.waiting, _WholeGroups)

@@ -27,7 +27,7 @@ SERVABLE = {
 }
 NOT_SERVABLE = {
     mode: "its soft thoughts stay on at inference, and vLLM feeds back the sampled token's embedding alone and has no "
-    "residual gate; use model.generate of this overlay, or scripts/eval_gsm8k.sh"
+    "residual gate; use scripts/serve.sh or model.generate of this overlay, or scripts/eval_gsm8k.sh"
     for mode in ("hrpo", "h3po")
 }
 # Why a model that keeps some modules cannot be served, whatever its mode.
