@@ -19,9 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.m3po.shared_prefix import model_obstacle, shared_prefill
 
 from m3po_lab.core.errors import UserError, one_line
-from m3po_lab.evaluation.decoding import Decoding
+from m3po_lab.evaluation.decoding import Decoding, router_of_batch, router_statistics
 from m3po_lab.evaluation.folder import FinishedParts
-from m3po_lab.evaluation.router import router_of_batch, router_statistics
 from m3po_lab.evaluation.settings import AUTOCAST
 from m3po_lab.problems.data import Message
 

@@ -14,7 +14,7 @@ from m3po_lab.core.files import shown_path, write_json, write_text
 from m3po_lab.core.provenance import git_state
 from m3po_lab.core.stats import compare
 from m3po_lab.evaluation.agreement import agreement_line
-from m3po_lab.evaluation.router import router_line
+from m3po_lab.evaluation.decoding import router_line
 
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "math-verify", "reasoning-gym")
 KEPT = ("results", "versions", "n-shot", "n-samples", "configs", "router")  # of lm-eval's results
