@@ -105,6 +105,12 @@ def parser() -> OneLineFlags:
     flags.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="the dtype of the weights"
     )
+    flags.add_argument(
+        "--engine",
+        default="transformers",
+        choices=("transformers", "vllm"),
+        help="what decodes: generate of Transformers, or vLLM, which needs the extra vllm of the environment",
+    )
     flags.add_argument("--seed", type=int, default=0, help="the random seed of sampled paths and of ASLR's noise")
     flags.add_argument(
         "--output_dir", help="the folder of the results (default: evals/<model and options>-<their digest>)"

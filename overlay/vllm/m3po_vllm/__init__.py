@@ -16,6 +16,14 @@ from __future__ import annotations
 from typing import Any
 
 CONFIG = "m3po"  # in vLLM's additional_config
+# For an engine in the process that uses it, where it is not set: the model runner that the plugin knows; on a CPU the
+# threads of the process, and 2 GiB of keys and values.
+ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+}
 ARCHITECTURES = {
     "LlamaForCausalLM": "M3POLlamaForCausalLM",
     "Qwen2ForCausalLM": "M3POQwen2ForCausalLM",

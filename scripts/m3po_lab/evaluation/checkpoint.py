@@ -79,6 +79,12 @@ class Checkpoint:
         """The soft thoughts of a greedy path; None in the modes without."""
         return Thoughts.of_mode(self.settings, self.sampling_temperature)
 
+    def decoded_with(self, paths: Paths | None) -> ThinkingSettings | None:
+        """How it thinks when it is evaluated, as `paths` or as one path; None where it decodes plainly."""
+        if paths is not None:
+            return paths.settings
+        return None if self.thoughts is None else self.thoughts.settings
+
     def paths(self, number: int, seed: int) -> Paths | None:
         """How N paths of each problem are sampled; None for one path."""
         return None if number == 1 else Paths(number, self.sampling_temperature, self.settings, seed)

@@ -103,24 +103,27 @@ def run_tasks(
         limit: evaluate only the first problems of each task.
         finished: saves the batches that are done.
     """
-    if decoding.paths is not None:
-        for task in tasks:
-            decoding.paths.configure(task)
     with unchanged(model):
-        lm = EvaluatedModel(model, tokenizer, decoding, label, finished)
-        for task in tasks:
-            check_length(task, lm)
-        results = evaluate(
-            lm=lm,
-            task_dict={"tasks": {task.task_name: task for task in tasks}},
-            limit=limit,
-            apply_chat_template=True,
-            fewshot_as_multiturn=True,
-        )
-        return {**results, "router": lm.router}
+        return run_tasks_with(EvaluatedModel(model, tokenizer, decoding, label, finished), tasks, limit)
 
 
-def check_length(task: Task, lm: EvaluatedModel) -> None:
+def run_tasks_with(lm: Any, tasks: Sequence[Task], limit: int | None = None) -> dict[str, Any]:
+    """The same with a model of lm-eval's, see `InBatches`."""
+    for task in tasks:
+        if lm.decoding.paths is not None:
+            lm.decoding.paths.configure(task)
+        check_length(task, lm)
+    results = evaluate(
+        lm=lm,
+        task_dict={"tasks": {task.task_name: task for task in tasks}},
+        limit=limit,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    return {**results, "router": lm.router}
+
+
+def check_length(task: Task, lm: Any) -> None:
     """Refuse a model that cannot hold the completions of a task.
 
     Raises:

@@ -5,6 +5,7 @@ Of a training in several processes, all take part, in turns of one batch.
 """
 
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,42 +26,22 @@ from m3po_lab.evaluation.settings import AUTOCAST
 from m3po_lab.problems.data import Message
 
 
-class EvaluatedModel(HFLM):
-    """lm-eval's `HFLM` on a model in memory, with our progress bar; see `decoding` for how it decodes.
-
-    Args:
-        decoding: how it decodes.
-        label: text of the progress bar.
-        finished: saves the batches that are done.
+class InBatches:
+    """What our models have in common, whatever decodes: prompts, batches, progress, and parts that are done.
 
     Attributes:
+        tokenizer, decoding, label, finished, processes, batch_size: see `EvaluatedModel`.
         router: what ASLR did over all completions, see `router_statistics`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        decoding: Decoding,
-        label: str,
-        finished: FinishedParts | None = None,
-    ) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=decoding.rows,
-            mixed_precision_dtype=AUTOCAST[decoding.precision],
-            add_bos_token=False,  # the chat template has put in what belongs there
-        )
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.ends = sorted({tokenizer.eos_token_id, *ends})
-        self.decoding = decoding
-        self.label = label
-        self.finished = finished
-        self.processes = PartialState()
-        self.router: dict[str, float] = {}
-        self._router_of_batch: dict[str, float] = {}
+    tokenizer: Any
+    decoding: Decoding
+    label: str
+    finished: FinishedParts | None
+    processes: PartialState
+    batch_size: int
+    router: dict[str, float]
+    router_of_last: dict[str, float]
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as text. lm-eval's own drops a system turn that the template does not take; this one says so."""
@@ -73,18 +54,6 @@ class EvaluatedModel(HFLM):
             )
         except jinja2.exceptions.TemplateError as error:
             raise UserError(f"the model's chat template refuses this prompt: {one_line(error)}") from error
-
-    def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask (B, L). lm-eval's own cuts a long prompt from the left; this one refuses it."""
-        ids, mask = super().tok_batch_encode(strings, padding_side, None, **kwargs)
-        if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
-            raise UserError(
-                f"a prompt has {ids.shape[1]} tokens, and the model reads {self.max_length} with the completion; "
-                "take a model with a longer context, or fewer examples."
-            )
-        return ids, mask
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """lm-eval's generation, one of `batches` a call; those that `finished` has are taken from there."""
@@ -122,11 +91,64 @@ class EvaluatedModel(HFLM):
     def _generate_batch(self, number: int, requests: list[Any]) -> dict[str, Any]:
         if self.decoding.paths is not None:
             self.decoding.paths.seed_batch(number)
-        self._router_of_batch = {}
-        batch = {"texts": super().generate_until(requests, disable_tqdm=True), "router": self._router_of_batch}
+        self.router_of_last = {}
+        batch = {"texts": self.generate_batch(requests), "router": self.router_of_last}
         if self.finished is not None:
             self.finished.add(batch)
         return batch
+
+    @abstractmethod
+    def generate_batch(self, requests: list[Any]) -> list[str]:
+        """The completions of a batch."""
+
+
+class EvaluatedModel(InBatches, HFLM):
+    """lm-eval's `HFLM` on a model in memory, with our progress bar; see `decoding` for how it decodes.
+
+    Args:
+        decoding: how it decodes.
+        label: text of the progress bar.
+        finished: saves the batches that are done.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding,
+        label: str,
+        finished: FinishedParts | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=decoding.rows,
+            mixed_precision_dtype=AUTOCAST[decoding.precision],
+            add_bos_token=False,  # the chat template has put in what belongs there
+        )
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.ends = sorted({tokenizer.eos_token_id, *ends})
+        self.decoding = decoding
+        self.label = label
+        self.finished = finished
+        self.processes = PartialState()
+        self.router = {}
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (B, L). lm-eval's own cuts a long prompt from the left; this one refuses it."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, **kwargs)
+        if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
+            raise UserError(
+                f"a prompt has {ids.shape[1]} tokens, and the model reads {self.max_length} with the completion; "
+                "take a model with a longer context, or fewer examples."
+            )
+        return ids, mask
+
+    def generate_batch(self, requests: list[Any]) -> list[str]:
+        return HFLM.generate_until(self, requests, disable_tqdm=True)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -142,7 +164,7 @@ class EvaluatedModel(HFLM):
         rows = super()._model_generate(
             context, max_length, words, eos_token_id=self.ends, repetition_penalty=1.0, **generation_kwargs
         )
-        self._router_of_batch = {} if self.decoding.latent_paths is None else router_of_batch(state)
+        self.router_of_last = {} if self.decoding.latent_paths is None else router_of_batch(state)
         return rows
 
     def _shared_prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:

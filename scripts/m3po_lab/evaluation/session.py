@@ -16,10 +16,11 @@ from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import check_writable
 from m3po_lab.core.identity import named_content
 from m3po_lab.evaluation.agreement import agreement
+from m3po_lab.evaluation.by_vllm import check_engine, model_in_vllm
 from m3po_lab.evaluation.checkpoint import Checkpoint, describe_aslr
 from m3po_lab.evaluation.datasets import choose, make_task
 from m3po_lab.evaluation.decoding import Decoding
-from m3po_lab.evaluation.evaluate import run_tasks
+from m3po_lab.evaluation.evaluate import run_tasks, run_tasks_with
 from m3po_lab.evaluation.folder import FinishedParts, claim_results, weights_of
 from m3po_lab.evaluation.report import write_report
 from m3po_lab.evaluation.settings import SETTINGS_FILE, EvalSettings, demo_settings
@@ -49,6 +50,8 @@ def run_evaluation(options: argparse.Namespace, hyperparameters: Mapping[str, An
     model, tokenizer = load(options.model, options.dtype)
     paths = checkpoint.paths(options.num_paths, options.seed)
     checkpoint.check_modules(model, paths)
+    if options.engine == "vllm":
+        check_engine(model, options.aslr)
     evaluations = checkpoint.latent_paths(model, options.aslr, options.seed, options.aslr_max_iterations)
     if len(evaluations) > 1 and paths is not None:
         raise UserError(
@@ -63,6 +66,7 @@ def run_evaluation(options: argparse.Namespace, hyperparameters: Mapping[str, An
         **{name: value for name, value in checkpoint.stored.items() if name != "versions"},
         **asdict(settings),
         **{name: getattr(options, name) for name in ("num_fewshot", "limit", "num_paths", "seed", "aslr", "dtype")},
+        **({} if options.engine == "transformers" else {"engine": options.engine}),
         "ways": {name: None if aslr is None else aslr.overrides for name, aslr in evaluations.items()},
         "datasets": [named_content(name) for name in names],
         "batch_size": batch_size,
@@ -79,7 +83,12 @@ def run_evaluation(options: argparse.Namespace, hyperparameters: Mapping[str, An
         finished.append(FinishedParts(folder / file, [depends_on, *decoded]))
         label = "evaluation" if len(evaluations) == 1 else f"evaluation, ASLR {name}"
         try:
-            results[name] = run_tasks(model, tokenizer, tasks, decoding, label, options.limit, finished[-1])
+            if options.engine == "vllm":
+                given = (checkpoint.decoded_with(paths), checkpoint.sampling_temperature, decoding, label, finished[-1])
+                with model_in_vllm(model, tokenizer, *given, options.seed) as lm:
+                    results[name] = run_tasks_with(lm, tasks, options.limit)
+            else:
+                results[name] = run_tasks(model, tokenizer, tasks, decoding, label, options.limit, finished[-1])
         except ValueError as error:
             raise UserError(one_line(error)) from error
     header = {
@@ -89,6 +98,7 @@ def run_evaluation(options: argparse.Namespace, hyperparameters: Mapping[str, An
         "seed": options.seed,
         "aslr": options.aslr,
         "dtype": options.dtype,
+        "engine": options.engine,
         "precision": settings.precision,
         "device": model.device.type,
         "command": command,
@@ -132,6 +142,7 @@ def folder_name(options: argparse.Namespace) -> str:
         "paths": options.num_paths if options.num_paths > 1 else None,
         "seed": options.seed,
         "limit": options.limit,
+        "engine": None if options.engine == "transformers" else f"-{options.engine}",
         "aslr": options.aslr if with_aslr else None,
         "R": options.aslr_max_iterations if with_aslr else None,
     }

@@ -91,9 +91,7 @@ def export(
     comparison.check_merged(plain)
     for modules, keep in ((ASLR, aslr), (GATING, gating)):
         if modules.on(plain) and not keep:
-            for name in modules.names:
-                delattr(plain.base_model, name)
-            setattr(plain.config, modules.switch, False)
+            modules.remove(plain)
     if not has_aslr(plain):
         left_out = (ASLR.switch, *ASLR_HYPERPARAMETERS)
         hyperparameters = {name: value for name, value in hyperparameters.items() if name not in left_out}

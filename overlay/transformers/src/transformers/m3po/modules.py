@@ -53,6 +53,12 @@ class AddedModules(ABC):
         for name in self.names:
             getattr(target.base_model, name).load_state_dict(getattr(source.base_model, name).state_dict())
 
+    def remove(self, model: Any) -> None:
+        """Takes them off a model that has them; its configuration says so."""
+        for name in self.names:
+            delattr(model.base_model, name)
+        setattr(model.config, self.switch, False)
+
     @abstractmethod
     def add(self, model: Any) -> None:
         """Makes them on a base model if its configuration has them."""

@@ -20,15 +20,6 @@ from transformers.m3po.thinking.record import RolloutRecord
 
 from .config import thinking_settings
 
-# Read by vLLM when it makes an engine, unless set: the model runner that the plugin knows, in this process; on a CPU on
-# the trainer's threads, with 2 GiB of keys and values.
-_ENVIRONMENT = {
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-}
-
 
 class VLLMRollouts:
     """The rollouts of a trainer whose engine is vLLM.
@@ -59,9 +50,10 @@ class VLLMRollouts:
         Raises:
             ValueError: vLLM or the plugin does not know the model, or has not all of its modules.
         """
-        for name, value in _ENVIRONMENT.items():
+        from m3po_vllm import ENVIRONMENT, engine_arguments
+
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from m3po_vllm import engine_arguments
         from m3po_vllm.loader import FROM_TRAINER
 
         args, model = self._args, generation.model
