@@ -86,7 +86,6 @@ def engine(folder: str, mode: str, args: argparse.Namespace, architecture: str) 
     thinking = {}
     if mode != "none":
         thinking = engine_arguments(ThinkingSettings(mode=mode).hyperparameters(), architecture)
-        thinking["hf_overrides"]["thinking_residual_enabled"] = mode in RESIDUAL_MODES
     rows = args.num_prompts * args.num_paths
     size = {"max_model_len": 512, "max_num_seqs": rows, "max_num_batched_tokens": 64 * rows, "seed": args.seed}
     return LLM(folder, dtype=args.dtype, enforce_eager=True, **{**size, **thinking})
@@ -130,7 +129,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
     model, tokenizer = load_model(ModelConfig(model_name_or_path=args.model_name_or_path, dtype=args.dtype))
-    attach_residual_gate(model, r_min=0.99, r_max=0.999, seed=args.seed)
     model = model.eval()
     prompts = [f"What is {3 * i + 17} + {5 * i + 8}? Explain it step by step." for i in range(args.num_prompts)]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -139,11 +137,15 @@ def main(argv: list[str] | None = None) -> int:
     ragged = torch.linspace(args.length // 8, args.length, len(rows)).round().long()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
     shapes = {"full length": [args.length] * len(rows), "ragged ends": ragged[order].tolist()}
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with TemporaryDirectory() as folders:
+        for name in ("plain", "gated"):
+            if name == "gated":
+                attach_residual_gate(model, r_min=0.99, r_max=0.999, seed=args.seed)
+            model.save_pretrained(f"{folders}/{name}")
+            tokenizer.save_pretrained(f"{folders}/{name}")
         calls: dict[str, Callable[[list[int]], None]] = {}
         for mode in tqdm(args.modes, desc="engines", disable=None):
+            folder = f"{folders}/{'gated' if mode in RESIDUAL_MODES else 'plain'}"
             llm = engine(folder, mode, args, type(model).__name__)
             calls[f"vllm {mode}"] = partial(by_vllm, llm, rows, paths=args.num_paths, mode=mode)
             calls[f"generate {mode}"] = partial(by_generate, model, tokenizer, rows, paths=args.num_paths, mode=mode)
