@@ -393,3 +393,8 @@ def test_engines_that_split_the_gate_are_refused(tiny: Any, tmp_path: Path, monk
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="gating_type='luong' cannot be trained with FSDP.*Take DDP"):
         check_trainer(run, run.m3po.settings, [])
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_GPU)
+    check_trainer(run, run.m3po.settings, [])
+    run.args.gating_training = "logits"
+    with pytest.raises(ValueError, match="gating_training='logits' cannot be trained by several processes"):
+        check_trainer(run, run.m3po.settings, [])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hrpo": ("llama", {}),
     "h3po": ("qwen3", {"shared_prefix": "auto"}),
     "m3po, a gate that learns": ("llama", {"gating_type": "luong", "gating_config": {"rank": 4}}),
+    "m3po, logits": ("llama", {"gating_type": "luong", "gating_config": {"rank": 4}, "gating_training": "logits"}),
     "hrpo, LoRA": ("qwen2", {"num_iterations": 2}),
 }
 
@@ -53,6 +55,8 @@ def trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield make
     for run in made:
         shut_down(run.vllm_generation.llm)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them for vLLM; the next trainer would start DDP
+        os.environ.pop(name, None)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,7 +65,9 @@ def test_the_policy_pass_scores_what_the_engine_has_sampled(trains: Any, case: s
     run.train()
     # With two passes over a rollout only the first has the weights of the rollout.
     differences = tiny_grpo.logged(run, "m3po/rollout_logp_diff_max")
-    assert len(differences) >= 2 and max(differences) < 1e-4
+    assert len(differences) >= 2
+    if not case.endswith("logits"):  # that is another policy than the one that is rolled out
+        assert max(differences) < 1e-4
     assert min(tiny_grpo.logged(run, "completions/min_length")) < LENGTH, "ragged ends"
     if case.startswith(("m3po", "h3po")):
         assert 1 <= tiny_grpo.logged(run, "m3po/active_paths")[0] <= run.num_generations

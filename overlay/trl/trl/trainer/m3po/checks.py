@@ -120,6 +120,11 @@ def _check_gating(trainer: Any) -> None:
             "function outside the forward pass, where its parameters are split over the processes. Take DDP "
             "(configs/accelerate), or a gating function without parameters."
         )
+    if args.gating_training == "logits" and engine != DistributedType.NO:
+        raise ValueError(
+            "gating_training='logits' cannot be trained by several processes: it reads the gating function behind the "
+            "model's forward, where DDP does not see it. Train in one process, or set gating_training='embeddings'."
+        )
     if args.gating_training == "logits" and type(trainer).__name__.startswith("Unsloth"):
         raise ValueError(
             "gating_training='logits' blends output distributions, which Unsloth's log-prob pass never makes; "
