@@ -22,6 +22,7 @@ def test_every_change_has_to_pass_the_ci_script() -> None:
     assert content["on"]["push"] == {"branches": ["main"]} and "pull_request" in content["on"]
     assert content["jobs"]["ci"]["steps"][-1] == {"run": "bash .ci/run"}
     assert (ROOT / ".ci" / "run").is_file()
+    assert content["jobs"]["vllm"]["steps"][-1] == {"run": "make test-vllm"}
 
 
 def test_every_upstream_is_checked_against_its_newest_release_every_week() -> None:
