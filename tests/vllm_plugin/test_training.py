@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_grpo
+import torch
 from peft import LoraConfig
 from trl import GRPOTrainer
 from vllm_engine import shut_down
@@ -31,7 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`trains(case, **flags)`: a trainer whose engine is shut down behind the test."""
+    """`trains(case, **flags)`: a trainer; the engine of the last one is shut down behind the test."""
     monkeypatch.setattr(tiny_grpo, "SIZES", {**tiny_grpo.SIZES, **SIZES})
     made: list[GRPOTrainer] = []
 
@@ -53,8 +54,8 @@ def trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return made[-1]
 
     yield make
-    for run in made:
-        shut_down(run.vllm_generation.llm)
+    if made:
+        shut_down(made[-1].vllm_generation.llm)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them for vLLM; the next trainer would start DDP
         os.environ.pop(name, None)
 
@@ -83,6 +84,24 @@ def test_weights_that_are_not_handed_on_are_seen(trains: Any):
     run.train()
     first, *later = tiny_grpo.logged(run, "m3po/rollout_logp_diff_max")
     assert first < 1e-4 and min(later) > 1e-2 and len(calls) == 3
+
+
+def test_a_resumed_run_has_the_tokens_and_the_weights_of_the_uninterrupted_one(trains: Any, tmp_path: Path):
+    flags = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = trains("m3po", **flags)
+    kept = tiny_grpo.keep_batches(whole)
+    whole.train()
+    weights = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    shut_down(whole.vllm_generation.llm)
+    torch.manual_seed(12345)
+    resumed = trains("m3po", **flags)
+    later = tiny_grpo.keep_batches(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(kept) == 4 and len(later) == 2
+    for one, other in zip(kept[2:], later, strict=True):
+        assert torch.equal(one["completion_ids"], other["completion_ids"])
+        assert torch.equal(one["rollout_bag_ids"], other["rollout_bag_ids"])
+    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in weights.items())
 
 
 def test_a_model_with_modules_that_vllm_lacks_is_refused(trains: Any, monkeypatch: pytest.MonkeyPatch):
