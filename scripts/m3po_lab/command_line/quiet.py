@@ -16,6 +16,7 @@ def silence_known_noise() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a command sends nothing anywhere
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning at a fork
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a hundred lines on an engine at its start
     for name in (
         "torchao",
         "bitsandbytes.backends.cpu.ops",  # which of its parts a CPU lacks
@@ -29,3 +30,6 @@ def silence_known_noise() -> None:
     disable_progress_bar()  # that of the training is not one of these
     # A dependency of reasoning-gym compares with `is`; Python says so when it first compiles the file.
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*cellpylib")
+    # Each time it asks whether vLLM is there; the plugin is tested with the pinned one.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils.*")
