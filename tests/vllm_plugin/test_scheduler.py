@@ -107,6 +107,8 @@ def test_no_request_reads_keys_and_values_that_hang_on_thinking_inputs(engines: 
         ({"repetition_penalty": 1.1}, {GROUP: "g", PATH: 0}, "repetition_penalty cannot be combined"),
         ({}, {"m3po_paths": -1}, "m3po_paths=-1 is no whole number from 0 on"),
         ({"n": 2}, {}, "m3po_paths=4 of a request with n=2"),
+        ({}, {GROUP: "g", PATH: "x"}, "m3po_path='x' is none of the 4 paths of a group"),
+        ({}, {GROUP: "g", PATH: 4}, "m3po_path=4 is none of the 4 paths of a group"),
         ({"n": 4}, {GROUP: "g", PATH: 0}, "n=4 of a request that says its m3po_group"),
     ],
 )
@@ -122,9 +124,12 @@ def test_what_cannot_be_served_is_refused_before_it_starts(
 def test_a_group_that_can_never_fit_is_refused_with_the_number_to_raise(engines: Any, tmp_path: Path) -> None:
     model = checkpoint(tmp_path, "llama", "m3po")
     for scarce, message in (
-        ({"max_num_seqs": 3}, "4 paths behind a prompt of 4 tokens need max_num_seqs=4, and this engine has 3"),
-        ({"max_num_batched_tokens": 15, "max_model_len": 15, "max_num_seqs": 15}, "need max_num_batched_tokens=16"),
-        ({"num_gpu_blocks_override": 4}, "need num_gpu_blocks_override=5, and this engine has 4"),
+        ({"max_num_seqs": 3}, "4 paths behind a prompt of 4 tokens need 4 max_num_seqs, and this engine has 3"),
+        ({"max_num_batched_tokens": 15, "max_model_len": 15, "max_num_seqs": 15}, "need 16 max_num_batched_tokens"),
+        (
+            {"num_gpu_blocks_override": 4},
+            "need 5 blocks of the cache, and this engine has 4: raise VLLM_CPU_KVCACHE_SPACE",
+        ),
     ):
         engine = engines(tmp_path, type(model).__name__, SETTINGS, **scarce)
         with pytest.raises(ValueError, match=message):

@@ -166,7 +166,7 @@ def test_the_paths_of_a_request_are_a_group_and_a_request_may_be_plain(serve: An
         tokens({}, top_p=0.5)
     with pytest.raises(APIError):  # more paths than seats: the log names the argument
         tokens({PATHS: 2000, GROUP: "g", PATH: 0})
-    assert "2000 paths behind a prompt of 4 tokens need max_num_seqs=2000" in server.log.read_text()
+    assert "2000 paths behind a prompt of 4 tokens need 2000 max_num_seqs" in server.log.read_text()
     assert tokens({}, temperature=0.0) == [thought], "the server goes on"
 
 

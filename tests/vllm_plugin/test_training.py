@@ -25,6 +25,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hrpo": ("llama", {}),
     "h3po": ("qwen3", {"shared_prefix": "auto"}),
     "m3po, a gate that learns": ("llama", {"gating_type": "luong", "gating_config": {"rank": 4}}),
+    "m3po, a gate on embeddings": (
+        "qwen2",
+        {"gating_type": "bahdanau", "gating_config": {"attention_dim": 4, "project_embeddings": True}},
+    ),
+    "m3po, another group": ("llama", {"gating_type": "shuffled", "vllm_max_model_length": 64}),
     "m3po, logits": ("llama", {"gating_type": "luong", "gating_config": {"rank": 4}, "gating_training": "logits"}),
     "hrpo, LoRA": ("qwen2", {"num_iterations": 2}),
 }
@@ -36,7 +41,7 @@ def trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(tiny_grpo, "SIZES", {**tiny_grpo.SIZES, **SIZES})
     made: list[GRPOTrainer] = []
 
-    def make(case: str, **flags: Any) -> GRPOTrainer:
+    def make(case: str, lora: LoraConfig | None = None, **flags: Any) -> GRPOTrainer:
         kind, own = CASES[case]
         mode = case.partition(",")[0]
         given = {
@@ -49,7 +54,8 @@ def trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             **own,
             **flags,
         }
-        lora = LoraConfig(r=4, target_modules="all-linear") if case.endswith("LoRA") else None
+        if case.endswith("LoRA") and lora is None:
+            lora = LoraConfig(r=4, target_modules="all-linear")
         made.append(tiny_grpo.trainer(tmp_path, kind, flags=given, peft_config=lora))
         return made[-1]
 
@@ -104,8 +110,26 @@ def test_a_resumed_run_has_the_tokens_and_the_weights_of_the_uninterrupted_one(t
     assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in weights.items())
 
 
+def test_prompts_that_are_too_long_to_begin_together_are_one_line(trains: Any):
+    run = trains("m3po")
+    run.vllm_generation.m3po._most_tokens = 40
+    with pytest.raises(
+        ValueError, match=r"4 of them are read in one step, in which this engine reads 40: set vllm_max"
+    ):
+        run.train()
+
+
+def test_an_adapter_that_parts_head_and_embeddings_is_refused(trains: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(tiny_grpo.SIZES, "tie_word_embeddings", True)
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"the adapter trains lm_head of a model whose head and embeddings are one"):
+        trains("hrpo, LoRA", adapter)
+
+
 def test_a_model_with_modules_that_vllm_lacks_is_refused(trains: Any, monkeypatch: pytest.MonkeyPatch):
     model = tiny_grpo.with_aslr()
     monkeypatch.setattr(tiny_grpo, "model", lambda kind: model)
-    with pytest.raises(ValueError, match=r"use_vllm=True: the model has ASLR, which vLLM's forward has not"):
+    with pytest.raises(
+        ValueError, match=r"rollout_engine='vllm': the model has ASLR, which vLLM's forward has not; set"
+    ):
         trains("none")

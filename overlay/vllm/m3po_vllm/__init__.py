@@ -55,11 +55,14 @@ def engine_arguments(
         every_request: whether requests think that do not say so, see `requests.EveryRequest`.
 
     Raises:
-        ValueError: the model is of a family that the plugin does not know.
+        ValueError: the model is of a family that the plugin does not know, or a request by itself has not what the
+            gating function hears.
     """
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"vLLM carries no thinking inputs into a {architecture}; it does into {known}.")
+    if every_request and hyperparameters.get("gating_type") == "shuffled":
+        raise ValueError("gating_type='shuffled' hears the paths of another group, which a request has not.")
     return {
         "worker_cls": "m3po_vllm.worker.Worker",
         "scheduler_cls": "m3po_vllm.scheduler.Scheduler",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 PATHS, GROUP, PATH, RECORD = "m3po_paths", "m3po_group", "m3po_path", "m3po_record"  # in SamplingParams.extra_args
@@ -20,7 +20,10 @@ PLAIN: dict[str, Any] = {
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
 }
-ABSENT = ("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs", "stop")
+ABSENT = (
+    *("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs", "stop"),
+    *("repetition_detection", "thinking_token_budget"),
+)
 
 
 class Tag(NamedTuple):
@@ -75,12 +78,15 @@ class Admission(LogitsProcessor):
             )
         if GROUP in extra and sampling_params.n != 1:
             raise ValueError(f"n={sampling_params.n} of a request that says its {GROUP}: send each path by itself.")
+        path = extra.get(PATH, 0)
+        if not isinstance(path, int) or not 0 <= path < paths:
+            raise ValueError(f"{PATH}={path!r} is none of the {paths} paths of a group; give each its own, from 0 on.")
         for name, plain in PLAIN.items():
             if getattr(sampling_params, name) != plain:
                 raise ValueError(f"{name} cannot be combined with thinking inputs: leave it at {plain}.")
         for name in ABSENT:
             # A stop text is seen behind the step that completes it: without peers nobody hears the tokens between.
-            if getattr(sampling_params, name) and not (name == "stop" and paths == 1):
+            if getattr(sampling_params, name, None) not in (None, [], {}) and not (name == "stop" and paths == 1):
                 raise ValueError(f"{name} cannot be combined with thinking inputs: leave it out.")
         if sampling_params.top_k > 0:
             raise ValueError("top_k cannot be combined with thinking inputs: leave it at 0.")
@@ -109,6 +115,8 @@ class EveryRequest(Admission):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         extra = sampling_params.extra_args or {}
+        if extra.get(RECORD) and not envs.VLLM_SERVER_DEV_MODE:
+            raise ValueError(f"{RECORD} is for an engine in a program: nobody could take the record from a server.")
         if PATHS not in extra:
             sampling_params.extra_args = {**extra, PATHS: sampling_params.n}
         super().validate_params(sampling_params)

@@ -189,8 +189,10 @@ class Rollouts:
         Raises:
             KeyError: no record is kept of such a group.
         """
-        cohorts = [self._kept.pop(group) for group in groups]
+        cohorts = [self._kept[group] for group in groups]
         record = RolloutRecord.join([cohort.record_of(group) for cohort, group in zip(cohorts, groups, strict=True)])
+        for group in groups:
+            del self._kept[group]
         sums: dict[str, list[float]] = {}
         for cohort in {id(cohort): cohort for cohort in cohorts}.values():
             for name, value in cohort.statistics().items():

@@ -57,7 +57,7 @@ def thinking(runner: Any) -> Any:
             if tag is None or state.output_token_ids:
                 return None
             room = self.max_model_len - state.num_prompt_tokens
-            stops = frozenset() if params.ignore_eos else params.all_stop_token_ids
+            stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else params.all_stop_token_ids)}
             return Member(request, tag, min(params.max_tokens, room), frozenset(stops), params.temperature < GREEDY)
 
     return ThinkingRunner

@@ -38,6 +38,7 @@ class Sampler(UpstreamSampler):
             self.scores = logits / torch.where(temperature < GREEDY, 1.0, temperature).unsqueeze(-1)
         self.probs = self.scores.softmax(-1)
         shaped = sampling_metadata.top_k is not None or sampling_metadata.top_p is not None
+        shaped |= any(getattr(part, "min_p_count", 0) for part in sampling_metadata.logitsprocs.argmax_invariant)
         if not sampling_metadata.all_random or shaped or sampling_metadata.generators:
             return super().sample(logits.clone(), sampling_metadata, logprobs_mode_override)
         mode = logprobs_mode_override or self.logprobs_mode

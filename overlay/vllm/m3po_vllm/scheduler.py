@@ -7,19 +7,21 @@ token, so that none is ever taken out again. From there on the scheduler of vLLM
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
 from vllm import envs
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler as UpstreamScheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
+from .groups import Groups
 from .requests import PATHS, Tag
+from .sampler import GREEDY
 
 logger = init_logger(__name__)
 
@@ -38,29 +40,40 @@ class Scheduler(UpstreamScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.vllm_config
+        parallel, scheduling = config.parallel_config, config.scheduler_config
         wrong = {
             "scheduling_policy": self.policy.value != "fcfs" and "fcfs",
-            "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size > 1 and "1",
-            "tensor_parallel_size": config.parallel_config.tensor_parallel_size > 1 and "1",
+            "pipeline_parallel_size": parallel.pipeline_parallel_size > 1 and "1",
+            "tensor_parallel_size": parallel.tensor_parallel_size > 1 and "1",
+            "data_parallel_size": parallel.data_parallel_index > 0 and "1",
+            "long_prefill_token_threshold": scheduling.long_prefill_token_threshold > 0 and "0",
+            "watermark": scheduling.watermark > 0 and "0",
+            "enable_lora": config.lora_config is not None and "False, and merge the adapter",
             "speculative_config": config.speculative_config is not None and "None",
             "kv_transfer_config": self.connector is not None and "None",
         }
         for name, mend in wrong.items():
             if mend:
                 raise ValueError(f"{name} cannot be combined with thinking inputs: set it to {mend}.")
+        self.groups = Groups(self.requests)
         self.waiting = _WholeGroups(self)
         self._refused: list[Request] = []
 
     def add_request(self, request: Request) -> None:
         tag = tag_of(request)
         if tag is not None:
-            why = self._why_never(request, tag)
+            assert request.sampling_params is not None
+            why = self.groups.add(tag, request.request_id, request.sampling_params.temperature < GREEDY)
             if why is not None:
-                if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-                    raise ValueError(why)
-                logger.error(why)  # an error here would end the engine for all of its clients
-                self._refused.append(request)
-                return
+                return self._refuse(why, [request])
+            group = self.groups[tag.group]
+            never = self._why_never(request, tag)
+            if never is not None:
+                self.groups.refuse(group, never)
+            if group.refused is not None:
+                # Those that wait for it would wait for ever.
+                peers = self.finish_requests(self.groups.alive(group), RequestStatus.FINISHED_ABORTED)
+                return self._refuse(group.refused, [*peers, request])
             # Keys and values behind the prompt hang on thinking inputs, which the tokens do not tell: no other request
             # may read them. Those of the prompt are still shared within the group.
             request.cache_salt = f"m3po {tag.group}"
@@ -68,21 +81,34 @@ class Scheduler(UpstreamScheduler):
             request.update_block_hashes()
         super().add_request(request)
 
+    def _refuse(self, why: str, requests: list[Request]) -> None:
+        """Ends requests with an error.
+
+        Raises:
+            ValueError: the engine is in the process of who asks; in another one it would end for all of its clients.
+        """
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            raise ValueError(why)
+        logger.error(why)
+        self._refused += requests
+
     def _why_never(self, request: Request, tag: Tag) -> str | None:
         """Why a group would wait for ever, with the argument of the engine and what it has to be; None if it fits."""
+        blocks = tag.paths * self.blocks_at_most([request]) + 1
         needed = {
-            "max_num_seqs": (tag.paths, self.max_num_active_reqs),
-            "max_num_batched_tokens": (tag.paths * request.num_prompt_tokens, self.max_num_scheduled_tokens),
-            "num_gpu_blocks_override": (
-                tag.paths * self.blocks_at_most([request]) + 1,
+            "max_num_seqs": (tag.paths, self.max_num_active_reqs, ""),
+            "max_num_batched_tokens": (tag.paths * request.num_prompt_tokens, self.max_num_scheduled_tokens, ""),
+            "blocks of the cache": (
+                blocks,
                 self.kv_cache_config.num_blocks,
+                ": raise VLLM_CPU_KVCACHE_SPACE or gpu_memory_utilization, or lower max_tokens",
             ),
         }
-        for name, (need, have) in needed.items():
+        for name, (need, have, mend) in needed.items():
             if need > have:
                 return (
-                    f"{tag.paths} paths behind a prompt of {request.num_prompt_tokens} tokens need {name}={need}, and "
-                    f"this engine has {have}."
+                    f"{tag.paths} paths behind a prompt of {request.num_prompt_tokens} tokens need {need} {name}, and "
+                    f"this engine has {have}{mend}."
                 )
         return None
 
@@ -99,6 +125,7 @@ class Scheduler(UpstreamScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self.waiting, _WholeGroups)
+        self.groups.forget()
         self.waiting.open()
         return super().schedule(*args, **kwargs)
 
@@ -117,14 +144,7 @@ class _WholeGroups(FCFSRequestQueue):
     def __init__(self, scheduler: Scheduler) -> None:
         super().__init__()
         self._scheduler = scheduler
-        self._arrived: Counter[str] = Counter()  # paths of each waiting group, those that were taken back too
         self._admitted = 0
-
-    def add_request(self, request: Request) -> None:
-        tag = tag_of(request)
-        if tag is not None:
-            self._arrived[tag.group] += 1
-        super().add_request(request)
 
     def pop_request(self) -> Request:
         self._admitted -= 1
@@ -136,6 +156,9 @@ class _WholeGroups(FCFSRequestQueue):
     def open(self) -> None:
         """At the beginning of a step: puts the requests that are admitted in it before all others."""
         scheduler = self._scheduler
+        self._admitted = 0
+        if scheduler.pause_state != PauseState.UNPAUSED:
+            return
         running = list(scheduler.running)
         seats = scheduler.max_num_active_reqs - len(running)
         tokens = scheduler.max_num_scheduled_tokens - sum(map(_tokens_to_come, running))
@@ -143,7 +166,7 @@ class _WholeGroups(FCFSRequestQueue):
         admitted: list[Request] = []
         for unit in self._units():
             tag = tag_of(unit[0])
-            if tag is not None and self._arrived[tag.group] < tag.paths:
+            if tag is not None and not scheduler.groups[tag.group].arrived:
                 continue  # its other paths are on their way
             seats -= len(unit)
             tokens -= sum(map(_tokens_to_come, unit))
@@ -152,7 +175,7 @@ class _WholeGroups(FCFSRequestQueue):
                 break
             admitted += unit
             if tag is not None:
-                del self._arrived[tag.group]
+                scheduler.groups[tag.group].begun = True
                 if len(unit) < tag.paths:  # some were taken back while the group waited
                     for request in unit:
                         _say_paths(request, len(unit))

@@ -226,9 +226,18 @@ def summarise(
         "config": changed_values(run),
         "flags": with_acting(about["flags"], run.training),
         "parts": about["parts"],
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in PACKAGES} | vllm_version(run.training),
         "device": str(trainer.accelerator.device),
     }
+
+
+def vllm_version(training: Any) -> dict[str, str]:
+    """That of vLLM, where it has decoded the rollouts; {} else."""
+    if not training.use_vllm:
+        return {}
+    from vllm import __version__
+
+    return {"vllm": __version__}
 
 
 def completion_lines(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers.m3po import M3POGenerationState
+from transformers.m3po.gating.factory import gating_class
 from transformers.m3po.modules import ASLR, GATING, HYPER_CONNECTIONS, RESIDUAL_GATE
 from transformers.m3po.thinking.record import RolloutRecord
 
@@ -33,7 +34,7 @@ class VLLMRollouts:
 
     def __init__(self, args: Any):
         self._args, self._settings = args, thinking_settings(args)
-        self._begun = 0
+        self._begun = self._most_tokens = 0
         self.state = M3POGenerationState()
 
     def make_engine(self, kind: Any, generation: Any, **arguments: Any) -> Any:
@@ -61,16 +62,23 @@ class VLLMRollouts:
         architecture = type(model).__name__
         for modules in (ASLR, HYPER_CONNECTIONS, *((RESIDUAL_GATE, GATING) if self._settings is None else ())):
             if modules.on(model):
+                mode = "" if modules in (ASLR, HYPER_CONNECTIONS) else f" in mode {args.mode!r}"
                 raise ValueError(
-                    f"use_vllm=True: the model has {modules.article}, which vLLM's forward has not in mode "
-                    f"{args.mode!r}; set use_vllm=False."
+                    f"rollout_engine='vllm': the model has {modules.article}, which vLLM's forward has not{mode}; set "
+                    "rollout_engine='generate'."
                 )
+        _check_tied(generation.model)
         arguments["dtype"] = "bfloat16" if args.bf16 else "float16" if args.fp16 else model.dtype
         arguments["load_format"] = FROM_TRAINER
-        # Behind prompts of the longest length that there can be, a group is still taken whole.
+        # A group begins in one step, and where paths hear another group, the whole rollout does.
+        together = max(args.num_generations, args.num_generations_eval or 0)
+        arguments["max_num_seqs"] = max(arguments["max_num_seqs"], together)
+        if self._settings is not None and getattr(gating_class(self._settings.gating_type), "other_group", False):
+            together = arguments["max_num_seqs"]
         longest = (args.vllm_max_model_length or 0) - generation.max_completion_length
-        paths = max(args.num_generations, args.num_generations_eval or 0)
-        arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], paths * longest)
+        self._most_tokens = max(arguments["max_num_batched_tokens"], together * longest)
+        arguments["max_num_batched_tokens"] = self._most_tokens
+        self._together = together
         if generation.accelerator.device.type == "cpu":
             arguments["enforce_eager"] = True  # its compiler would take minutes for a run of minutes
         if self._settings is not None:
@@ -106,6 +114,8 @@ class VLLMRollouts:
         from m3po_vllm.requests import GROUP, PATH, PATHS, RECORD
 
         check_whole(rows, num_generations)
+        self._check_length(max(len(prompt["prompt_token_ids"]) for prompt in prompts), generation)
+        _load_buffers(generation)
         groups = [f"rollout {self._begun}, {row}" for row in range(0, rows, num_generations)]
         self._begun += 1
         tagged = []
@@ -117,6 +127,44 @@ class VLLMRollouts:
         self.state.record, statistics = generation.llm.collective_rpc("take_m3po_records", args=(groups,))[0]
         self.state.statistics = {name: torch.tensor(value, device=device) for name, value in statistics.items()}
         return outputs
+
+    def _check_length(self, longest: int, generation: Any) -> None:
+        """Refuses prompts that are so long that what has to begin in one step cannot."""
+        if self._together * longest > self._most_tokens:
+            need = longest + generation.max_completion_length
+            raise ValueError(
+                f"a prompt has {longest} tokens, and {self._together} of them are read in one step, in which this "
+                f"engine reads {self._most_tokens}: set vllm_max_model_length to {need} or more."
+            )
+
+
+def _check_tied(model: Any) -> None:
+    """Refuses an adapter that makes two matrices of head and embeddings: the engine would keep one.
+
+    Raises:
+        ValueError: it names the layer.
+    """
+    if not model.config.tie_word_embeddings:
+        return
+    for adapter in getattr(model, "peft_config", {}).values():
+        trained = {
+            *(adapter.modules_to_save or ()),
+            *([] if isinstance(adapter.target_modules, str) else adapter.target_modules or ()),
+        }
+        for name in sorted(trained & {"lm_head", "embed_tokens"}):
+            raise ValueError(
+                f"rollout_engine='vllm': the adapter trains {name} of a model whose head and embeddings are one "
+                "matrix, and the engine's would stay one; leave that layer out, or set rollout_engine='generate'."
+            )
+
+
+def _load_buffers(generation: Any) -> None:
+    """Gives the engine the buffers of a learnable gating function; upstream hands on parameters alone."""
+    engine = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    for name, value in generation.model.named_buffers():
+        if GATING.among([name]) and "original_module" not in name:
+            name = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+            engine.load_weights([(name, value)])
 
 
 def _plain_record(outputs: list[Any], device: torch.device) -> RolloutRecord:
