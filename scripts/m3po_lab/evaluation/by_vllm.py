@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from transformers.m3po import ThinkingSettings
 from transformers.m3po.modules import ASLR, GATING, HYPER_CONNECTIONS
 
 from m3po_lab.core.errors import UserError, one_line
+from m3po_lab.core.saving import obey_umask
 from m3po_lab.evaluation.decoding import Decoding
 from m3po_lab.evaluation.folder import FinishedParts
 from m3po_lab.evaluation.model import InBatches
@@ -89,6 +91,7 @@ def model_in_vllm(
     with TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        obey_umask(Path(folder))
         yield _model_class()(folder, tokenizer, decoding, label, finished, seed, arguments)
 
 
