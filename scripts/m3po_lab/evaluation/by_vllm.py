@@ -105,9 +105,12 @@ def _version(name: str, version: Any = metadata.version) -> str:
 
 def _model_class() -> Any:
     """The class, when vLLM may be imported."""
+    from m3po_vllm.requests import GROUP, PATH, PATHS
+    from vllm.platforms import current_platform
+
+    assert current_platform.device_type, "told by the same versions: it has to be before they are changed"
     with patch("importlib.metadata.version", _version):
         from lm_eval.models.vllm_causallms import VLLM
-    from m3po_vllm.requests import GROUP, PATH, PATHS
 
     class ModelInVLLM(InBatches, VLLM):
         """lm-eval's `VLLM`, decoded as a checkpoint decodes (`decoding`), with our progress bar."""
