@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -164,8 +165,15 @@ def test_the_paths_of_a_request_are_a_group_and_a_request_may_be_plain(serve: An
     assert len(tokens({}, temperature=0.0, stop="zzzz")) == 1
     with pytest.raises(BadRequestError, match="top_p cannot be combined with thinking inputs"):
         tokens({}, top_p=0.5)
+    with pytest.raises(BadRequestError, match="m3po_path='x' is none of the 2 paths of a group"):
+        tokens({PATHS: 2, GROUP: "g", PATH: "x"})
+    tags = [{PATHS: 2, GROUP: "g", PATH: 0}, {PATHS: 3, GROUP: "g", PATH: 1}, {PATHS: 1, GROUP: "h", PATH: 0}]
+    with ThreadPoolExecutor(3) as pool:  # two clients with one name: both are told, and the third is another group
+        calls = [pool.submit(tokens, tag) for tag in tags]
+        assert [type(call.exception()).__name__ for call in calls] == ["InternalServerError"] * 2 + ["NoneType"]
+    assert "paths of group g say different m3po_paths" in server.log.read_text()
     with pytest.raises(APIError):  # more paths than seats: the log names the argument
-        tokens({PATHS: 2000, GROUP: "g", PATH: 0})
+        tokens({PATHS: 2000, GROUP: "many", PATH: 0})
     assert "2000 paths behind a prompt of 4 tokens need 2000 max_num_seqs" in server.log.read_text()
     assert tokens({}, temperature=0.0) == [thought], "the server goes on"
 
