@@ -34,7 +34,7 @@ class VLLMRollouts:
 
     def __init__(self, args: Any):
         self._args, self._settings = args, thinking_settings(args)
-        self._begun = self._most_tokens = 0
+        self._begun = self._most_tokens = self._together = 0
         self.state = M3POGenerationState()
 
     def make_engine(self, kind: Any, generation: Any, **arguments: Any) -> Any:
