@@ -21,7 +21,8 @@ PROBE = """
 import json, os, subprocess, sys
 told = {"argv": sys.argv[1:], "cwd": os.getcwd(), "path": sys.path, "optimize": sys.flags.optimize,
         "warnings": sys.warnoptions, "encoding": sys.stdout.encoding, "user": sys.flags.no_user_site,
-        "kept": os.environ.get("PYTHONDONTWRITEBYTECODE")}
+        "kept": os.environ.get("PYTHONDONTWRITEBYTECODE"),
+        "memory": [os.environ.get(f"MALLOC_{name}_THRESHOLD_") for name in ("MMAP", "TRIM")]}
 if "child" not in sys.argv:
     told["child"] = json.loads(subprocess.check_output([sys.executable, "-m", "m3po_lab.probe", "child"]))
 print(json.dumps(told))
@@ -46,6 +47,7 @@ def test_a_script_and_what_it_starts_are_isolated_and_stay_in_the_callers_folder
     checkout: Path, tmp_path: Path
 ) -> None:
     variables = os.environ | hostile_folder(tmp_path) | {"PYTHONDONTWRITEBYTECODE": "1"}
+    variables = {name: value for name, value in variables.items() if not name.startswith("MALLOC_")}
     command = ["bash", os.path.relpath(checkout / "scripts/run.sh", tmp_path / "folder")]
     command += ["python", "-m", "m3po_lab.probe", "relative/path", "two words"]
     done = subprocess.run(command, cwd=tmp_path / "folder", env=variables, capture_output=True, text=True)
@@ -59,6 +61,14 @@ def test_a_script_and_what_it_starts_are_isolated_and_stay_in_the_callers_folder
         assert not [entry for entry in one["path"] if str(tmp_path / "packages") in entry]
         assert (one["optimize"], one["warnings"], one["encoding"], one["user"]) == (0, [], "utf-8", 1)
         assert one["kept"] == "1"
+        assert one["memory"] == [str(1 << 30)] * 2
+
+
+def test_what_the_caller_has_set_for_glibc_is_kept(checkout: Path) -> None:
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": ""}
+    command = ["bash", checkout / "scripts/run.sh", "python", "-m", "m3po_lab.probe", "child"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["memory"] == ["4096", ""]
 
 
 def test_every_command_runs_its_module_by_that_script(checkout: Path, tmp_path: Path) -> None:
