@@ -13,6 +13,7 @@ import tiny_grpo
 import torch
 from peft import LoraConfig
 from trl import GRPOTrainer
+from trl.trainer.m3po.vllm_rollouts import RolloutRefused
 from vllm_engine import shut_down
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # vLLM's least head
@@ -114,8 +115,16 @@ def test_prompts_that_are_too_long_to_begin_together_are_one_line(trains: Any):
     run = trains("m3po")
     run.vllm_generation.m3po._most_tokens = 40
     with pytest.raises(
-        ValueError, match=r"4 of them are read in one step, in which this engine reads 40: set vllm_max"
+        RolloutRefused, match=r"4 of them are read in one step, in which this engine reads 40: set vllm_max"
     ):
+        run.train()
+
+
+def test_a_group_that_the_cache_cannot_hold_is_one_line(trains: Any):
+    run = trains("m3po")
+    scheduler = run.vllm_generation.llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler.kv_cache_config.num_blocks = 2
+    with pytest.raises(RolloutRefused, match=r"4 paths .* need \d+ blocks of the cache, .*raise VLLM_CPU_KV"):
         run.train()
 
 

@@ -19,6 +19,7 @@ from transformers.m3po.aslr.settings import ASLRHyperparameters
 from transformers.m3po.flags import has_aslr
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.m3po.vllm_rollouts import RolloutRefused
 
 from m3po_lab.core.errors import PROJECT_ROOT, UserError, one_line
 from m3po_lab.core.files import check_writable, shown_path
@@ -75,7 +76,7 @@ def run_session(run: Run, words: Sequence[str]) -> None:
     """Train and report; `words` are those of the command line, for the report.
 
     Raises:
-        UserError: for a wrong input, before anything is trained.
+        UserError: for a wrong input, before anything is trained; for a rollout that the engine cannot make.
     """
     training = run.training
     check_writable(run.folder)
@@ -101,6 +102,8 @@ def run_session(run: Run, words: Sequence[str]) -> None:
     before = evaluate_before(run, trainer, held_out, settings)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except RolloutRefused as error:
+        raise UserError(one_line(error)) from error
     finally:
         close_bar(trainer)
     save_model(trainer, run.folder / "final")

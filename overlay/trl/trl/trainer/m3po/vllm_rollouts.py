@@ -22,6 +22,10 @@ from transformers.m3po.thinking.record import RolloutRecord
 from .config import thinking_settings
 
 
+class RolloutRefused(ValueError):
+    """A rollout that the engine cannot make as it is set up; the text names the mend."""
+
+
 class VLLMRollouts:
     """The rollouts of a trainer whose engine is vLLM.
 
@@ -102,7 +106,7 @@ class VLLMRollouts:
             num_generations: N, copies of a prompt.
 
         Raises:
-            ValueError: N does not divide B, and the mode needs whole groups.
+            RolloutRefused: N does not divide B, and the mode needs whole groups; a group does not fit the engine.
         """
         rows, device = len(prompts), generation.accelerator.device
         first = generation.accelerator.process_index * rows
@@ -123,7 +127,10 @@ class VLLMRollouts:
             group, path = divmod(row, num_generations)
             tagged.append(copy(sampling_params))
             tagged[-1].extra_args = {PATHS: num_generations, GROUP: groups[group], PATH: path, RECORD: True}
-        outputs = generation.llm.generate(prompts, sampling_params=tagged, use_tqdm=False)
+        try:
+            outputs = generation.llm.generate(prompts, sampling_params=tagged, use_tqdm=False)
+        except ValueError as error:  # the plugin's, of a group that would wait for ever
+            raise RolloutRefused(str(error)) from error
         self.state.record, statistics = generation.llm.collective_rpc("take_m3po_records", args=(groups,))[0]
         self.state.statistics = {name: torch.tensor(value, device=device) for name, value in statistics.items()}
         return outputs
@@ -132,7 +139,7 @@ class VLLMRollouts:
         """Refuses prompts that are so long that what has to begin in one step cannot."""
         if self._together * longest > self._most_tokens:
             need = longest + generation.max_completion_length
-            raise ValueError(
+            raise RolloutRefused(
                 f"a prompt has {longest} tokens, and {self._together} of them are read in one step, in which this "
                 f"engine reads {self._most_tokens}: set vllm_max_model_length to {need} or more."
             )
@@ -179,7 +186,7 @@ def _plain_record(outputs: list[Any], device: torch.device) -> RolloutRecord:
 def check_whole(rows: int, num_generations: int) -> None:
     """Refuses B = `rows` of a rollout that are not whole groups of N = `num_generations`."""
     if rows % num_generations:
-        raise ValueError(
+        raise RolloutRefused(
             f"{rows} rollouts at a time are not whole groups of {num_generations}: make "
             "per_device_eval_batch_size a multiple of num_generations_eval (or of num_generations)."
         )
