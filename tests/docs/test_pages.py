@@ -93,7 +93,7 @@ def test_the_differences_in_the_readme_are_those_of_the_pages() -> None:
         if re.search(r"\| -?[0-9.]+ to \+[0-9.]+ \|$", line)
     ]
     assert len(rows) == 5
-    pages = page("docs/results.md") + page("docs/hyper-connections.md")
+    pages = "".join(page(f"docs/{name}.md") for name in ("results", "hyper-connections", "study"))
     for difference, interval in rows:
         number = difference.split()[0]
         assert re.search(rf"{re.escape(number)} [^:]*95 % interval {re.escape(interval.strip())}", pages)
