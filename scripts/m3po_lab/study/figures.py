@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import t
@@ -31,8 +32,10 @@ def draw_all(analysis: Analysis, comparisons: Sequence[Comparison], folder: Path
     files = {}
     for name, figure in figures.items():
         if figure is not None:
-            for ending in ("png", "svg"):
-                figure.savefig(folder / f"{name}.{ending}", dpi=150, bbox_inches="tight", metadata=_no_date(ending))
+            # Without a date and random ids equal figures are equal files.
+            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+            with rc_context({"svg.hashsalt": name}):
+                figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
             files[name] = folder / f"{name}.svg"
     return files
 
@@ -42,11 +45,6 @@ def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], *
     figure = Figure(figsize=figsize)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, **options)
-
-
-def _no_date(ending: str) -> dict[str, Any]:
-    """Metadata with which equal figures are equal files."""
-    return {"Date": None} if ending == "svg" else {}
 
 
 def colour(analysis: Analysis, variant: str) -> str:

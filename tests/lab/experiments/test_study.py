@@ -141,6 +141,9 @@ def test_a_report_on_copied_summaries_is_the_same_but_for_its_links(study_folder
     assert analyze([str(copy)]) == 0 and analyze([str(study_folder)]) == 0
     table = (copy / "report.md").read_text().partition("## Runs")[0]
     assert table == (study_folder / "report.md").read_text().partition("## Runs")[0]
+    drawn = sorted((copy / "figures").glob("*.svg"))
+    assert len(drawn) == 5
+    assert all(file.read_bytes() == (study_folder / "figures" / file.name).read_bytes() for file in drawn)
     (copy / "weak-seed1.json").unlink()
     assert analyze([str(copy)]) == 0
     assert "**Interim: 1 of 8 runs are missing" in (copy / "report.md").read_text()
