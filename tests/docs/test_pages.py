@@ -62,6 +62,7 @@ def test_the_readme_is_short() -> None:
         ("demo", "docs/results.md"),
         ("demo-14-steps", "docs/results.md"),
         ("demo-short", "docs/results.md"),
+        ("demo-vllm", "docs/results.md"),
         ("gates-short", "docs/gates.md"),
     ],
 )
