@@ -10,6 +10,6 @@ done
 export PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1 PYTHONUTF8=1
 
 # glibc returns large blocks to the system when they are freed and gets them anew, a page fault for every 4 KiB: on a CPU
-# that is a fifth of a scoring pass with its gradients. With these two (bytes) it keeps up to 1 GiB. Yours come first.
+# that was an eighth of a scoring pass with its gradients. With these two (bytes) it keeps up to 1 GiB. Yours come first.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_-1073741824}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-1073741824}"

@@ -114,3 +114,21 @@ def test_patches_to_unsloths_files_are_short_and_say_their_licence() -> None:
         line for text in texts for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")
     ]
     assert len(added) <= 60
+
+
+def test_the_study_page_has_the_numbers_of_its_report() -> None:
+    text, report = page("docs/study.md"), page("docs/results/gates/report.md")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if len(row) == 6 and row[0] != "variant"]
+    assert len(rows) == 13
+    for label, seeds, mean, difference, detectable, _ in rows:
+        name = re.findall(r"`(.+)`", label)[0] + ("-0.1" if label.endswith("λ = 0.1") else "")
+        runs = [read_json(path) or {} for path in RESULTS if re.fullmatch(rf"{re.escape(name)}-seed\d", path.stem)]
+        after = {run["seed"]: run["accuracy_after"] for run in runs if "study" in run}
+        assert seeds == " ".join(f"{100 * after[seed]:.0f}" for seed in sorted(after))
+        assert f"| `{name}` | 5 | {mean} |" in report
+        if name != "none":
+            middle, interval = re.fullmatch(r"(\S+) \((.+)\)", difference).groups()  # type: ignore[union-attr]
+            line = next(line for line in report.splitlines() if line.startswith(f"| `{name}` - `none` |"))
+            assert line.startswith(f"| `{name}` - `none` | 5 | {middle} | {interval} |") and f"| {detectable} |" in line
+    assert "F(6, 24) = 0.50, p = 0.8" in text and "F(6, 24) = 0.50, p = 0.8." in report

@@ -26,6 +26,10 @@ from .sampler import GREEDY
 logger = init_logger(__name__)
 
 
+class GroupRefused(ValueError):
+    """A group that could never be admitted; the text names the argument of the engine to change."""
+
+
 def tag_of(request: Request) -> Tag | None:
     return Tag.of(request.request_id, request.sampling_params)
 
@@ -85,10 +89,10 @@ class Scheduler(UpstreamScheduler):
         """Ends requests with an error.
 
         Raises:
-            ValueError: the engine is in the process of who asks; in another one it would end for all of its clients.
+            GroupRefused: the engine is in the process of who asks; in another one it would end for all of its clients.
         """
         if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-            raise ValueError(why)
+            raise GroupRefused(why)
         logger.error(why)
         self._refused += requests
 

@@ -116,6 +116,7 @@ class VLLMRollouts:
             self.state.record = _plain_record(outputs, device)
             return outputs
         from m3po_vllm.requests import GROUP, PATH, PATHS, RECORD
+        from m3po_vllm.scheduler import GroupRefused
 
         check_whole(rows, num_generations)
         self._check_length(max(len(prompt["prompt_token_ids"]) for prompt in prompts), generation)
@@ -129,7 +130,7 @@ class VLLMRollouts:
             tagged[-1].extra_args = {PATHS: num_generations, GROUP: groups[group], PATH: path, RECORD: True}
         try:
             outputs = generation.llm.generate(prompts, sampling_params=tagged, use_tqdm=False)
-        except ValueError as error:  # the plugin's, of a group that would wait for ever
+        except GroupRefused as error:
             raise RolloutRefused(str(error)) from error
         self.state.record, statistics = generation.llm.collective_rpc("take_m3po_records", args=(groups,))[0]
         self.state.statistics = {name: torch.tensor(value, device=device) for name, value in statistics.items()}
