@@ -25,12 +25,12 @@ ROWS = PATHS * len(RESTS)
 ALIKE = 18  # tokens that the prompts have in common
 
 
-def prompts(alike: int) -> dict[str, torch.Tensor]:
+def prompts(alike: int, rests: list[int] = RESTS) -> dict[str, torch.Tensor]:
     """Three prompts (9, L), each three times, whose first tokens are the same."""
-    single = left_padded([alike + rest for rest in RESTS])
+    single = left_padded([alike + rest for rest in rests])
     ids, mask = single["input_ids"], single["attention_mask"]
     place = (mask.cumsum(-1) - 1).clamp_min(0)
-    same = torch.randint(130, 256, (max(RESTS) + alike,), generator=torch.Generator().manual_seed(7))
+    same = torch.randint(130, 256, (max(rests) + alike,), generator=torch.Generator().manual_seed(7))
     ids = torch.where((place < alike) & (mask == 1), same[place], ids)
     return {"input_ids": ids.repeat_interleave(PATHS, 0), "attention_mask": mask.repeat_interleave(PATHS, 0)}
 
@@ -38,7 +38,11 @@ def prompts(alike: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(params=[0, ALIKE], ids=["different prompts", "prompts that begin alike"])
 def rows(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask (9, L + 7): three prompts, with three completions of each that end somewhere."""
-    given = prompts(request.param)
+    return with_completions(prompts(request.param))
+
+
+def with_completions(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts (9, L) with completions (9, 7) that end somewhere."""
     draws = torch.Generator().manual_seed(5)
     tokens = torch.randint(130, 256, (ROWS, COMPLETION), generator=draws)
     lengths = torch.tensor([7, 1, 4, 7, 7, 2, 3, 6, 5])
@@ -136,6 +140,19 @@ def test_states_and_gradients_are_those_of_the_rows_in_float64(family: Any, rows
 def test_they_are_in_float32(family: Any, rows: dict[str, torch.Tensor], case: str):
     change, more = CASES[case]
     check_equal(change(family(**LIVELY)), rows, more(), 1e-4)
+
+
+@pytest.mark.all_families
+def test_they_are_for_prompts_without_padding_which_need_no_mask(family: Any):
+    rows = with_completions(prompts(0, [6, 6, 6]))
+    stream = share_prefix(rows["input_ids"], rows["attention_mask"], COMPLETION, PATHS)
+    shared = stream["shared_prefix"]
+    assert shared.prompt_mask is None
+    model = family(**LIVELY).double()
+    check_equal(model, rows, bags(), 1e-5)
+    everything = torch.ones(len(RESTS), 1, 6, 6, dtype=torch.bool)  # a prompt that reads what follows is another one
+    seen = states_of_stream(model, rows, bags(), shared_prefix=shared._replace(prompt_mask=everything))
+    assert scored(seen - states_of_rows(model, rows, bags()), rows).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("architecture", [name for name, _ in FAMILIES.values()])
@@ -304,7 +321,7 @@ def test_what_an_attention_call_gets_does_not_grow_with_the_square_of_the_stream
     length = rows["input_ids"].shape[1]
     alike = length - COMPLETION - max(RESTS)
     common = {(1, alike, alike)} if alike else set()
-    assert shapes == common | {(len(RESTS), max(RESTS), alike + max(RESTS)), (ROWS, COMPLETION, length)}
+    assert shapes == common | {(len(RESTS), 2 * max(RESTS), alike + max(RESTS)), (ROWS, 2 * COMPLETION, length)}
 
 
 def test_the_stream_travels_through_what_wraps_a_model():

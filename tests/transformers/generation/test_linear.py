@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers by columns: the same product, in a rollout from a shared cache and nowhere else."""
+"""Linear layers with packed weights: the same product, in a rollout from a shared cache and nowhere else."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,51 +11,67 @@ import torch
 from reference.tiny import left_padded
 from torch import nn
 from transformers.m3po.generation import linear
-from transformers.m3po.generation.linear import MOST_ROWS, by_columns
+from transformers.m3po.generation.linear import packed_forward
 from transformers.m3po.shared_prefix import shared_prefill
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkl, "_mkl_linear"), reason="torch is built without MKL")
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 24), (5, 1, 24), (3, 4, 24), (24,)])
-def test_it_is_the_product(shape: tuple[int, ...], bias: bool):
-    layer, states = nn.Linear(24, 7, bias=bias), torch.randn(*shape)
-    expected = states.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0.0)
-    product = by_columns(layer, states)
-    assert product.is_contiguous()
-    torch.testing.assert_close(product.double(), expected, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("shape", [(1, 1, 24), (5, 1, 24), (3, 4, 24), (24,), (100, 1, 24)])
+@torch.no_grad()
+def test_it_is_the_product_for_any_number_of_rows(shape: tuple[int, ...], bias: bool):
+    layer = nn.Linear(24, 7, bias=bias)
+    packed = packed_forward(layer)
+    for size in (shape, (2, *shape), shape):  # packed for the first; the second has more rows
+        states = torch.randn(*size)
+        expected = states.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0.0)
+        torch.testing.assert_close(packed(states).double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_many_rows_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
-    layer = nn.Linear(24, 7)
-    monkeypatch.setattr(torch, "mm", None)
-    states = torch.randn(MOST_ROWS + 1, 24)
-    assert torch.equal(by_columns(layer, states), nn.functional.linear(states, layer.weight, layer.bias))
+@torch.no_grad()
+def test_a_weight_is_packed_once_and_used_so():
+    layer, states = nn.Linear(24, 7), torch.randn(5, 24)
+    packed = packed_forward(layer)
+    first = packed(states)
+    layer.weight.zero_()
+    assert torch.equal(packed(states), first)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Linear]:
-    """The layers that were called by columns, in order."""
+    """The layers that were called with packed weights, in order."""
     made: list[nn.Linear] = []
 
-    def counted(layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-        made.append(layer)
-        return by_columns(layer, states)
+    def counted(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        forward = packed_forward(layer)
 
-    monkeypatch.setattr(linear, "by_columns", counted)
+        def call(states: torch.Tensor) -> torch.Tensor:
+            made.append(layer)
+            return forward(states)
+
+        return call
+
+    monkeypatch.setattr(linear, "packed_forward", counted)
     return made
+
+
+def shared_prompts(model: Any) -> dict[str, Any]:
+    """Arguments of `generate`: two groups of two rows, with a shared cache."""
+    given = {name: rows.repeat_interleave(2, 0) for name, rows in left_padded([5, 3]).items()}
+    return given | shared_prefill(model, **given, num_paths=2)
 
 
 def test_a_rollout_from_a_shared_cache_decodes_so_and_leaves_the_model_as_it_was(
     tiny_llama: Any, calls: list[nn.Linear]
 ):
     model = tiny_llama()
-    given = {name: rows.repeat_interleave(2, 0) for name, rows in left_padded([5, 3]).items()}
-    model.generate(**given, max_new_tokens=3, do_sample=False)
-    assert not calls
-    shared = shared_prefill(model, **given, num_paths=2)
+    given = shared_prompts(model)
+    plain = {name: given[name] for name in ("input_ids", "attention_mask")}
+    model.generate(**plain, max_new_tokens=3, do_sample=False)
     assert not calls
     model.lm_head.forward = own = lambda states: nn.Linear.forward(model.lm_head, states)
-    model.generate(**given | shared, max_new_tokens=3, do_sample=False)
+    model.generate(**given, max_new_tokens=3, do_sample=False)
     layers = {layer for layer in model.modules() if isinstance(layer, nn.Linear)}
     assert set(calls) == layers - {model.lm_head}
     assert len(calls) == 2 * len(set(calls))  # not where the last prompt token is read
@@ -62,14 +79,35 @@ def test_a_rollout_from_a_shared_cache_decodes_so_and_leaves_the_model_as_it_was
     assert not any("forward" in vars(layer) for layer in set(calls))
 
 
+def test_a_large_model_decodes_as_it_is(tiny_llama: Any, calls: list[nn.Linear], monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama()
+    total = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear))
+    monkeypatch.setattr(linear, "MOST_BYTES", total - 1)
+    model.generate(**shared_prompts(model), max_new_tokens=3, do_sample=False)
+    assert not calls
+    monkeypatch.setattr(linear, "MOST_BYTES", total)
+    model.generate(**shared_prompts(model), max_new_tokens=3, do_sample=False)
+    assert calls
+
+
+def test_weights_that_change_between_rollouts_are_packed_anew(tiny_llama: Any):
+    model = tiny_llama()
+    for _ in range(2):
+        tokens = model.generate(**shared_prompts(model), max_new_tokens=8, do_sample=False)
+        logits = model(tokens).logits  # by the plain layers; the shared prompts have padding in one group alone
+        assert torch.equal(logits[:2, 4:-1].argmax(-1), tokens[:2, 5:])
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(torch.randn_like(weight) * 0.3)
+
+
 def test_the_model_is_as_it_was_after_an_error_too(tiny_llama: Any):
     model = tiny_llama()
-    given = {name: rows.repeat_interleave(2, 0) for name, rows in left_padded([5, 3]).items()}
-    shared = shared_prefill(model, **given, num_paths=2)
+    given = shared_prompts(model)
 
     def stop(*args: Any) -> bool:
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        model.generate(**given | shared, max_new_tokens=3, stopping_criteria=[stop])
+        model.generate(**given, max_new_tokens=3, stopping_criteria=[stop])
     assert not any("forward" in vars(layer) for layer in model.modules())

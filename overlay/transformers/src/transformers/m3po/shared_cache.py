@@ -13,6 +13,8 @@ has it for one level). It is the attention of the whole rows; sums are made in a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -66,15 +68,15 @@ class SharedCacheLayer(CacheLayerMixin):
             (B, 1, heads, d).
         """
         rows, heads, _, width = query.shape
-        query = query.reshape(rows, self.keys.shape[1], -1, width)  # (B, heads of the keys, queries of each, d)
+        query = (query * scaling).reshape(rows, self.keys.shape[1], -1, width)  # (B, heads of keys, queries of each, d)
         completions = self.keys[:, :, : self._length], self.values[:, :, : self._length]
         parts = [*self._prompts, completions]
-        scores = torch.cat([_by_part(query, keys.transpose(2, 3)) for keys, _ in parts], -1).mul_(scaling)
+        scores = torch.cat([_by_part(query, keys.transpose(2, 3)) for keys, _ in parts], -1)
         if attention_mask is not None:
             scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).split([keys.shape[2] for keys, _ in parts], -1)
         outputs = [_by_part(part, values) for part, (_, values) in zip(weights, parts, strict=True)]
-        return torch.stack(outputs).sum(0).view(rows, 1, heads, width)
+        return functools.reduce(torch.add, outputs).reshape(rows, 1, heads, width)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

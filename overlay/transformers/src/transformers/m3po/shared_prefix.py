@@ -43,14 +43,15 @@ class SharedPrefix(NamedTuple):
         num_prompts: G.
         rest_length: P, columns of the rest of a prompt, its padding on the left included.
         num_paths: N.
-        prompt_mask: (G, 1, P, K + P) bool, which tokens the rest of a prompt attends to.
+        prompt_mask: (G, 1, P, K + P) bool, which tokens the rest of a prompt attends to; None where that is all in
+            front of them, since K is 0 and no prompt is padded.
     """
 
     common_length: int
     num_prompts: int
     rest_length: int
     num_paths: int
-    prompt_mask: torch.Tensor
+    prompt_mask: torch.Tensor | None
 
     @property
     def prompt_tokens(self) -> int:
@@ -128,12 +129,13 @@ def share_prefix(
         parts = values[0, :common], values[::num_paths, common:prompt], values[:, prompt:]
         return torch.cat([part.flatten() for part in parts]).unsqueeze(0)
 
+    padded = common > 0 or not bool(attention_mask[::num_paths, :prompt].all())
     shared = SharedPrefix(
         common_length=common,
         num_prompts=rows // num_paths,
         rest_length=prompt - common,
         num_paths=num_paths,
-        prompt_mask=mask[::num_paths, None, common:prompt, :prompt],
+        prompt_mask=mask[::num_paths, None, common:prompt, :prompt] if padded else None,
     )
     return {
         "input_ids": stream(input_ids),
@@ -170,35 +172,52 @@ def attend_by_group(
     if isinstance(shared_prefix, SharedCache):
         layer = shared_prefix.layers[module.layer_idx]
         return layer.attend(query, attention_mask, kwargs["scaling"]), None
-    common, split = shared_prefix.common_length, shared_prefix.prompt_tokens
-    prompts, paths = shared_prefix.num_prompts, shared_prefix.num_paths
+    common, prompts, paths = shared_prefix.common_length, shared_prefix.num_prompts, shared_prefix.num_paths
+    sizes = [common, prompts * shared_prefix.rest_length, query.shape[2] - shared_prefix.prompt_tokens]
 
-    def rows(states: torch.Tensor, columns: slice, number: int) -> torch.Tensor:  # (number, heads, ..., d)
-        return states[0, :, columns].unflatten(1, (number, -1)).transpose(0, 1)
+    def parts(states: torch.Tensor) -> tuple[torch.Tensor, ...]:  # (1, heads, K, d), (G, heads, P, d), (B, heads, C, d)
+        common_part, rests, completions = states.split(sizes, 2)
+        return common_part, _as_rows(rests, prompts), _as_rows(completions, prompts * paths)
 
-    def of_prompts(states: torch.Tensor) -> torch.Tensor:  # (G, heads, P, d)
-        return rows(states, slice(common, split), prompts)
-
-    def of_completions(states: torch.Tensor) -> torch.Tensor:  # (B, heads, C, d)
-        return rows(states, slice(split, None), prompts * paths)
-
-    def with_common(states: torch.Tensor) -> torch.Tensor:  # (G, heads, K + P, d)
-        if common == 0:
-            return of_prompts(states)
-        return torch.cat([states[:, :, :common].expand(prompts, -1, -1, -1), of_prompts(states)], dim=2)
-
-    keys, values = with_common(key), with_common(value)
+    first, of_prompts, of_completions = parts(query)
+    (first_key, keys, new_keys), (first_value, values, new_values) = parts(key), parts(value)
     outputs = []
     if common:
-        first = (states[:, :, :common] for states in (query, key, value))
-        outputs.append(attention(module, *first, None, **kwargs)[0])
-    outputs.append(attention(module, of_prompts(query), keys, values, shared_prefix.prompt_mask, **kwargs)[0])
-    keys, values = (
-        torch.cat([prompt.repeat_interleave(paths, 0), of_completions(states)], dim=2)
-        for prompt, states in ((keys, key), (values, value))
-    )
-    outputs.append(attention(module, of_completions(query), keys, values, attention_mask, **kwargs)[0])
+        outputs.append(_attend(attention, module, first, first_key, first_value, None, **kwargs))
+        keys = torch.cat([first_key.expand(prompts, -1, -1, -1), keys], dim=2)
+        values = torch.cat([first_value.expand(prompts, -1, -1, -1), values], dim=2)
+    outputs.append(_attend(attention, module, of_prompts, keys, values, shared_prefix.prompt_mask, **kwargs))
+    keys = torch.cat([keys.repeat_interleave(paths, 0), new_keys], dim=2)
+    values = torch.cat([values.repeat_interleave(paths, 0), new_values], dim=2)
+    outputs.append(_attend(attention, module, of_completions, keys, values, attention_mask, **kwargs))
     return torch.cat([output.flatten(0, 1) for output in outputs]).unsqueeze(0), None
+
+
+def _as_rows(states: torch.Tensor, number: int) -> torch.Tensor:
+    """(1, heads, number * columns, d) as (number, heads, columns, d)."""
+    return states.squeeze(0).unflatten(1, (number, -1)).transpose(0, 1)
+
+
+def _attend(
+    attention: Callable[..., tuple[torch.Tensor, None]],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`attention` of query (R, heads, q, d): (R, q, heads, d). Under a mask (R, 1, q, k) it would copy keys for each of
+    the heads that share them: here those heads are further queries of the one head of the keys.
+    """
+    if attention_mask is None:
+        return attention(module, query, key, value, None, **kwargs)[0]
+    heads, length = key.shape[1], query.shape[2]
+    query = query.unflatten(1, (heads, -1)).flatten(2, 3)
+    attention_mask = attention_mask.repeat(1, 1, query.shape[2] // length, 1)
+    # All that it asks its module under a mask is how often to copy a key.
+    output = attention(None, query, key, value, attention_mask, **kwargs)[0]
+    return output.unflatten(1, (-1, length)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def split_rows(

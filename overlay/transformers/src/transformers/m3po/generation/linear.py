@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers of few rows on a CPU: W xᵀ in place of x Wᵀ.
+"""Linear layers of a decode step on a CPU, in fp32: the weight is packed once for all steps of a rollout.
 
-It is the same product, and its kernel in MKL takes a tenth to a third less time for the 8 to 64 rows of a decode step.
+MKL rearranges a weight for its kernel in every product; for the few rows of a decode step that is much of the time.
+Here it is rearranged at the first step and kept in that form, a copy, until the rollout has ended: the same product in
+a fifth to two fifths less time for 4 to 64 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,27 +17,44 @@ from torch import nn
 
 from ..shared_cache import SharedCache
 
-MOST_ROWS = 64  # of more, x Wᵀ is as fast
+MOST_BYTES = 4 * 2**30  # of packed weights; a larger model decodes as it is
 
 
-def by_columns(layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    """The forward of `layer`: (..., in features) -> (..., out features)."""
-    rows = states.reshape(-1, states.shape[-1])
-    if len(rows) > MOST_ROWS:
-        return nn.Linear.forward(layer, states)
-    product = torch.mm(layer.weight, rows.t()).t().contiguous().view(*states.shape[:-1], -1)
-    return product if layer.bias is None else product + layer.bias
+def packed_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of `layer`, (..., in features) -> (..., out features), for calls without gradient.
+
+    Its first call packs the weight for as many rows as that one has; a call of more or of fewer rows takes the weight.
+    The weight must not change between calls.
+    """
+    packed: torch.Tensor | None = None
+    packed_rows = 0
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        nonlocal packed, packed_rows
+        if packed is None:
+            packed_rows = states.numel() // layer.in_features
+            packed = torch.ops.mkl._mkl_reorder_linear_weight.default(layer.weight, packed_rows)
+        return torch.ops.mkl._mkl_linear.default(states, packed, layer.weight, layer.bias, packed_rows)
+
+    return forward
+
+
+def _serves(layer: nn.Module) -> bool:
+    """Whether it is a linear layer in fp32 on a CPU whose forward is torch's own."""
+    weight = layer.weight if type(layer) is nn.Linear and "forward" not in vars(layer) else None
+    return weight is not None and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 @contextmanager
 def optimize_linear_layers(model: Any, model_kwargs: dict[str, Any]) -> Iterator[None]:
-    """Hook around the loop of `_sample`: a rollout from a shared cache decodes `by_columns`; nothing else does."""
-    layers = []
-    if isinstance(model_kwargs.get("past_key_values"), SharedCache):
-        # A layer whose forward is somebody else's stays as it is.
-        layers = [each for each in model.modules() if type(each) is nn.Linear and "forward" not in vars(each)]
+    """Hook around the loop of `_sample`: a rollout from a shared cache decodes with packed weights, nothing else."""
+    layers: list[nn.Linear] = []
+    if isinstance(model_kwargs.get("past_key_values"), SharedCache) and hasattr(torch.ops.mkl, "_mkl_linear"):
+        layers = [each for each in model.modules() if _serves(each)]
+        if sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
+            layers = []
     for layer in layers:
-        vars(layer)["forward"] = partial(by_columns, layer)
+        vars(layer)["forward"] = packed_forward(layer)
     try:
         yield
     finally:
