@@ -4,7 +4,8 @@
 Every engine of vLLM is a process of its own with the weights of the one model; plain is vLLM's own worker. All take
 turns, a round after the other, with the same prompts, number of paths and lengths; tokens/s are of the medians, ratios
 are taken round by round. `generate` reads a group's prompt once and draws by inverting the distribution function, as a
-training does. A table goes to standard output, the figures to `benchmarks/results/`. Needs `make env EXTRA=vllm`.
+training does. A table goes to standard output, the figures to `benchmarks/results/`, both after each round. Needs
+`make env EXTRA=vllm`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -150,28 +151,42 @@ def main(argv: list[str] | None = None) -> int:
             calls[f"vllm {mode}"] = partial(by_vllm, llm, rows, paths=args.num_paths, mode=mode)
             calls[f"generate {mode}"] = partial(by_generate, model, tokenizer, rows, paths=args.num_paths, mode=mode)
         with torch.inference_mode():
-            seconds = measure(calls, shapes, args.rounds)
+            for done, seconds in enumerate(measure(calls, shapes, args.rounds), 1):
+                write(args, sys.argv[1:] if argv is None else argv, done, shapes, seconds)
+    return 0
+
+
+def write(
+    args: argparse.Namespace,
+    argv: list[str],
+    rounds: int,
+    shapes: dict[str, list[int]],
+    seconds: dict[str, dict[str, list[float]]],
+) -> None:
+    """The figures of the rounds that are done."""
     result = {
-        "command": " ".join(["python benchmarks/vllm_rollouts.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join(["python benchmarks/vllm_rollouts.py", *argv]),
         "commit": commit(),
         "machine": machine(),
         **vars(args),
+        "rounds": rounds,
         "tokens": {shape: sum(lengths) for shape, lengths in shapes.items()},
         "seconds": seconds,
     }
     head = (
         f"`{result['command']}` at {result['commit']}: {args.model_name_or_path} {args.dtype}, {args.num_prompts} "
         f"prompts x {args.num_paths} paths x {args.length} tokens, {result['machine']['device']}, "
-        f"{result['machine']['threads']} threads, torch {result['machine']['torch']}; {args.rounds} rounds."
+        f"{result['machine']['threads']} threads, torch {result['machine']['torch']}; {rounds} rounds."
     )
     write_results(args.name, result, [head, "", *table(result)[:-1]])
-    return 0
 
 
 def measure(
     calls: dict[str, Callable[[list[int]], None]], shapes: dict[str, list[int]], rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each call at each shape: after a short warm-up of each, in turn, in turned order in every second."""
+) -> Iterator[dict[str, dict[str, list[float]]]]:
+    """Seconds of each call at each shape, after each round. All take turns behind a short warm-up, in turned order in
+    every second round.
+    """
     for call in calls.values():
         call([2] * len(next(iter(shapes.values()))))
     seconds: dict[str, dict[str, list[float]]] = {shape: {name: [] for name in calls} for shape in shapes}
@@ -184,7 +199,7 @@ def measure(
                     calls[name](lengths)
                     seconds[shape][name].append(time.perf_counter() - start)
                     bar.update()
-    return seconds
+            yield seconds
 
 
 if __name__ == "__main__":
