@@ -250,7 +250,7 @@ def run_table(analysis: Analysis, source: Path, folder: Path) -> str:
     rows = []
     for run in sorted(analysis.runs, key=lambda run: (analysis.variants.index(run["variant"]), run["seed"])):
         place = source / run["name"]
-        place = place if place.is_dir() else place.with_suffix(".json")
+        place = place if place.is_dir() else place.with_name(place.name + ".json")  # a name may have a dot
         name = f"[{run['name']}]({Path(os.path.relpath(place, folder)).as_posix()})"
         value = shown(analysis.primary, analysis.primary.of(run))
         rows.append([name, value, f"{run['train_seconds']:.0f}", f"`{run['command']}`"])
