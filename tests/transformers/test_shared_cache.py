@@ -69,7 +69,7 @@ def test_a_prompt_is_kept_once_and_a_step_copies_nothing():
     prompts = DynamicCache()
     prompts.update(torch.randn(PROMPTS, HEADS, 7, WIDTH), torch.randn(PROMPTS, HEADS, 7, WIDTH), 0)
     layer: Any = SharedCache(prompts, 3, PATHS).layers[0]
-    assert [tuple(keys.shape[::2]) for keys, _ in layer._prompts] == [(1, 3), (PROMPTS, 4)]
+    assert [tuple(keys.shape[1:3]) for keys, _ in layer._prompts] == [(1, 3), (PROMPTS, 4)]
     places = set()
     for _ in range(4 * FIRST_COLUMNS):
         layer.update(torch.randn(ROWS, HEADS, 1, WIDTH), torch.randn(ROWS, HEADS, 1, WIDTH))

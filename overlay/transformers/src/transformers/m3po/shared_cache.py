@@ -23,7 +23,7 @@ FIRST_COLUMNS = 32  # of the completions, before they double
 
 
 class SharedCacheLayer(CacheLayerMixin):
-    """The cache of one layer.
+    """The cache of one layer. Inside the heads come first, so that rows that share a row of a part lie side by side.
 
     Args:
         prompts: keys and values (R, heads, columns, d) of what is shared, where R divides B; columns may be 0.
@@ -32,14 +32,15 @@ class SharedCacheLayer(CacheLayerMixin):
 
     def __init__(self, prompts: list[tuple[torch.Tensor, torch.Tensor]], num_rows: int):
         super().__init__()
-        self._prompts = [pair for pair in prompts if pair[0].shape[2]]
+        shared = [(keys.transpose(0, 1), values.transpose(0, 1)) for keys, values in prompts if keys.shape[2]]
+        self._prompts = [(keys.contiguous(), values.contiguous()) for keys, values in shared]
         self._prompt_length = sum(keys.shape[2] for keys, _ in self._prompts)
         self._length = 0
         first = prompts[0][0]
-        self.lazy_initialization(*first.new_empty(2, num_rows, first.shape[1], FIRST_COLUMNS, first.shape[3]))
+        self.lazy_initialization(*first.new_empty(2, first.shape[1], num_rows, FIRST_COLUMNS, first.shape[3]))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Takes tensors (B, heads, columns, d) as room for the completions."""
+        """Takes tensors (heads, B, columns, d) as room for the completions."""
         self.keys, self.values = key_states, value_states
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -51,10 +52,10 @@ class SharedCacheLayer(CacheLayerMixin):
         end = self._length + key_states.shape[2]
         while end > self.keys.shape[2]:
             self.keys, self.values = (torch.cat([old, torch.empty_like(old)], 2) for old in (self.keys, self.values))
-        self.keys[:, :, self._length : end] = key_states
-        self.values[:, :, self._length : end] = value_states
+        self.keys[:, :, self._length : end] = key_states.transpose(0, 1)
+        self.values[:, :, self._length : end] = value_states.transpose(0, 1)
         self._length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys[:, :, :end].transpose(0, 1), self.values[:, :, :end].transpose(0, 1)
 
     def attend(self, query: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """The attention of the last column.
@@ -68,15 +69,14 @@ class SharedCacheLayer(CacheLayerMixin):
             (B, 1, heads, d).
         """
         rows, heads, _, width = query.shape
-        query = (query * scaling).reshape(rows, self.keys.shape[1], -1, width)  # (B, heads of keys, queries of each, d)
-        completions = self.keys[:, :, : self._length], self.values[:, :, : self._length]
-        parts = [*self._prompts, completions]
+        query = (query * scaling).reshape(rows, len(self.keys), -1, width).transpose(0, 1).contiguous()
+        parts = [*self._prompts, (self.keys[:, :, : self._length], self.values[:, :, : self._length])]
         scores = torch.cat([_by_part(query, keys.transpose(2, 3)) for keys, _ in parts], -1)
         if attention_mask is not None:
-            scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+            scores.masked_fill_(~attention_mask.transpose(0, 1), torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).split([keys.shape[2] for keys, _ in parts], -1)
         outputs = [_by_part(part, values) for part, (_, values) in zip(weights, parts, strict=True)]
-        return functools.reduce(torch.add, outputs).reshape(rows, 1, heads, width)
+        return functools.reduce(torch.add, outputs).transpose(0, 1).reshape(rows, 1, heads, width)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -111,9 +111,9 @@ class SharedCache(Cache):
         layers = []
         for layer in prompts.layers:
             pair = layer.keys, layer.values
-            common = [states[:1, :, :common_length].contiguous() for states in pair]
-            rests = [states[:, :, common_length:].contiguous() for states in pair]
-            layers.append(SharedCacheLayer([tuple(common), tuple(rests)], len(layer.keys) * num_paths))
+            common = tuple(states[:1, :, :common_length] for states in pair)
+            rests = tuple(states[:, :, common_length:] for states in pair)
+            layers.append(SharedCacheLayer([common, rests], len(layer.keys) * num_paths))
         super().__init__(layers=layers)
 
     @staticmethod
@@ -124,10 +124,6 @@ class SharedCache(Cache):
 
 
 def _by_part(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left (B, heads, q, a) times right (R, heads, a, b), each row with its own of the R: (B, heads, q, b)."""
-    rows, heads, queries, _ = left.shape
-    if len(right) == rows:
-        return left @ right
-    grouped = left.unflatten(0, (len(right), -1)).transpose(1, 2).flatten(2, 3)  # (R, heads, B / R q, a)
-    product = grouped @ right
-    return product.unflatten(2, (-1, queries)).transpose(1, 2).flatten(0, 1)
+    """left (heads, B, q, a) times right (heads, R, a, b), each row with its own of the R: (heads, B, q, b)."""
+    heads, rows, queries, inner = left.shape
+    return (left.view(heads, right.shape[1], -1, inner) @ right).view(heads, rows, queries, -1)
