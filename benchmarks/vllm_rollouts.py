@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="vllm-rollouts-cpu", help="name of the files under benchmarks/results/")
     args = parser.parse_args(argv)
+    made = commit()  # before the files of the first round change the tree
     os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
     model, tokenizer = load_model(ModelConfig(model_name_or_path=args.model_name_or_path, dtype=args.dtype))
     model = model.eval()
@@ -152,21 +153,22 @@ def main(argv: list[str] | None = None) -> int:
             calls[f"generate {mode}"] = partial(by_generate, model, tokenizer, rows, paths=args.num_paths, mode=mode)
         with torch.inference_mode():
             for done, seconds in enumerate(measure(calls, shapes, args.rounds), 1):
-                write(args, sys.argv[1:] if argv is None else argv, done, shapes, seconds)
+                write(args, sys.argv[1:] if argv is None else argv, made, done, shapes, seconds)
     return 0
 
 
 def write(
     args: argparse.Namespace,
     argv: list[str],
+    made: str,
     rounds: int,
     shapes: dict[str, list[int]],
     seconds: dict[str, dict[str, list[float]]],
 ) -> None:
-    """The figures of the rounds that are done."""
+    """The figures of the rounds that are done, of the commit `made`."""
     result = {
         "command": " ".join(["python benchmarks/vllm_rollouts.py", *argv]),
-        "commit": commit(),
+        "commit": made,
         "machine": machine(),
         **vars(args),
         "rounds": rounds,
@@ -174,7 +176,7 @@ def write(
         "seconds": seconds,
     }
     head = (
-        f"`{result['command']}` at {result['commit']}: {args.model_name_or_path} {args.dtype}, {args.num_prompts} "
+        f"`{result['command']}` at {made}: {args.model_name_or_path} {args.dtype}, {args.num_prompts} "
         f"prompts x {args.num_paths} paths x {args.length} tokens, {result['machine']['device']}, "
         f"{result['machine']['threads']} threads, torch {result['machine']['torch']}; {rounds} rounds."
     )

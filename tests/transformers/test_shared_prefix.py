@@ -310,10 +310,12 @@ def test_what_an_attention_call_gets_does_not_grow_with_the_square_of_the_stream
     tiny_llama: Any, rows: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ):
     shapes: set[tuple[int, ...]] = set()
+    heads: set[tuple[int, int]] = set()
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def counted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **more: Any) -> torch.Tensor:
         shapes.add((query.shape[0], query.shape[2], key.shape[2]))
+        heads.add((query.shape[1], key.shape[1]))
         return plain(query, key, value, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
@@ -321,7 +323,8 @@ def test_what_an_attention_call_gets_does_not_grow_with_the_square_of_the_stream
     length = rows["input_ids"].shape[1]
     alike = length - COMPLETION - max(RESTS)
     common = {(1, alike, alike)} if alike else set()
-    assert shapes == common | {(len(RESTS), 2 * max(RESTS), alike + max(RESTS)), (ROWS, 2 * COMPLETION, length)}
+    assert shapes == common | {(len(RESTS), max(RESTS), alike + max(RESTS)), (ROWS, COMPLETION, length)}
+    assert heads == {(4, 2)}  # no key is copied for the heads that share it
 
 
 def test_the_stream_travels_through_what_wraps_a_model():

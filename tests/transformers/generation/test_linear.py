@@ -38,6 +38,19 @@ def test_a_weight_is_packed_once_and_used_so():
     assert torch.equal(packed(states), first)
 
 
+@torch.no_grad()
+def test_under_autocast_and_of_another_dtype_it_is_torchs_own():
+    layer, states = nn.Linear(24, 7), torch.randn(5, 24)
+    packed = packed_forward(layer)
+    packed(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (states, states.bfloat16()):
+            assert packed(given).dtype == torch.bfloat16
+            assert torch.equal(packed(given), layer(given))
+    with pytest.raises(RuntimeError, match="dtype"):
+        packed(states.double())
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Linear]:
     """The layers that were called with packed weights, in order."""
@@ -88,6 +101,28 @@ def test_a_large_model_decodes_as_it_is(tiny_llama: Any, calls: list[nn.Linear],
     monkeypatch.setattr(linear, "MOST_BYTES", total)
     model.generate(**shared_prompts(model), max_new_tokens=3, do_sample=False)
     assert calls
+
+
+def test_a_rollout_under_autocast_is_the_one_without_packing(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch):
+    """As Accelerate makes it, inside the model's forward, behind the hook."""
+    model = tiny_llama()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    given = shared_prompts(model)
+    found = model.generate(**given, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    monkeypatch.setattr(linear, "_serves", lambda layer: False)
+    given = shared_prompts(model)
+    plain = model.generate(**given, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(torch.stack(found.logits), torch.stack(plain.logits))
+
+
+def test_weights_of_another_class_are_left_alone(tiny_llama: Any, calls: list[nn.Linear]):
+    class Marked(torch.Tensor):
+        pass
+
+    model = tiny_llama()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Marked))
+    model.generate(**shared_prompts(model), max_new_tokens=3, do_sample=False)
+    assert calls and model.lm_head not in calls
 
 
 def test_weights_that_change_between_rollouts_are_packed_anew(tiny_llama: Any):

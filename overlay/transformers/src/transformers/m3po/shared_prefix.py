@@ -207,17 +207,13 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`attention` of query (R, heads, q, d): (R, q, heads, d). Under a mask (R, 1, q, k) it would copy keys for each of
-    the heads that share them: here those heads are further queries of the one head of the keys.
+    """`attention` of query (R, heads, q, d): (R, q, heads, d). Under a mask it copies a key for each of the heads that
+    share it; torch's kernel for CPUs does not need that.
     """
-    if attention_mask is None:
-        return attention(module, query, key, value, None, **kwargs)[0]
-    heads, length = key.shape[1], query.shape[2]
-    query = query.unflatten(1, (heads, -1)).flatten(2, 3)
-    attention_mask = attention_mask.repeat(1, 1, query.shape[2] // length, 1)
-    # All that it asks its module under a mask is how often to copy a key.
-    output = attention(None, query, key, value, attention_mask, **kwargs)[0]
-    return output.unflatten(1, (-1, length)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if attention_mask is None or query.device.type != "cpu":
+        return attention(module, query, key, value, attention_mask, **kwargs)[0]
+    given = {"attn_mask": attention_mask, "dropout_p": kwargs["dropout"], "scale": kwargs["scaling"]}
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, **given, enable_gqa=True).transpose(1, 2)
 
 
 def split_rows(

@@ -23,14 +23,16 @@ MOST_BYTES = 4 * 2**30  # of packed weights; a larger model decodes as it is
 def packed_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward of `layer`, (..., in features) -> (..., out features), for calls without gradient.
 
-    Its first call packs the weight for as many rows as that one has; a call of more or of fewer rows takes the weight.
-    The weight must not change between calls.
+    Its first call packs the weight for as many rows as that one has; a call of more or of fewer rows takes the weight,
+    and one under autocast or of another dtype is torch's own. The weight must not change between calls.
     """
     packed: torch.Tensor | None = None
     packed_rows = 0
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         nonlocal packed, packed_rows
+        if states.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return nn.functional.linear(states, layer.weight, layer.bias)
         if packed is None:
             packed_rows = states.numel() // layer.in_features
             packed = torch.ops.mkl._mkl_reorder_linear_weight.default(layer.weight, packed_rows)
@@ -40,9 +42,11 @@ def packed_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _serves(layer: nn.Module) -> bool:
-    """Whether it is a linear layer in fp32 on a CPU whose forward is torch's own."""
-    weight = layer.weight if type(layer) is nn.Linear and "forward" not in vars(layer) else None
-    return weight is not None and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    """Whether it is a linear layer whose forward is torch's own and whose weight is a plain tensor, fp32 on a CPU."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    weight = layer.weight.detach()  # of a quantized or distributed weight its own class of tensors
+    return type(weight) is torch.Tensor and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 @contextmanager
