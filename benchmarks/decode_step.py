@@ -22,7 +22,8 @@ from m3po_lab.models.loading import load_model
 
 # What an operation is for, by the beginning of its name; the rest is the sum of small ones.
 KINDS = {
-    "linear layers and head": ("aten::mm", "aten::addmm"),
+    "linear layers and head": ("aten::mm", "aten::addmm", "mkl::_mkl_linear"),
+    "packing of their weights, once a rollout": ("mkl::_mkl_reorder_linear_weight",),
     "attention": ("aten::_scaled_dot_product", "aten::bmm"),
     "growth of the cache and other joining": ("aten::cat",),
     "copies": ("aten::copy_",),
