@@ -187,8 +187,7 @@ def attend_by_group(
         keys = torch.cat([first_key.expand(prompts, -1, -1, -1), keys], dim=2)
         values = torch.cat([first_value.expand(prompts, -1, -1, -1), values], dim=2)
     outputs.append(_attend(attention, module, of_prompts, keys, values, shared_prefix.prompt_mask, **kwargs))
-    keys = torch.cat([keys.repeat_interleave(paths, 0), new_keys], dim=2)
-    values = torch.cat([values.repeat_interleave(paths, 0), new_values], dim=2)
+    keys, values = _with_prompts(keys, new_keys), _with_prompts(values, new_values)
     outputs.append(_attend(attention, module, of_completions, keys, values, attention_mask, **kwargs))
     return torch.cat([output.flatten(0, 1) for output in outputs]).unsqueeze(0), None
 
@@ -196,6 +195,12 @@ def attend_by_group(
 def _as_rows(states: torch.Tensor, number: int) -> torch.Tensor:
     """(1, heads, number * columns, d) as (number, heads, columns, d)."""
     return states.squeeze(0).unflatten(1, (number, -1)).transpose(0, 1)
+
+
+def _with_prompts(prompts: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
+    """(G, heads, P, d) in front of (B, heads, C, d), each prompt in front of its N rows: (B, heads, P + C, d)."""
+    rows = completions.unflatten(0, (len(prompts), -1))
+    return torch.cat([prompts.unsqueeze(1).expand(-1, rows.shape[1], -1, -1, -1), rows], dim=3).flatten(0, 1)
 
 
 def _attend(
