@@ -75,29 +75,36 @@ class Cohort:
         self.unfinished = torch.ones(len(ordered), dtype=torch.bool, device=device)
 
     def write(
-        self, rows: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor, thought_probs: torch.Tensor | None
+        self,
+        rows: torch.Tensor | slice,
+        tokens: torch.Tensor,
+        probs: torch.Tensor,
+        thought_probs: torch.Tensor | None,
     ) -> None:
         """Takes the tokens of a step.
 
         Args:
-            rows: (R,) long, which rows they are of.
+            rows: (R,) long, which rows they are of, or the slice of all rows.
             tokens: (R,) long.
             probs: (R, V) float32, what they were drawn from.
             thought_probs: (R, V) float32, what their thoughts are made of, if that is another.
         """
         step = self.step
-        here = torch.zeros_like(self.unfinished).index_fill(0, rows, True)
+        here = torch.zeros_like(self.unfinished)
+        here[rows] = True
         was = self.unfinished & here
         self.completions[rows, step] = tokens
         chosen = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()
         self.rollout.record.logps[rows, step] = torch.where(was[rows], chosen, 0.0)
         ends = (self.completions[:, step, None] == self.stops).any(-1) | (self.limits <= step + 1)
         self.unfinished = was & ~ends
-        source = probs if thought_probs is None else thought_probs
-        # Rows that have ended take no part; theirs is any distribution.
-        spread = source.new_full((len(was), source.shape[-1]), 1.0 / source.shape[-1])
         self.rollout.write(
-            step, spread.index_copy(0, rows, source), self.completions[:, : step + 1], was, self.unfinished
+            step,
+            probs if thought_probs is None else thought_probs,
+            self.completions[:, : step + 1],
+            was,
+            self.unfinished,
+            None if isinstance(rows, slice) else rows,
         )
         self.step += 1
 
@@ -213,10 +220,17 @@ class Rollouts:
                 places = [(place, cohort.rows[one]) for place, one in enumerate(requests) if one in cohort.rows]
                 if len(places) != len(cohort.rows):
                     raise RuntimeError(f"{len(cohort.rows) - len(places)} paths of a group were left out of a step")
-                at, rows = torch.tensor(places, device=self._device).unbind(1)
-                parts.append(_Part(cohort, at, rows))
+                at, rows = ([*numbers] for numbers in zip(*places, strict=True))
+                # Of what is all there and in order, nothing is copied.
+                parts.append(_Part(cohort, self._index(at, len(requests)), self._index(rows, len(cohort.limits))))
             self._batch = (list(requests), parts)
         return self._batch[1]
+
+    def _index(self, places: list[int], length: int) -> torch.Tensor | slice:
+        """Places among `length`, on the device; the slice of all where they are that."""
+        if places == list(range(length)):
+            return slice(None)
+        return torch.tensor(places, device=self._device)
 
     def write(self, requests: list[str], tokens: torch.Tensor, probs: torch.Tensor, scores: torch.Tensor) -> None:
         """Takes the tokens of a step, (R,) long in the order of `requests`, with what they were drawn from, (R, V)."""
@@ -251,11 +265,13 @@ class Rollouts:
 
 
 class _Part(NamedTuple):
-    """A cohort in a batch: where its requests stand there, and which of its rows they are; (R,) long each."""
+    """A cohort in a batch: where its requests stand there, and which of its rows they are; (R,) long each, or the slice
+    of all.
+    """
 
     cohort: Cohort
-    at: torch.Tensor
-    rows: torch.Tensor
+    at: torch.Tensor | slice
+    rows: torch.Tensor | slice
 
 
 class _Headed:

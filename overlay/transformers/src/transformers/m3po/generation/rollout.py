@@ -73,6 +73,7 @@ class ThinkingRollout:
             options = {name: value for name, value in settings.gating_config.items() if name != "temperature"}
             self._gate = create_gating_function(settings.gating_type, options)
         self._sums = AttentionSums(device)
+        self._last_probs: torch.Tensor | None = None
         self._temperature = settings.temperature if temperature is None else temperature
         self._debug = settings.logs_steps or bool(getattr(self._gate, "debug", False))
         self._embed_tokens = embed_tokens
@@ -116,14 +117,17 @@ class ThinkingRollout:
         completion_ids: torch.Tensor,
         was_unfinished: torch.Tensor,
         unfinished: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> None:
         """Fills position `step` of the record: the tokens just sampled and the bags of the inputs they become.
 
         Args:
             step: the position, a host number.
-            probs: (B, V) float32, the distributions the tokens were sampled from.
+            probs: (R, V) float32, the distributions the tokens were sampled from.
             completion_ids: (B, step + 1) long.
             was_unfinished, unfinished: (B,) bool, the rows that were going before and that go on after these tokens.
+            rows: (R,) long, which rows `probs` are of, where an engine has let go of the others, which had ended
+                before; None where they are of all rows.
         """
         thinking = was_unfinished
         if self._marker is not None:
@@ -138,7 +142,11 @@ class ThinkingRollout:
         tokens = None
         if self.settings.has_thoughts or self.record.gating is not None:
             tokens = top_k_tokens(probs, self.settings.thought_top_k, self._num_embeddings)
-        peers = self._select_peers(step, probs, tokens, active) if self._crosses else None
+            if rows is not None:
+                tokens = tokens.spread(rows, len(active))
+        peers = None
+        if self._crosses:
+            peers = self._select_peers(step, self._of_all_rows(probs, rows), tokens, active)
         if self._debug and peers is None:
             log_thoughts(f"step {step}", active, None if tokens is None else tokens.probs, self._why_alone)
         cross_path_lambda = self.settings.cross_path_lambda
@@ -151,6 +159,14 @@ class ThinkingRollout:
         elif peers is not None:
             ids, weights = cross_path_bags(completion_ids[:, -1], peers.weights, peers.rows, cross_path_lambda)
         self.record.write_bags(step, ids, weights)
+
+    def _of_all_rows(self, probs: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """(R, V) -> (B, V). A row that has ended keeps some distribution, which no path listens to."""
+        if rows is None:
+            return probs
+        if self._last_probs is None:
+            self._last_probs = probs.new_full((len(self.groups.group), probs.shape[-1]), 1.0 / probs.shape[-1])
+        return self._last_probs.index_copy_(0, rows, probs)
 
     def _select_peers(self, step: int, probs: torch.Tensor, tokens: TopKTokens | None, active: torch.Tensor) -> Peers:
         attention = self._attention(probs, tokens, active)

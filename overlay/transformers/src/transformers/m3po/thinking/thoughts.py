@@ -26,6 +26,15 @@ class TopKTokens(NamedTuple):
     probs: torch.Tensor
     norm: torch.Tensor
 
+    def spread(self, rows: torch.Tensor, num_rows: int) -> TopKTokens:
+        """These tokens at `rows` (R,) long of a batch of `num_rows`; every other row has token 0, for certain."""
+        ids = self.ids.new_zeros(num_rows, self.ids.shape[-1])
+        probs = torch.zeros_like(ids, dtype=self.probs.dtype)
+        probs[:, 0] = 1.0
+        norm = self.norm.new_ones(num_rows, 1)
+        whole = ids, probs, norm
+        return TopKTokens(*(each.index_copy_(0, rows, mine) for each, mine in zip(whole, self, strict=True)))
+
 
 def top_k_tokens(probs: torch.Tensor, top_k: int, num_embeddings: int) -> TopKTokens:
     """What a bag or a learnable gating function keeps of distributions.
